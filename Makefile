@@ -1,0 +1,28 @@
+# Each target sets up what it needs. `make demo` and `make test` are all a fresh machine with Python needs.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+DEMO := outputs/demo
+
+.PHONY: setup demo test lint
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(RUN)/accelerate launch --quiet --config_file accelerate_config.yaml scripts/train.py configs/demo.yaml \
+		--output_dir $(DEMO) --overwrite_output_dir
+	$(RUN)/python scripts/eval.py --model $(DEMO) --baseline recipe/demo/base --split test test_unseen \
+		--output_dir $(DEMO)-eval
+
+test: setup
+	$(RUN)/python -m pytest
+
+lint: setup
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy

@@ -1,0 +1,243 @@
+"""What a run can be told: dataclasses, filled from one YAML file and the command line (flags win).
+
+`TrainingArguments` of transformers goes straight through: every one of its fields is a YAML key and a flag.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+class UserError(Exception):
+    """Something the user can mend; scripts print its text alone, without a traceback, and exit with 1."""
+
+
+@dataclass
+class ModelArguments:
+    """Which weights and which tokenizer."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a causal language model, e.g. openai-community/gpt2."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub model."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the tokenizer, if it is not the model's."}
+    )
+    model_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Random weights from this architecture's config (gpt2, llama, ...) instead of a trained model."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to the model's config: n_layer=2,resid_pdrop=0.0"}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the weights in memory. Use --bf16 true for mixed precision on top."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2; default: what transformers picks."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which records, how they are split, and how a record becomes tokens."""
+
+    data: dict | str | list | None = field(
+        default=None,
+        metadata={
+            "help": "Records: a file (json, jsonl, csv, parquet), a glob, a folder or a Hub dataset id; or a mapping "
+            'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}.'
+        },
+    )
+    instruction_column: str = field(default="instruction", metadata={"help": "Column of the instruction."})
+    input_column: str = field(default="input", metadata={"help": "Column of the optional input."})
+    output_column: str = field(default="output", metadata={"help": "Column of the response to learn."})
+    validation_ratio: float = field(
+        default=0.05, metadata={"help": "Share of the training records for validation where the data names none."}
+    )
+    test_ratio: float = field(
+        default=0.10, metadata={"help": "Share of the training records for testing where the data names none."}
+    )
+    split_seed: int = field(default=123, metadata={"help": "Seed of the split, apart from the seed of training."})
+    template: str = field(default="alpaca", metadata={"help": "alpaca, phi3 or the path of a Jinja chat template."})
+    mask_prompt: bool = field(default=True, metadata={"help": "Learn from the response only, not from the prompt."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest record in tokens; default: the tokenizer's model_max_length."}
+    )
+    overflow: Literal["truncate", "drop", "error"] = field(
+        default="truncate", metadata={"help": "What happens to a record longer than max_length."}
+    )
+    batching: Literal["padded"] = field(default="padded", metadata={"help": "How a batch is laid out."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize; default: this one."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str) and self.data.lstrip()[:1] in ("{", "["):
+            try:
+                self.data = json.loads(self.data)
+            except json.JSONDecodeError as error:
+                raise UserError(f"--data {self.data}: not valid JSON ({error})") from error
+        for name in ("validation_ratio", "test_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give a share from 0 up to, but not including, 1")
+        if self.validation_ratio + self.test_ratio >= 1:
+            raise UserError(
+                f"--validation_ratio {self.validation_ratio} and --test_ratio {self.test_ratio} leave no train split"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"--max_length {self.max_length}: a record needs at least 2 tokens")
+
+
+@dataclass
+class InstructionTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the defaults instruction tuning needs, and three fields more."""
+
+    # The data step hands over only columns that are needed; `row` must reach the trainer to name a bad batch.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
+    # The stock filter hides NaN and costs a device sync per step; InstructionTrainer stops on NaN instead.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and Inf losses in the log."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start over in an output_dir that holds another run, replacing it."}
+    )
+    num_sample_generations: int = field(
+        default=3, metadata={"help": "Validation prompts answered, shown and saved at each evaluation; 0 for none."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.hub_token is not None:
+            raise UserError(
+                "--hub_token would be written in clear into training_args.bin and uploaded with it; "
+                "set the environment variable HF_TOKEN or run `hf auth login` instead"
+            )
+        if self.label_smoothing_factor:
+            raise UserError(
+                f"--label_smoothing_factor {self.label_smoothing_factor}: the Trainer's label smoothing shifts labels "
+                "that are shifted already; leave it at 0"
+            )
+        # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and self.world_size == 1:
+            raise UserError(
+                f"{launched} processes were launched, but each would train alone on the same folder; launch with "
+                "--config_file configs/accelerate/two_processes.yaml or torchrun"
+            )
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+def parse_arguments(
+    dataclass_types: list[type], argv: list[str], description: str, defaults: dict[str, Any] | None = None
+) -> tuple:
+    """Fill `dataclass_types` from `[CONFIG.yaml] --flag value …`: `defaults`, over them the YAML file, then the flags.
+
+    >>> model, data = parse_arguments([ModelArguments, DataArguments], ["--data", "a.json", "--max_length", "64"], "")
+    >>> data.data, data.max_length, data.template
+    ('a.json', 64, 'alpaca')
+
+    Raises:
+        UserError: a file that cannot be read, unknown keys or flags (each with its nearest known name), a wrong type.
+    """
+    parser = _Parser(
+        dataclass_types,  # type: ignore[arg-type]
+        description=description,
+        allow_abbrev=False,
+        usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
+    )
+    known = sorted({f.name for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init})
+    config_path = argv[0] if argv and not argv[0].startswith("-") else None
+    flags = argv[1:] if config_path else argv
+
+    settings = dict(defaults or {})
+    if config_path:
+        content = _read_yaml(config_path)
+        unknown = [
+            f"{config_path}: unknown key {key!r}{_did_you_mean(str(key), known)}" for key in content if key not in known
+        ]
+        if unknown:
+            raise UserError("\n".join(unknown))
+        _let_flags_choose_the_model(content, flags)
+        settings |= content
+    config_argv = _as_argv(parser, settings)
+    if config_path:
+        _parse(parser, config_argv, known, where=config_path)
+    _parse(parser, flags, known, where="command line")
+    try:
+        return parser.parse_args_into_dataclasses(config_argv + flags, look_for_args_file=False)
+    except ValueError as error:  # TrainingArguments checks that its fields go together
+        raise UserError(f"{config_path or 'command line'}: {error}") from error
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+    return content
+
+
+def _let_flags_choose_the_model(content: dict[str, Any], flags: list[str]) -> None:
+    """A `--model_type` flag wins over the file's `model_name_or_path` (which still names the tokenizer), and back."""
+    named = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    if "model_type" in named and "model_name_or_path" not in named:
+        replaced = content.pop("model_name_or_path", None)
+        if replaced is not None:
+            content.setdefault("tokenizer_name", replaced)
+    elif "model_name_or_path" in named and "model_type" not in named:
+        content.pop("model_type", None)
+
+
+def _as_argv(parser: _Parser, values: dict[str, Any]) -> list[str]:
+    """The flags that say what a YAML mapping says, so that both go through the same type checks."""
+    takes_many = {action.dest for action in parser._actions if action.nargs == "+"}
+    argv: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, list) and name in takes_many:
+            argv += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict | list | bool):
+            argv.append(f"--{name}={json.dumps(value)}")
+        else:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
+def _parse(parser: _Parser, argv: list[str], known: list[str], where: str) -> None:
+    try:
+        _, rest = parser.parse_known_args(argv)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if rest:
+        raise UserError(
+            "\n".join(
+                f"{where}: unknown flag {word}{_did_you_mean(word.split('=')[0].lstrip('-').replace('-', '_'), known)}"
+                if word.startswith("--")
+                else f"{where}: unexpected {word!r}; write --flag value"
+                for word in rest
+                if word.startswith("--") or not any(other.startswith("--") for other in rest)
+            )
+        )
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "; see --help for all names"

@@ -1,0 +1,301 @@
+"""From records to tokens: split, encode, count. The trip of a record up to the collator."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from recipe.collator import IGNORE_INDEX
+from recipe.config import DataArguments, UserError
+from recipe.records import FIELDS, read_records, report
+from recipe.templates import Template, load_template
+
+ENCODED_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int32"),
+        "row": Value("int64"),
+        "truncated": Value("bool"),
+    }
+)
+
+
+def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """Records as tokens, ready for the collator: load, validate, split, encode.
+
+    Returns:
+        a `DatasetDict` of `train`, `validation`, `test` and whatever other splits the data names, with the columns
+        `input_ids` and `labels` (T,), aligned, not yet shifted, -100 over the prompt with `mask_prompt`; `length` in
+        tokens; `row`, the record's number in its source; `truncated`.
+
+    Raises:
+        UserError: see `load_records` and `encode_records`.
+
+    Example::
+
+        tokenizer = AutoTokenizer.from_pretrained("openai-community/gpt2")
+        splits = load_splits(DataArguments(data="instruction-data.json"), tokenizer)
+        splits["train"][0]["labels"][-1] == tokenizer.eos_token_id
+    """
+    records, _ = load_records(config)
+    return encode_records(records, tokenizer, config)
+
+
+def load_records(config: DataArguments) -> tuple[DatasetDict, int]:
+    """Validated records in splits, before any token: see `recipe.records.read_records` for the columns.
+
+    Splits that the data names are kept. A missing `validation` or `test` is taken from `train`, by `validation_ratio`
+    and `test_ratio`, as a function of `split_seed` and each record's content alone. No record stands on both sides.
+
+    Returns:
+        the splits, and how many training rows were left out because they also stand in another split.
+
+    Raises:
+        UserError: what `read_records` refuses, and an empty split.
+    """
+    splits, leaked = without_leaks(split_by_content(read_records(config), config))
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise UserError(f"the {name} split of {config.data} is empty; give it records or leave it out")
+    return splits, leaked
+
+
+# --- split ----------------------------------------------------------------------------------------------------------
+
+
+def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
+    """Take a missing `validation` and `test` out of `train`.
+
+    Records are ranked by a keyed hash of their content: the order of the file does not matter, exact duplicates stand
+    next to each other, and the cut between two splits moves past them, so that a record is on one side only.
+    """
+    ratios = {"test": config.test_ratio, "validation": config.validation_ratio}
+    wanted = {name: ratio for name, ratio in ratios.items() if name not in splits and ratio > 0}
+    if "train" not in splits or not wanted or len(splits["train"]) == 0:
+        return splits
+    train = splits["train"]
+    hashes = content_hashes(train, key=str(config.split_seed))
+    ranked = np.argsort(hashes, kind="stable")
+    parts, start = {}, 0
+    for name, ratio in wanted.items():
+        end = min(start + max(1, round(ratio * len(train))), len(train))
+        while end < len(train) and hashes[ranked[end]] == hashes[ranked[end - 1]]:
+            end += 1
+        parts[name] = train.select(np.sort(ranked[start:end]))
+        start = end
+    if start == len(train):
+        raise UserError(
+            f"{len(train)} records are too few to split into train, {' and '.join(wanted)}; give more records, or set "
+            + " and ".join(f"--{name}_ratio 0" for name in wanted)
+        )
+    parts = {**splits, **parts, "train": train.select(np.sort(ranked[start:]))}
+    return DatasetDict(
+        {name: parts[name] for name in dict.fromkeys(["train", "validation", "test", *splits]) if name in parts}
+    )
+
+
+def without_leaks(splits: DatasetDict) -> tuple[DatasetDict, int]:
+    """Leave out, and count, training rows that also stand word for word in another split.
+
+    The other splits stay as they are, so that scores on a published test set stay comparable.
+    """
+    held_out = [content_hashes(split) for name, split in splits.items() if name != "train"]
+    if "train" not in splits or not held_out:
+        return splits, 0
+    leaked = np.isin(content_hashes(splits["train"]), np.concatenate(held_out))
+    if not leaked.any():
+        return splits, 0
+    return DatasetDict({**splits, "train": splits["train"].select(np.flatnonzero(~leaked))}), int(leaked.sum())
+
+
+def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:
+    """A 64-bit hash of each record's instruction, input and output, (rows,) uint64; the same on every machine."""
+    hashes = []
+    for batch in dataset.select_columns(list(FIELDS)).iter(batch_size=10_000):
+        for fields in zip(*(batch[field] for field in FIELDS), strict=True):
+            text = json.dumps([field or "" for field in fields])
+            hashes.append(hashlib.blake2b(text.encode(), digest_size=8, key=key.encode()).digest())
+    return np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)
+
+
+# --- encode ---------------------------------------------------------------------------------------------------------
+
+
+def encode_records(
+    records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments
+) -> DatasetDict:
+    """Prompt and response of each record as tokens, one batched `datasets.map` per split, cached.
+
+    The prompt and the response are tokenized apart and concatenated, so that training sees the boundary that
+    generation will see; one end-of-text token ends the response. See `encode_batch` for records that are too long.
+
+    Raises:
+        UserError: a tokenizer without an end-of-text token, `max_length` out of range, with `overflow="error"` each
+            record that is too long, and a split in which nothing is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so a model could not learn to stop; "
+            "set its eos_token and save it, or give another --tokenizer_name"
+        )
+    template = load_template(config.template)
+    _, ending = template_overhead(template, tokenizer)
+    max_length = resolve_max_length(config, tokenizer)
+    if max_length < 2 * (ending + 1):
+        raise UserError(f"--max_length {max_length} leaves no room: the template's last line alone has {ending} tokens")
+    arguments = {
+        "chat_template": template.chat_template,
+        "mask_prompt": config.mask_prompt,
+        "max_length": max_length,
+        "overflow": config.overflow,
+        "ending": ending,
+    }
+    encoded = DatasetDict()
+    for name, split in records.items():
+        encoded[name] = split.map(
+            encode_batch,
+            batched=True,
+            remove_columns=split.column_names,
+            features=ENCODED_FEATURES,
+            fn_kwargs={"tokenizer": tokenizer, **arguments},
+            num_proc=config.num_proc,
+            # our own fingerprint: hashing the tokenizer object misses the cache once it has been used
+            new_fingerprint=_fingerprint(split._fingerprint, tokenizer, arguments),
+            desc=f"Tokenizing {name}",
+        )
+    _check_encoded(records, encoded, config, max_length)
+    return encoded
+
+
+def encode_batch(
+    batch: Mapping[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    mask_prompt: bool,
+    max_length: int,
+    overflow: str,
+    ending: int,
+) -> dict[str, list]:
+    """Encode a batch of records for `datasets.map`.
+
+    A record longer than `max_length` is left out with `overflow="drop"` (and `"error"`, which the caller reports). With
+    `"truncate"` the prompt gives way first, before its last `ending` tokens (the response header) and down to half of
+    `max_length`; what is still too long is cut off the response, which then has no end-of-text token to learn.
+    """
+    records = [
+        {"instruction": instruction, "input": text}
+        for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
+    ]
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    prompts = Template("", chat_template).prompts(records, **special_tokens)
+    tokenize = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    prompt_ids = tokenizer(prompts, **tokenize)["input_ids"]
+    response_ids = tokenizer(batch["output"], **tokenize)["input_ids"]
+
+    columns: dict[str, list] = {name: [] for name in ENCODED_FEATURES}
+    for prompt, response, row in zip(prompt_ids, response_ids, batch["row"], strict=True):
+        response = [*response, tokenizer.eos_token_id]
+        too_long = len(prompt) + len(response) > max_length
+        if too_long and overflow != "truncate":
+            continue
+        if too_long:
+            room = max(max_length - len(response), min(len(prompt), max_length // 2))
+            if len(prompt) > room:
+                prompt = prompt[: room - ending] + prompt[-ending:]
+            response = response[: max_length - len(prompt)]
+        columns["input_ids"].append(prompt + response)
+        columns["labels"].append([IGNORE_INDEX] * len(prompt) + response if mask_prompt else prompt + response)
+        columns["length"].append(len(prompt) + len(response))
+        columns["row"].append(row)
+        columns["truncated"].append(too_long)
+    return columns
+
+
+def resolve_max_length(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`max_length` in tokens: as given, or the tokenizer's own (1024 where that is not set)."""
+    if config.max_length is not None:
+        return config.max_length
+    return tokenizer.model_max_length if tokenizer.model_max_length < 1_000_000 else 1024
+
+
+def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens that begin and that end every prompt of a template: (preamble, response header).
+
+    For Alpaca and the GPT-2 tokenizer (24, 6): up to `### Instruction:\\n`, and from `\\n\\n### Response:\\n`.
+    """
+    probes = [{"instruction": "Name it.", "input": ""}, {"instruction": "8 + 5 = ?", "input": ""}]
+    one, other = (tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in template.prompts(probes))
+    return _common_prefix(one, other), _common_prefix(one[::-1], other[::-1])
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))
+
+
+def _fingerprint(records: str, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [records, vocabulary, str(tokenizer.special_tokens_map), json.dumps(arguments, sort_keys=True)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _check_encoded(
+    records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
+) -> None:
+    if config.overflow == "error":
+        problems = [
+            f"{config.data} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
+            "raise --max_length, or choose --overflow truncate or drop"
+            for name, split in encoded.items()
+            for row in sorted(set(records[name]["row"]) - set(split["row"]))
+        ]
+        if problems:
+            raise UserError(report(problems))
+    for name, split in encoded.items():
+        if len(split) == 0:
+            raise UserError(
+                f"the {name} split is empty: all of its {len(records[name])} records are longer than --max_length "
+                f"{max_length}; raise it or choose --overflow truncate"
+            )
+
+
+# --- count ----------------------------------------------------------------------------------------------------------
+
+
+def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:
+    """What the tokens of each split are, one dict a split; `preamble` is the template's, from `template_overhead`.
+
+    `supervised` counts the targets of the loss: the first token of a record is never one.
+    """
+    statistics = []
+    for name, split in encoded.items():
+        table = split.with_format("arrow")[:]
+        tokens = pc.sum(table["length"]).as_py()
+        labels = table["labels"]
+        first = sum(pc.sum(pc.not_equal(pc.list_element(chunk, 0), IGNORE_INDEX)).as_py() for chunk in labels.chunks)
+        supervised = pc.sum(pc.not_equal(pc.list_flatten(labels), IGNORE_INDEX)).as_py() - first
+        statistics.append(
+            {
+                "split": name,
+                "rows": len(split),
+                "tokens": tokens,
+                "mean": tokens / len(split),
+                "longest": pc.max(table["length"]).as_py(),
+                "preamble": preamble * len(split) / tokens,
+                "supervised": supervised / tokens,
+                "truncated": pc.sum(table["truncated"]).as_py(),
+                "dropped": len(records[name]) - len(split),
+            }
+        )
+    return statistics

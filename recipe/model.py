@@ -1,0 +1,125 @@
+"""Weights and tokenizers: from the Hub, from a folder, or random from a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from recipe.config import ModelArguments, UserError
+from recipe.templates import Template
+
+
+def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, or `tokenizer_name`.
+
+    Raises:
+        UserError: none named, not found, or without an end-of-text token.
+    """
+    name = config.tokenizer_name or config.model_name_or_path
+    if name is None:
+        raise UserError("no tokenizer: give --tokenizer_name beside --model_type, or --model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {name!r}: {_reason(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {name!r} has no end-of-text token (eos_token), so a model could not learn to stop; "
+            "set one and save the tokenizer, or give another --tokenizer_name"
+        )
+    return tokenizer
+
+
+def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, str]:
+    """The model in `config.dtype`, and where its weights come from, in words: "random weights (gpt2)".
+
+    Raises:
+        UserError: neither or both of `model_name_or_path` and `model_type`, a model that is not found or does not fit
+            its overrides, or fewer embeddings than the tokenizer has tokens.
+    """
+    name, model_type = config.model_name_or_path, config.model_type
+    if (name is None) == (model_type is None):
+        raise UserError(
+            "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
+        )
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attn_implementation,
+    }
+    model_config = _model_config(config, tokenizer)
+    try:
+        if name is None:
+            model, origin = AutoModelForCausalLM.from_config(model_config, **options), f"random weights ({model_type})"
+        else:
+            options |= {"revision": config.model_revision, "use_safetensors": True}
+            model, origin = AutoModelForCausalLM.from_pretrained(name, config=model_config, **options), name
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {name or model_type!r}: {_reason(error)}") from error
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, {origin} only {embeddings} embeddings; use its own tokenizer"
+        )
+    return model, origin
+
+
+def _model_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    if config.model_type is not None and config.model_type not in CONFIG_MAPPING:
+        raise UserError(f"unknown --model_type {config.model_type!r}; for example gpt2, llama, qwen2")
+    try:
+        if config.model_type is not None:
+            model_config = AutoConfig.for_model(
+                config.model_type,
+                vocab_size=len(tokenizer),
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        else:
+            model_config = AutoConfig.from_pretrained(str(config.model_name_or_path), revision=config.model_revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {config.model_name_or_path!r}: {_reason(error)}") from error
+    if config.config_overrides:
+        try:
+            model_config.update_from_string(config.config_overrides)
+        except ValueError as error:
+            raise UserError(
+                f"--config_overrides {config.config_overrides!r}: {error}; write key=value,key=value"
+            ) from error
+    return model_config
+
+
+def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Let the saved folder answer as it was trained: template, padding, greedy decoding, end-of-text token."""
+    tokenizer.chat_template = template.chat_template
+    tokenizer.padding_side = "left"  # for batched generation; the collator pads by itself
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=min(256, context_length(model) // 2),
+    )
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Positions the model has, in tokens: prompt and response together."""
+    return model.config.get_text_config().max_position_embeddings
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of transformers, which says what is wrong; the rest is general advice."""
+    return str(error).strip().split("\n")[0]

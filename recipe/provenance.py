@@ -1,0 +1,56 @@
+"""What a run was made of: versions, seed, data, configuration, counts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from recipe.config import UserError
+from recipe.data import content_hashes
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the numbers."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def data_hash(splits: Mapping[str, Dataset]) -> str:
+    """A hash of every record of every split, in order: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        digest.update(name.encode() + content_hashes(splits[name]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def command_line() -> str:
+    """The command that started this process."""
+    return " ".join([Path(sys.executable).name, *sys.argv])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; NaN is refused, because JSON has none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def read_run(output_dir: str | Path) -> dict[str, Any] | None:
+    """The `run.json` of a training run's folder, or None if the folder has none."""
+    path = Path(output_dir) / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON ({error}); train again or remove the file") from error

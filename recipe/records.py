@@ -1,0 +1,270 @@
+"""Reading records and refusing bad ones: every problem of every file in one report, before anything is trained.
+
+Rows in messages count from 0, as `dataset[i]` does.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from recipe.config import DataArguments, UserError
+
+FIELDS = ("instruction", "input", "output")
+FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
+LONGEST_REPORT = 100  # problems spelt out in one report; the rest are counted
+
+Places = list[tuple[str, int]]  # the files behind a dataset, each with the dataset's row at which it begins
+
+
+def read_records(config: DataArguments) -> DatasetDict:
+    """The validated records of `config.data` in the splits it names (a plain file is `train`).
+
+    Returns:
+        splits with the columns `instruction`, `input`, `output` (text; `input` may be empty or null), `row`, the
+        record's number in its split, and whatever other columns the data has.
+
+    Raises:
+        UserError: files or columns that are not there, and every bad record, all in one report.
+    """
+    if not config.data:
+        raise UserError("no data: name a file, a glob, a folder or a Hub dataset id with --data")
+    splits = DatasetDict()
+    problems: list[str] = []
+    for split, source in _named_sources(config.data).items():
+        loaded, places = _load_source(source, problems)
+        for name, dataset in loaded.items():
+            mapped = _map_columns(dataset, config, source, problems)
+            if mapped is not None:
+                problems += _record_problems(mapped, places, name)
+                splits[split or name] = mapped
+    if problems:
+        raise UserError(report(problems))
+    return splits
+
+
+def report(problems: list[str]) -> str:
+    """One message for many problems, spelling out the first `LONGEST_REPORT` and counting the rest."""
+    lines = problems[:LONGEST_REPORT]
+    if len(problems) > LONGEST_REPORT:
+        lines.append(f"... and {len(problems) - LONGEST_REPORT} more")
+    if len(problems) > 1:
+        lines.insert(0, f"{len(problems)} problems in the data; nothing was trained or written:")
+    return "\n".join(lines)
+
+
+def _named_sources(data: dict | str | list) -> dict[str | None, str | list[str]]:
+    """Split name to files; None where the source names its own splits."""
+    if not isinstance(data, dict):
+        return {None: data}
+    for split, source in data.items():
+        if not isinstance(source, str | list) or not source:
+            raise UserError(f"data, split {split!r}: {source!r} is not a file, a glob or a list of them")
+    return dict(data)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _load_source(source: str | list[str], problems: list[str]) -> tuple[dict[str, Dataset], Places]:
+    patterns = [source] if isinstance(source, str) else source
+    if len(patterns) > 1 or _names_files(patterns[0]):
+        return _load_files([file for pattern in patterns for file in _expand(pattern)], problems)
+    try:
+        return dict(load_dataset(patterns[0])), [(patterns[0], 0)]
+    except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"data {patterns[0]!r}: not a file here, and no dataset that datasets can load ({error}); check the name, "
+            "run `hf auth login` if it is private, or give a .json, .jsonl, .csv or .parquet file"
+        ) from error
+
+
+def _names_files(source: str) -> bool:
+    path = Path(source)
+    return not path.is_dir() and (path.is_file() or path.suffix in FORMATS or bool(re.search(r"[*?\[]", source)))
+
+
+def _expand(pattern: str) -> list[str]:
+    is_glob = re.search(r"[*?\[]", pattern) and not Path(pattern).is_file()
+    files = [
+        file for file in (sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]) if Path(file).is_file()
+    ]
+    if not files:
+        folder = Path(pattern).parent
+        near = difflib.get_close_matches(Path(pattern).name, [file.name for file in folder.glob("*")], n=1)
+        hint = f"; did you mean {str(folder / near[0])!r}?" if near else ""
+        raise UserError(f"data {pattern!r}: no such file{hint}")
+    for file in files:
+        if Path(file).suffix not in FORMATS:
+            raise UserError(f"data {file!r}: unknown format; give one of {', '.join(FORMATS)}")
+    return files
+
+
+def _load_files(files: list[str], problems: list[str]) -> tuple[dict[str, Dataset], Places]:
+    """One file at a time, so that each record's row in its own file stays known; datasets caches each."""
+    parts: list[tuple[str, Dataset]] = []
+    for file in files:
+        part = _load_file(file, problems)
+        if part is not None:
+            parts.append((file, part))
+    if not parts:
+        return {}, []
+    places, first_row = [], 0
+    for file, part in parts:
+        places.append((file, first_row))
+        first_row += len(part)
+    try:
+        return {"train": concatenate_datasets([part for _, part in parts])}, places
+    except ValueError:  # raised without a file's name
+        first_file, first = parts[0]
+        problems += [
+            f"{file}: columns {_describe(part.features)} do not go with those of {first_file}, "
+            f"{_describe(first.features)}; give all files the same columns and types"
+            for file, part in parts[1:]
+            if part.features != first.features
+        ]
+        return {}, []
+
+
+def _describe(features: Features) -> str:
+    return ", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items())
+
+
+def _load_file(file: str, problems: list[str]) -> Dataset | None:
+    kind = FORMATS[Path(file).suffix]
+    if Path(file).stat().st_size == 0:
+        problems.append(f"{file}: the file is empty; give it at least one record")
+        return None
+    try:
+        return load_dataset(
+            kind, data_files=glob.escape(file), split="train", **(_csv_as_text(file) if kind == "csv" else {})
+        )
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        found = list(_json_problems(file)) if kind == "json" else []
+        problems += found or [f"{file}: cannot be read as {kind}: {error.__cause__ or error}"]
+        return None
+
+
+def _csv_as_text(file: str) -> dict[str, Any]:
+    """Options that keep text as it is: "007" is not 7, and "None" or an empty cell is not null."""
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        header = next(csv.reader(lines))
+    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
+
+
+def _json_problems(file: str) -> Iterator[str]:
+    """Where a JSON file cannot be read: the position in an array, or every broken line of JSON lines."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield f"{file}: not UTF-8 text (at byte {error.start}); save it as UTF-8"
+        return
+    if text.lstrip().startswith("["):
+        try:
+            if not json.loads(text):
+                yield f"{file}: holds no records; give it at least one"
+        except json.JSONDecodeError as error:
+            yield f"{file} line {error.lineno} column {error.colno}: broken JSON ({error.msg}); mend it there"
+        return
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        yield f"{file}: holds no records; give it at least one"
+    for row, (number, line) in enumerate(lines):
+        try:
+            if not isinstance(json.loads(line), dict):
+                yield f"{file} row {row} (line {number}): {_shorten(line)} is not an object with named fields"
+        except json.JSONDecodeError as error:
+            yield (
+                f"{file} row {row} (line {number}): broken JSON at column {error.colno} ({error.msg}): "
+                f"{_shorten(line)}; mend the line or remove it"
+            )
+
+
+# --- validating -----------------------------------------------------------------------------------------------------
+
+
+def _map_columns(dataset: Dataset, config: DataArguments, source: Any, problems: list[str]) -> Dataset | None:
+    """Rename the configured columns to `instruction`, `input`, `output`; add `row`, and `input` if there is none."""
+    columns = {name: getattr(config, f"{name}_column") for name in FIELDS}
+    missing = []
+    for name, column in columns.items():
+        if column in dataset.column_names:
+            continue
+        free = sorted(set(dataset.column_names) - set(columns.values()))
+        near = difflib.get_close_matches(column, free, n=1, cutoff=0.7)
+        if name == "input" and column == "input" and not near:
+            continue  # data without inputs is ordinary
+        mend = f"did you mean {near[0]!r}? Rename it or give" if near else f"name the column of the {name} with"
+        missing.append(
+            f"{source}: no column {column!r} among {', '.join(map(repr, dataset.column_names))}; "
+            f"{mend} --{name}_column {near[0] if near else 'NAME'}"
+        )
+    if missing:
+        problems += missing
+        return None
+    renames = {column: name for name, column in columns.items() if column != name and column in dataset.column_names}
+    in_the_way = [name for name in (*renames.values(), "row") if name in dataset.column_names]
+    dataset = dataset.remove_columns(in_the_way).rename_columns(renames)
+    if "input" not in dataset.column_names:
+        dataset = dataset.add_column("input", [""] * len(dataset))
+    return dataset.add_column("row", np.arange(len(dataset)))
+
+
+def _record_problems(dataset: Dataset, places: Places, split: str) -> list[str]:
+    """Every null, blank or non-text value, in row order. Columns are scanned in Arrow; only suspects are looked at."""
+    found: list[tuple[int, str]] = []
+    for field in FIELDS:
+        for index in _suspects(dataset, field):
+            problem = _value_problem(field, dataset[index][field])
+            if problem:
+                found.append((index, problem))
+    return [f"{_place(places, index, split)}: {problem}" for index, problem in sorted(found, key=lambda item: item[0])]
+
+
+def _suspects(dataset: Dataset, field: str) -> Iterator[int]:
+    is_text = getattr(dataset.features[field], "dtype", None) in ("string", "large_string")
+    if is_text and field == "input":
+        return
+    start = 0
+    for table in dataset.select_columns([field]).with_format("arrow").iter(batch_size=10_000):
+        suspect = np.ones(len(table), dtype=bool)
+        if is_text:
+            trimmed = pc.utf8_trim_whitespace(pc.fill_null(table[field], ""))
+            suspect = pc.equal(trimmed, pa.scalar("", trimmed.type)).to_numpy()
+        yield from (start + np.flatnonzero(suspect)).tolist()
+        start += len(table)
+
+
+def _value_problem(field: str, value: Any) -> str | None:
+    if field == "input" and value is None:
+        return None  # a record without an input
+    mend = "write the instruction" if field == "instruction" else "write a response"
+    if value is None:
+        return f"{field!r} is null or missing; {mend} or remove the row"
+    if not isinstance(value, str):
+        shown = _shorten(json.dumps(value, default=str))
+        return f"{field!r} is {shown} ({type(value).__name__}), not text; write it as text or remove the row"
+    if field == "input" or value.strip():
+        return None
+    return f"{field!r} is {'blank' if value else 'empty'} ({_shorten(repr(value))}); {mend} or remove the row"
+
+
+def _place(places: Places, index: int, split: str) -> str:
+    file, first_row = max((place for place in places if place[1] <= index), key=lambda place: place[1])
+    return f"{file} row {index - first_row}" if Path(file).is_file() else f"{file} {split} row {index}"
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

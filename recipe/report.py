@@ -1,0 +1,143 @@
+"""Pictures and tables of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+TRAIN_COLOR, VALIDATION_COLOR = "#4c72b0", "#dd8452"
+
+
+def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw training and validation loss over optimizer steps, with the tokens seen on a second axis.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        path: the PNG to write.
+    """
+    train = [entry for entry in log_history if "loss" in entry]
+    validation = [entry for entry in log_history if "eval_loss" in entry]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([e["step"] for e in train], [e["loss"] for e in train], color=TRAIN_COLOR, label="training")
+    if validation:
+        steps, losses = [e["step"] for e in validation], [e["eval_loss"] for e in validation]
+        axes.plot(steps, losses, color=VALIDATION_COLOR, marker="o", markersize=4, label="validation")
+    highest = max((e.get("loss", e.get("eval_loss")) for e in [*train, *validation]), default=1.0)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, 1.05 * highest))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    if train and train[-1]["step"] > 0:
+        tokens_per_step = train[-1]["num_input_tokens_seen"] / train[-1]["step"]
+        top = axes.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
+        top.xaxis.set_major_formatter(EngFormatter())
+        top.set_xlabel("tokens seen")
+    figure.savefig(path, dpi=150)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
+    """Print a table in the terminal; the first column is text, the others are figures."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:
+    """Print `recipe.data.token_statistics` as a table."""
+    rows = [
+        [
+            s["split"], f"{s['rows']:,}", f"{s['tokens']:,}", f"{s['mean']:.1f}", f"{s['longest']:,}",
+            f"{s['preamble']:.0%}", f"{s['supervised']:.0%}", f"{s['truncated']:,}", f"{s['dropped']:,}",
+        ]
+        for s in statistics
+    ]  # fmt: skip
+    columns = ["split", "rows", "tokens", "mean", "longest", "% preamble", "% supervised", "truncated", "dropped"]
+    caption = f"{leaked} training rows left out: they also stand in another split" if leaked else None
+    print_table("Records in tokens", columns, rows, caption)
+
+
+def print_scores(splits: Mapping[str, Mapping]) -> None:
+    """Print the scores of each split, base beside tuned, and exact match by family.
+
+    Args:
+        splits: for each split's name what `recipe.metrics.summarize` gives.
+    """
+    rows = []
+    for name, scores in splits.items():
+        for metric, value in scores["metrics"].items():
+            low, high = value["ci95"]
+            change = "" if value["delta"] is None else f"{value['delta']:+.1%}"
+            interval = f"{low:+.1%} to {high:+.1%}" if value["delta"] is not None else f"{low:.1%} to {high:.1%}"
+            rows.append(
+                [
+                    f"{name} ({scores['n']})",
+                    metric,
+                    _percent(value["baseline"]),
+                    _percent(value["tuned"]),
+                    change,
+                    interval,
+                ]
+            )
+        stop_rate = scores["behaviour"]["stop_rate"]
+        rows.append(
+            [
+                f"{name} ({scores['n']})",
+                "stop_rate",
+                _percent(stop_rate.get("baseline")),
+                _percent(stop_rate["tuned"]),
+                "",
+                "",
+            ]
+        )
+    print_table("Scores", ["split (records)", "metric", "base", "tuned", "change", "95 % interval"], rows)
+
+    families = dict.fromkeys(family for scores in splits.values() for family in scores["families"])
+    if families:
+        columns = ["family"]
+        for name in splits:
+            columns += [f"{name}: n", "base", "tuned"]
+        rows = [
+            [family, *(cell for scores in splits.values() for cell in _family_cells(scores, family))]
+            for family in families
+        ]
+        print_table("Exact match by family", columns, rows)
+
+
+def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:
+    """Print a few prompts with the reference and what base and tuned answered, from the whole length of the list."""
+    console = Console()
+    for prediction in predictions[:: max(1, len(predictions) // count)][:count]:
+        question = " | ".join(text for text in (prediction["instruction"], prediction["input"]) if text)
+        console.print(f"\n[bold]{escape(one_line(question))}[/bold]")
+        console.print(f"  reference  {escape(one_line(prediction['output']))}")
+        for model, label in (("baseline", "base     "), ("tuned", "tuned    ")):
+            if model in prediction:
+                console.print(f"  {label}  {escape(one_line(prediction[model]['text']))}")
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """A text in one line of at most `limit` characters, for a terminal."""
+    shown = text.replace("\n", "\\n")
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def _family_cells(scores: Mapping, family: str) -> list[str]:
+    entry = scores["families"].get(family)
+    if entry is None:
+        return ["", "", ""]
+    return [str(entry["n"]), _percent(entry["exact_match"].get("baseline")), _percent(entry["exact_match"]["tuned"])]
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.1%}"

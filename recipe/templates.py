@@ -1,0 +1,107 @@
+"""From a record to a prompt, through the Jinja chat template that is saved with the tokenizer.
+
+No second place knows the prompt's text: training, evaluation and `tokenizer.apply_chat_template` of the saved folder
+all render the same template.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from recipe.config import UserError
+
+BUILT_IN = Path(__file__).with_suffix("")
+
+
+def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:
+    """The chat messages of a record's prompt; a template finds the record's input beside the content.
+
+    >>> to_messages({"instruction": "Make it plural.", "input": "cat", "output": "cats"})
+    [{'role': 'user', 'content': 'Make it plural.', 'input': 'cat'}]
+    """
+    return [{"role": "user", "content": record["instruction"] or "", "input": record.get("input") or ""}]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template in Jinja and the prompts it makes.
+
+    >>> print(load_template("alpaca").prompt({"instruction": "Make it plural.", "input": "cat"}))
+    Below is an instruction that describes a task. Write a response that appropriately completes the request.
+    <BLANKLINE>
+    ### Instruction:
+    Make it plural.
+    <BLANKLINE>
+    ### Input:
+    cat
+    <BLANKLINE>
+    ### Response:
+    <BLANKLINE>
+    """
+
+    name: str
+    chat_template: str
+
+    def prompt(self, record: Mapping[str, str | None], **special_tokens: str) -> str:
+        """The text before the response. `special_tokens` are what the template may name: `bos_token`, `eos_token`."""
+        return self.prompts([record], **special_tokens)[0]
+
+    def prompts(self, records: Iterable[Mapping[str, str | None]], **special_tokens: str) -> list[str]:
+        """`prompt` for many records; the template is compiled once."""
+        conversations = [to_messages(record) for record in records]
+        return _render(conversations, self.chat_template, add_generation_prompt=True, **special_tokens)
+
+
+def load_template(name_or_path: str) -> Template:
+    """A built-in template (`alpaca`, `phi3`) or the user's own `.jinja` file, tried out on a record before it is used.
+
+    Raises:
+        UserError: no such template, a Jinja error, or a template that loses the instruction, the input or the
+            response, or that puts something between the prompt and the response.
+    """
+    path = BUILT_IN / f"{name_or_path}.jinja"
+    if not path.is_file():
+        path = Path(name_or_path)
+        names = sorted(file.stem for file in BUILT_IN.glob("*.jinja"))
+        if not path.is_file():
+            near = difflib.get_close_matches(name_or_path, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"unknown template {name_or_path!r}: {hint}give one of {', '.join(names)} or the path of a .jinja file"
+            )
+    template = Template(name_or_path, path.read_text(encoding="utf-8"))
+    try:
+        _try_out(template)
+    except TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(f"template {path}{f' line {line}' if line else ''}: {error}") from error
+    return template
+
+
+def _try_out(template: Template) -> None:
+    record = {"instruction": "the-instruction", "input": "the-input", "output": "the-output"}
+    prompt = template.prompt(record, bos_token="<bos>", eos_token="<eos>")
+    for part in ("instruction", "input"):
+        if record[part] not in prompt:
+            where = "message.content" if part == "instruction" else "message.input"
+            raise UserError(f"template {template.name}: the prompt loses the record's {part}; write {{{{ {where} }}}}")
+    conversation = [*to_messages(record), {"role": "assistant", "content": record["output"]}]
+    [rendered] = _render([conversation], template.chat_template, bos_token="<bos>", eos_token="<eos>")
+    if not rendered.startswith(prompt + record["output"]):
+        raise UserError(
+            f"template {template.name}: a whole conversation must begin with the prompt and the response\n"
+            f"  prompt and response: {prompt + record['output']!r}\n  conversation:        {rendered!r}"
+        )
+
+
+def _render(conversations: list, chat_template: str, **variables: Any) -> list[str]:
+    """Render many conversations with the very function behind `tokenizer.apply_chat_template`."""
+    rendered: Any = render_jinja_template(conversations, chat_template=chat_template, **variables)
+    return rendered[0]

@@ -1,0 +1,248 @@
+"""A `transformers.Trainer` whose loss is the mean over all supervised tokens of a step, whatever the batch layout."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from recipe.collator import IGNORE_INDEX
+from recipe.generation import generate_responses
+from recipe.report import one_line
+from recipe.templates import Template
+
+UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait for a look; a look is one host sync
+
+
+class InstructionTrainer(Trainer):
+    """Fine-tunes a causal language model on the batches of `DataCollatorForInstructionTuning`.
+
+    What it does beyond the stock Trainer:
+
+    - Loss: sum of token cross-entropies over the supervised targets, divided by their count over all micro-batches of
+      the optimizer step and all processes. 8 x 1 and 1 x 8 accumulated give the same gradients, as do one process and
+      two.
+    - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
+      tokens, so that none depends on the batch size; no logits are kept, so memory does not grow with the split.
+    - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding) and
+      `num_input_tokens_seen`, summed on the device and fetched when something is logged, never in between.
+    - A loss that is NaN or infinite raises `FloatingPointError` at the next log or save, with the step and the rows of
+      the first bad batch, and before anything is saved.
+
+    Takes the arguments of `transformers.Trainer`, but for `compute_metrics`, which is its own.
+
+    Example::
+
+        trainer = InstructionTrainer(
+            model, training_args, data_collator=DataCollatorForInstructionTuning(tokenizer.eos_token_id),
+            train_dataset=splits["train"], eval_dataset=splits["validation"], processing_class=tokenizer,
+        )
+        trainer.train()
+    """
+
+    loss_is_scaled_for_ga = True  # for transformers that ask; earlier ones look at model_accepts_loss_kwargs
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        self.model_accepts_loss_kwargs = True  # compute_loss normalises by itself, whatever forward() takes
+        self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
+        self._device_counts: torch.Tensor | None = None  # real and padded input tokens not yet fetched, (2,) int64
+        self._window_tokens = [0, 0]  # the same, fetched, since the last log
+        self._window_start: float | None = None
+
+    # --- loss -------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """The micro-batches of one optimizer step, and the count of their targets over all processes."""
+        if self._window_start is None:
+            self._window_start = time.perf_counter()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        count = torch.stack([(_targets(batch) != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        return batches, self.accelerator.reduce(count, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Cross-entropy in nats, summed over this micro-batch's targets and divided by `num_items_in_batch`.
+
+        The result is multiplied by the number of processes, because data parallelism averages gradients over them.
+        Without `num_items_in_batch` it is the mean over this micro-batch alone.
+        """
+        targets = _targets(inputs)  # (batch, time)
+        outputs = model(**_model_inputs(inputs))
+        logits = outputs.logits  # (batch, time, vocab)
+        loss = functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        if num_items_in_batch is None:
+            loss = loss / (targets != IGNORE_INDEX).sum()
+        else:
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        if model.training:
+            self._remember(inputs, loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Per row instead of logits: (batch, 2) summed cross-entropy and correct predictions, and (batch, 1) targets.
+
+        The stock loop gathers them over processes and leaves out the rows it repeated to fill the last batch.
+        """
+        inputs = self._prepare_inputs(inputs)
+        targets = _targets(inputs)  # (batch, time)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**_model_inputs(inputs)).logits  # (batch, time, vocab)
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        ).view_as(targets)
+        correct = logits.argmax(-1) == targets  # never at -100, which is no token
+        sums = torch.stack([losses.sum(1), correct.sum(1).float()], dim=1)
+        return None, sums, (targets != IGNORE_INDEX).sum(1, keepdim=True)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`Trainer.evaluate`; its time does not count in the training log's tokens per second."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        if self._window_start is not None:
+            self._window_start += time.perf_counter() - start
+        return metrics
+
+    # --- log --------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer.log`, with throughput and padding beside every training loss."""
+        if "loss" in logs and self._window_start is not None:
+            self._fetch()
+            real, padded = self._window_tokens
+            logs["tokens_per_second"] = round(real / (time.perf_counter() - self._window_start), 1)
+            logs["padding"] = round(padded / max(1, real + padded), 4)
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            self._window_tokens, self._window_start = [0, 0], None
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, after making sure that no loss since the last log was NaN or infinite."""
+        self._fetch()
+        super().save_model(output_dir, _internal_call)
+
+    def _remember(self, inputs: dict[str, torch.Tensor | Any], loss: torch.Tensor) -> None:
+        """Keep what the next log needs, on the device."""
+        total = torch.tensor(inputs["input_ids"].numel(), device=loss.device)
+        real = inputs["attention_mask"].sum() if "attention_mask" in inputs else total
+        counts = torch.stack([real, total - real])
+        self._device_counts = counts if self._device_counts is None else self._device_counts + counts
+        self._unchecked.append((self.state.global_step + 1, loss, inputs.get("row")))
+        if len(self._unchecked) >= UNCHECKED_LIMIT:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Fetch the token counts of all processes, and stop if a loss was not finite: one host sync."""
+        if self._device_counts is None:
+            return
+        finite = torch.stack([loss for _, loss, _ in self._unchecked]).isfinite()
+        summary = torch.cat([self._device_counts, (~finite).sum()[None]])
+        real, padded, bad = self.accelerator.reduce(summary, reduction="sum").tolist()
+        if bad:
+            self._stop_on_bad_loss(finite.tolist())
+        self._unchecked, self._device_counts = [], None
+        self._window_tokens = [self._window_tokens[0] + real, self._window_tokens[1] + padded]
+        if self.args.include_num_input_tokens_seen == "no":  # else the stock Trainer counts
+            self.state.num_input_tokens_seen += real
+
+    def _stop_on_bad_loss(self, finite: list[bool]) -> None:
+        mine = []
+        if not all(finite):
+            step, loss, rows = self._unchecked[finite.index(False)]
+            mine = [(step, loss.item(), None if rows is None else rows.tolist())]
+        step, loss, rows = min(gather_object(mine), key=lambda bad: bad[0])
+        where = "" if rows is None else f" in the batch of training rows {', '.join(map(str, rows))}"
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step}{where}. Training stopped; checkpoints of earlier steps are whole. "
+            "Look at these rows, lower --learning_rate, or leave half precision (--fp16) for --bf16 or float32."
+        )
+
+
+class SampleGenerations(TrainerCallback):
+    """At each evaluation, answers a few prompts, shows the answers and appends them to `output_dir/samples.jsonl`.
+
+    Args:
+        records: what to answer: `instruction`, `input`, `output` (the reference) of each.
+        template: the prompt's template.
+        max_new_tokens: cap on each answer.
+    """
+
+    def __init__(self, records: list[dict[str, Any]], template: Template, max_new_tokens: int = 64) -> None:
+        self.records = records
+        self.prompts = template.prompts(records)
+        self.max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # on every process, because a sharded model generates only if all take part
+        responses = generate_responses(kwargs["model"], kwargs["processing_class"], self.prompts, self.max_new_tokens)
+        if not state.is_world_process_zero:
+            return
+        with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+            for record, response in zip(self.records, responses, strict=True):
+                asked = {name: record[name] for name in ("instruction", "input", "output")}
+                line = {
+                    "step": state.global_step,
+                    **asked,
+                    "response": response.text,
+                    "stop_reason": response.stop_reason,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                question = " | ".join(text for text in (record["instruction"], record["input"]) if text)
+                tqdm.write(
+                    f"  step {state.global_step}  {one_line(question)}\n"
+                    f"    reference  {one_line(record['output'])}\n    response   {one_line(response.text)}"
+                )
+
+
+def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:
+    """Loss (nats per target), perplexity and accuracy from the per-row sums of `InstructionTrainer.prediction_step`."""
+    sums: np.ndarray = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
+    loss_sum, correct = sums.tolist()
+    targets = np.sum(predictions.label_ids)
+    loss = loss_sum / targets
+    return {
+        "loss": float(loss),
+        "perplexity": float(np.exp(loss)),
+        "next_token_accuracy": float(correct / targets),
+    }
+
+
+def _targets(inputs: dict[str, torch.Tensor | Any]) -> torch.Tensor:
+    """What each position should predict, (batch, time): the collator's, or shifted here if it did not shift."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _model_inputs(inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
+    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels", "row")}

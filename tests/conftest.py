@@ -1,0 +1,62 @@
+"""Shared pieces of the tests: no network, one thread a process, real input where it lies beside the repository."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "recipe" / "demo"
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(DEMO / "base")
+
+
+@pytest.fixture
+def demo_model() -> PreTrainedModel:
+    """The demo's base model in float32, in training mode without dropout."""
+    return AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32).train()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    path = SHARED / "data" / "instruction-data.json"
+    if not path.is_file():
+        pytest.skip(f"the real records are not at {path}; the demo's records are tested instead")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_records(real_data: Path) -> list[dict[str, str]]:
+    return json.loads(real_data.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> PreTrainedTokenizerBase:
+    path = SHARED / "gpt2-tokenizer"
+    if not path.is_dir():
+        pytest.skip(f"the GPT-2 tokenizer is not at {path}; the demo's tokenizer is tested instead")
+    return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, so that no test passes by what an earlier run left."""
+    import datasets
+
+    path = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path)
+    return path
