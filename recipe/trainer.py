@@ -90,9 +90,7 @@ class InstructionTrainer(Trainer):
         targets = _targets(inputs)  # (batch, time)
         outputs = model(**_model_inputs(inputs))
         logits = outputs.logits  # (batch, time, vocab)
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        loss = _cross_entropy(logits, targets, reduction="sum")
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE_INDEX).sum()
         else:
@@ -118,9 +116,7 @@ class InstructionTrainer(Trainer):
         targets = _targets(inputs)  # (batch, time)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**_model_inputs(inputs)).logits  # (batch, time, vocab)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        ).view_as(targets)
+        losses = _cross_entropy(logits, targets, reduction="none").view_as(targets)
         correct = logits.argmax(-1) == targets  # never at -100, which is no token
         sums = torch.stack([losses.sum(1), correct.sum(1).float()], dim=1)
         return None, sums, (targets != IGNORE_INDEX).sum(1, keepdim=True)
@@ -242,6 +238,14 @@ def _targets(inputs: dict[str, torch.Tensor | Any]) -> torch.Tensor:
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
     return functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """In nats, in float32 at least: half precision loses small probabilities."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(
+        precise.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+    )
 
 
 def _model_inputs(inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:

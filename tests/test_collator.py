@@ -107,7 +107,9 @@ def test_width_is_a_multiple(shift, width):
 
 
 def test_rows_pass_through_and_other_columns_do_not():
-    batch = DataCollatorForInstructionTuning(pad_token_id=0)([{**row, "row": 7 + i, "length": 3} for i, row in enumerate(ROWS)])
+    batch = DataCollatorForInstructionTuning(pad_token_id=0)(
+        [{**row, "row": 7 + i, "length": 3} for i, row in enumerate(ROWS)]
+    )
     assert batch["row"].tolist() == [7, 8]
     assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels", "row"}
 
