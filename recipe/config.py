@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -127,12 +126,6 @@ class InstructionTrainingArguments(TrainingArguments):
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1 and self.world_size == 1:
-            raise UserError(
-                f"{launched} processes were launched, but each would train alone on the same folder; launch with "
-                "--config_file configs/accelerate/two_processes.yaml or torchrun"
-            )
 
 
 class _Parser(HfArgumentParser):

@@ -226,25 +226,30 @@ def _record_problems(dataset: Dataset, places: Places, split: str) -> list[str]:
     """Every null, blank or non-text value, in row order. Columns are scanned in Arrow; only suspects are looked at."""
     found: list[tuple[int, str]] = []
     for field in FIELDS:
-        for index in _suspects(dataset, field):
-            problem = _value_problem(field, dataset[index][field])
-            if problem:
-                found.append((index, problem))
+        is_text = getattr(dataset.features[field], "dtype", None) in ("string", "large_string")
+        start = 0
+        for table in dataset.select_columns([field]).with_format("arrow").iter(batch_size=10_000):
+            for index in (start + np.flatnonzero(_suspects(table[field], is_text))).tolist():
+                try:
+                    problem = _value_problem(field, dataset[field][index])
+                except UnicodeDecodeError:
+                    problem = f"{field!r} is not UTF-8 text; save the file as UTF-8"
+                if problem:
+                    found.append((index, problem))
+            start += len(table)
     return [f"{_place(places, index, split)}: {problem}" for index, problem in sorted(found, key=lambda item: item[0])]
 
 
-def _suspects(dataset: Dataset, field: str) -> Iterator[int]:
-    is_text = getattr(dataset.features[field], "dtype", None) in ("string", "large_string")
-    if is_text and field == "input":
-        return
-    start = 0
-    for table in dataset.select_columns([field]).with_format("arrow").iter(batch_size=10_000):
-        suspect = np.ones(len(table), dtype=bool)
-        if is_text:
-            trimmed = pc.utf8_trim_whitespace(pc.fill_null(table[field], ""))
-            suspect = pc.equal(trimmed, pa.scalar("", trimmed.type)).to_numpy()
-        yield from (start + np.flatnonzero(suspect)).tolist()
-        start += len(table)
+def _suspects(column: pa.ChunkedArray, is_text: bool) -> np.ndarray:
+    """Which values need a look, (rows,) bool: null, blank, and all of a column that is not text, or not UTF-8."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        is_text = False
+    if not is_text:
+        return np.ones(len(column), dtype=bool)
+    trimmed = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
+    return pc.equal(trimmed, pa.scalar("", trimmed.type)).to_numpy()
 
 
 def _value_problem(field: str, value: Any) -> str | None:

@@ -1,0 +1,155 @@
+"""Bad input: one clear message with file, row, field, value and the way out, for all bad rows at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipe.config import DataArguments, UserError
+from recipe.data import load_records, load_splits
+
+GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+
+
+def refuse(source, **options) -> str:
+    """The message with which the data is refused."""
+    with pytest.raises(UserError) as error:
+        load_records(DataArguments(data=str(source) if isinstance(source, Path) else source, **options))
+    return str(error.value)
+
+
+def write(path: Path, rows: list) -> Path:
+    text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_all_bad_rows_stand_in_one_report(tmp_path, suffix):
+    rows = [
+        GOOD,
+        {**GOOD, "output": ""},
+        {**GOOD, "instruction": "  \n"},
+        {**GOOD, "output": None},
+        {**GOOD, "input": None},  # a record without an input
+        {"prompt": "Say hello.", "completion": "Hello."},
+    ]
+    path = write(tmp_path / f"a.{suffix}", rows)
+    assert refuse(path).splitlines() == [
+        "5 problems in the data; nothing was trained or written:",
+        f"{path} row 1: 'output' is empty (''); write a response or remove the row",
+        f"{path} row 2: 'instruction' is blank ('  \\n'); write the instruction or remove the row",
+        f"{path} row 3: 'output' is null or missing; write a response or remove the row",
+        f"{path} row 5: 'instruction' is null or missing; write the instruction or remove the row",
+        f"{path} row 5: 'output' is null or missing; write a response or remove the row",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(5, "5 (int)"), (["x"], '["x"] (list)'), ({"a": 1}, '{"a": 1} (dict)'), (True, "true (bool)")]
+)
+def test_values_that_are_not_text(tmp_path, value, shown):
+    path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "output": value}, GOOD])
+    assert refuse(path) == f"{path} row 1: 'output' is {shown}, not text; write it as text or remove the row"
+    path = write(tmp_path / "b.jsonl", [{**GOOD, "input": value}] * 2)
+    assert f"{path} row 0: 'input' is {shown}, not text" in refuse(path)
+    assert f"{path} row 1: 'input' is {shown}, not text" in refuse(path)
+
+
+def test_misspelt_and_missing_columns(tmp_path):
+    path = write(tmp_path / "a.json", [{"instructon": "a", "input": "", "response": "b"}])
+    assert refuse(path).splitlines()[1:] == [
+        f"{path}: no column 'instruction' among 'instructon', 'input', 'response'; "
+        "did you mean 'instructon'? Rename it or give --instruction_column instructon",
+        f"{path}: no column 'output' among 'instructon', 'input', 'response'; "
+        "name the column of the output with --output_column NAME",
+    ]
+    path = write(tmp_path / "b.json", [{"instruction": "a", "inptu": "", "output": "b"}])
+    assert "did you mean 'inptu'? Rename it or give --input_column inptu" in refuse(path)
+
+
+def test_broken_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{json.dumps(GOOD)}\n\n{{"instruction": \n{json.dumps(GOOD)}\n"just text"\n', encoding="utf-8")
+    lines = refuse(path).splitlines()
+    assert lines[1].startswith(f"{path} row 1 (line 3): broken JSON at column")
+    assert lines[2] == f'{path} row 3 (line 5): "just text" is not an object with named fields'
+
+
+def test_broken_json_array(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"instruction": "a"},\n {"instruction" "b"}]', encoding="utf-8")
+    assert refuse(path).startswith(f"{path} line 2 column 17: broken JSON")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "the file is empty"), ("[]", "holds no records"), ("\n", "holds no")]
+)
+def test_files_without_records(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    assert f"{path}: {message}" in refuse(path)
+
+
+def test_text_in_another_encoding(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps({**GOOD, "output": "é"}, ensure_ascii=False).encode("latin-1"))
+    assert refuse(path) == f"{path} row 0: 'output' is not UTF-8 text; save the file as UTF-8"
+
+
+def test_rows_are_counted_in_their_own_file(tmp_path):
+    write(tmp_path / "part-0.jsonl", [GOOD, GOOD])
+    second = write(tmp_path / "part-1.jsonl", [GOOD, {**GOOD, "output": ""}])
+    assert refuse(tmp_path / "part-*.jsonl").startswith(f"{second} row 1: 'output' is empty")
+
+
+def test_files_that_do_not_go_together(tmp_path):
+    first = write(tmp_path / "part-0.jsonl", [GOOD])
+    second = write(tmp_path / "part-1.jsonl", [{**GOOD, "output": 3}])
+    message = refuse(tmp_path / "part-*.jsonl")
+    assert str(first) in message and str(second) in message and "output (int64)" in message
+
+
+def test_missing_file_names_the_near_one(tmp_path):
+    path = write(tmp_path / "records.json", [GOOD])
+    assert f"did you mean {str(path)!r}?" in refuse(tmp_path / "recrods.json")
+    assert "no such file" in refuse(str(tmp_path / "*.parquet"))
+    (tmp_path / "notes.txt").write_text("x")
+    assert "unknown format" in refuse(tmp_path / "notes.txt")
+
+
+def test_hub_id_that_cannot_be_reached():
+    message = refuse("nobody/no-such-dataset")
+    assert "'nobody/no-such-dataset'" in message and "hf auth login" in message
+
+
+def test_no_data_and_too_few_records(tmp_path):
+    with pytest.raises(UserError, match="no data"):
+        load_records(DataArguments())
+    path = write(tmp_path / "a.json", [GOOD])
+    assert "1 records are too few to split into train, test and validation" in refuse(path)
+
+
+def test_empty_split_after_dropping(tmp_path, demo_tokenizer):
+    path = write(tmp_path / "a.json", [{**GOOD, "output": "word " * 300}])
+    config = DataArguments(data=str(path), validation_ratio=0, test_ratio=0, overflow="drop")
+    with pytest.raises(
+        UserError, match="the train split is empty: all of its 1 records are longer than --max_length 256"
+    ):
+        load_splits(config, demo_tokenizer)
+
+
+def test_tokenizer_without_end_of_text_token(tmp_path, demo_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    tokenizer.eos_token = None
+    path = write(tmp_path / "a.json", [GOOD])
+    with pytest.raises(UserError, match="no end-of-text token"):
+        load_splits(DataArguments(data=str(path), validation_ratio=0, test_ratio=0), tokenizer)
+
+
+def test_a_long_report_counts_the_rest(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**GOOD, "output": ""}] * 1000)
+    lines = refuse(path).splitlines()
+    assert lines[0].startswith("1000 problems") and lines[-1] == "... and 900 more" and len(lines) == 102
