@@ -110,8 +110,8 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {output_dir} already holds another run; add --resume_from_checkpoint true to go on, "
-            "--overwrite_output_dir to start over, or name another folder"
+            f"--output_dir {output_dir} already holds another run or other files; add --resume_from_checkpoint true to "
+            "go on, --overwrite_output_dir to start over, or name another folder"
         )
     return None
 

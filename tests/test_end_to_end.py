@@ -1,0 +1,204 @@
+"""The main job as a user runs it: real processes, real records, the folder that comes out."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, ROOT, SHARED
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from recipe.generation import generate_responses
+from recipe.templates import load_template
+
+ONE = ("--config_file", "accelerate_config.yaml")
+TWO = ("--config_file", "configs/accelerate/two_processes.yaml", "--main_process_port", "0")
+
+
+def run(*command: str, cache: Path, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def launch(script: str, *arguments: str, processes=ONE, cache: Path) -> subprocess.CompletedProcess:
+    return run("-m", "accelerate.commands.launch", *processes, script, *arguments, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache) -> Path:
+    """A GPT-2 of small size with random weights, a few steps on real records (the demo's, where those are absent)."""
+    output_dir = tmp_path_factory.mktemp("runs") / "real"
+    real = SHARED.is_dir()
+    tokenizer = SHARED / "gpt2-tokenizer" if real else DEMO / "base"
+    data = SHARED / "data" / "instruction-data.json" if real else DEMO / "records" / "train.jsonl"
+    done = launch(
+        "scripts/train.py", "configs/gpt2.yaml", "--model_type", "gpt2", "--tokenizer_name", str(tokenizer),
+        "--config_overrides", "n_layer=2,n_head=2,n_embd=64,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
+        "--data", str(data), "--output_dir", str(output_dir), "--max_steps", "6", "--learning_rate", "3e-3",
+        "--gradient_accumulation_steps", "1", "--logging_steps", "2", "--eval_strategy", "steps", "--eval_steps", "3",
+        "--save_strategy", "steps", "--save_steps", "3", "--num_sample_generations", "2", cache=cache,
+    )  # fmt: skip
+    assert "random weights (gpt2)" in done.stdout
+    assert "% supervised" in done.stdout
+    return output_dir
+
+
+def test_the_folder_holds_what_the_design_lists(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "trainer_state.json", "run.json", "loss.png", "README.md", "samples.jsonl",
+    }  # fmt: skip
+    pickles = {name for name in names if name.endswith((".bin", ".pt", ".pkl"))}
+    assert pickles <= {"training_args.bin"}  # the Trainer's own; weights are safetensors
+    assert (trained / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((trained / "config.json").read_text())["use_cache"] is True
+
+
+def test_run_record_tells_how_to_repeat_it(trained):
+    run_record = json.loads((trained / "run.json").read_text())
+    assert run_record["weights_from"] == "random weights (gpt2)"
+    assert run_record["versions"].keys() >= {"torch", "transformers", "datasets", "accelerate"}
+    assert run_record["seed"] == run_record["config"]["training"]["seed"] == 123
+    assert run_record["rows"] == {"dropped": 0, "truncated": 0, "left_out_of_train_as_duplicates": 0}
+    assert run_record["result"]["steps"] == 6
+    assert run_record["result"]["eval"]["eval_loss"] > 0
+    assert len(run_record["data_hash"]) == 16
+
+
+def test_the_log_has_loss_speed_padding_and_evaluations(trained):
+    history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    train = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in train] == [2, 4, 6]
+    assert train[-1]["loss"] < train[0]["loss"]
+    for entry in train:
+        assert entry["tokens_per_second"] > 0 and 0 <= entry["padding"] < 1 and entry["learning_rate"] >= 0
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [3, 6]
+    for entry in evaluations:
+        assert entry["eval_perplexity"] == pytest.approx(math.exp(entry["eval_loss"]))
+        assert 0 <= entry["eval_next_token_accuracy"] <= 1
+    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [3, 3, 6, 6]
+
+
+def test_saved_folder_loads_in_a_pipeline_and_answers_as_we_do(trained):
+    generator = pipeline("text-generation", model=str(trained), device="cpu")
+    message = {"role": "user", "content": "Rewrite it in the past tense.", "input": "She walks to school."}
+    [answer] = generator([message], max_new_tokens=10)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    prompt = load_template("alpaca").prompt({"instruction": message["content"], "input": message["input"]})
+    [response] = generate_responses(model, tokenizer, [prompt], max_new_tokens=10)
+    assert answer["generated_text"][-1]["content"] == response.text
+
+
+def test_evaluation_with_one_and_two_processes_gives_the_same_answers(trained, cache, tmp_path):
+    written = {}
+    for name, processes in (("one", ONE), ("two", TWO)):
+        done = launch(
+            "scripts/eval.py", "--model", str(trained), "--baseline", str(trained / "checkpoint-3"), "--output_dir",
+            str(tmp_path / name), "--max_new_tokens", "4", "--batch_size", "7", processes=processes, cache=cache,
+        )  # fmt: skip
+        assert done.stdout.count("exact_match") == 1  # two processes, one table
+        written[name] = (tmp_path / name / "predictions.jsonl").read_text()
+    assert written["one"] == written["two"]
+    predictions = [json.loads(line) for line in written["one"].splitlines()]
+    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    assert metrics["n"] == len(predictions) == len({prediction["id"] for prediction in predictions})
+    run_record = json.loads((trained / "run.json").read_text())
+    assert metrics["n"] == run_record["splits"]["test"]["rows"]  # the very split that training held out
+    assert metrics["metrics"].keys() == {"exact_match", "token_f1", "rouge_l"}
+    for value in metrics["metrics"].values():
+        assert value["delta"] == pytest.approx(value["tuned"] - value["baseline"])
+        assert value["ci95"][0] <= value["delta"] <= value["ci95"][1]
+    assert metrics["judge"] is None and set(metrics["behaviour"]["stop_rate"]) == {"baseline", "tuned"}
+
+
+def test_real_predictions_are_scored_from_their_file(cache, tmp_path):
+    path = SHARED / "data" / "gpt2-medium-responses.json"
+    if not path.is_file():
+        pytest.skip(f"the real predictions are not at {path}")
+    run("scripts/eval.py", "--predictions", str(path), "--output_dir", str(tmp_path / "scores"), cache=cache)
+    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert metrics["n"] == 110
+    assert metrics["metrics"]["exact_match"]["tuned"] == pytest.approx(17 / 110)
+    assert metrics["metrics"]["exact_match"]["delta"] is None
+
+
+def test_another_run_in_the_folder_is_not_touched_unless_asked(trained, cache):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    arguments = ("scripts/train.py", "configs/demo.yaml", "--output_dir", str(trained))
+    done = run(*arguments, cache=cache, expect=1)
+    assert done.stderr.startswith(f"error: --output_dir {trained} already holds another run")
+    assert "Traceback" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_resuming_goes_on_and_overwriting_starts_over(cache, tmp_path):
+    options = (
+        "scripts/train.py", "configs/demo.yaml", "--output_dir", str(tmp_path / "run"), "--save_strategy", "steps",
+        "--save_steps", "1", "--eval_strategy", "no", "--warmup_steps", "0", "--per_device_train_batch_size", "2",
+        "--lr_scheduler_type", "constant",
+    )  # fmt: skip
+    run(*options, "--max_steps", "2", cache=cache)
+    run(*options, "--max_steps", "3", "--resume_from_checkpoint", "true", cache=cache)
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+    run(*options, "--max_steps", "2", "--save_strategy", "no", "--overwrite_output_dir", cache=cache)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == 2
+
+
+def test_bad_records_stop_everything_before_anything_is_written(cache, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "output": ""}\n{"instruction": null, "output": "b"}\n')
+    done = run(
+        "scripts/train.py",
+        "configs/demo.yaml",
+        "--data",
+        str(bad),
+        "--output_dir",
+        str(tmp_path / "run"),
+        cache=cache,
+        expect=1,
+    )
+    assert [line for line in done.stderr.splitlines() if "row" in line] == [
+        f"{bad} row 0: 'output' is empty (''); write a response or remove the row",
+        f"{bad} row 1: 'instruction' is null or missing; write the instruction or remove the row",
+    ]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = run(
+        "scripts/eval.py",
+        "--model",
+        str(DEMO / "base"),
+        "--data",
+        str(bad),
+        "--output_dir",
+        str(tmp_path / "e"),
+        cache=cache,
+        expect=1,
+    )
+    assert "row 0: 'output' is empty" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_half_precision_flag_trains_on_a_cpu(cache, tmp_path):
+    run(
+        "scripts/train.py", "configs/demo.yaml", "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--bf16", "true",
+        "--logging_steps", "1", "--eval_strategy", "no", "--per_device_train_batch_size", "2", cache=cache,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.dtype == torch.float32  # the weights stay whole; only the arithmetic was half

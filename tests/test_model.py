@@ -1,0 +1,97 @@
+"""Where weights come from, and what is said when they cannot."""
+
+import pytest
+import torch
+from conftest import DEMO
+from transformers import AutoTokenizer, pipeline
+
+from recipe.config import ModelArguments, UserError
+from recipe.model import context_length, load_model, load_tokenizer, prepare_for_chat
+from recipe.templates import load_template
+
+BASE = str(DEMO / "base")
+
+
+def test_folder_is_loaded_in_float32(demo_tokenizer):
+    model, origin = load_model(ModelArguments(model_name_or_path=BASE), demo_tokenizer)
+    assert origin == BASE
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model, _ = load_model(ModelArguments(model_name_or_path=BASE, dtype="bfloat16"), demo_tokenizer)
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("gpt2", "n_layer=1,n_embd=32,n_head=2,n_positions=64,resid_pdrop=0.0"),
+        (
+            "llama",
+            "num_hidden_layers=1,hidden_size=32,intermediate_size=64,num_attention_heads=2,num_key_value_heads=1",
+        ),
+    ],
+)
+def test_random_weights_from_a_config(demo_tokenizer, model_type, overrides):
+    config = ModelArguments(model_type=model_type, tokenizer_name=BASE, config_overrides=overrides)
+    model, origin = load_model(config, load_tokenizer(config))
+    assert origin == f"random weights ({model_type})"
+    assert model.config.model_type == model_type
+    assert model.config.vocab_size == len(demo_tokenizer)
+    assert model.config.eos_token_id == demo_tokenizer.eos_token_id
+    assert context_length(model) == (64 if model_type == "gpt2" else 2048)
+
+
+def test_overrides_change_a_trained_models_dropout(demo_tokenizer):
+    config = ModelArguments(model_name_or_path=BASE, config_overrides="resid_pdrop=0.25")
+    model, _ = load_model(config, demo_tokenizer)
+    assert model.transformer.h[0].mlp.dropout.p == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "name the model"),
+        ({"model_name_or_path": BASE, "model_type": "gpt2"}, "name the model"),
+        ({"model_type": "gpt22", "tokenizer_name": BASE}, "unknown --model_type 'gpt22'"),
+        ({"model_name_or_path": "no/such-model", "tokenizer_name": BASE}, "model 'no/such-model'"),
+        ({"model_name_or_path": BASE, "config_overrides": "n_layers=3"}, "n_layers"),
+        ({"model_name_or_path": BASE, "config_overrides": "n_embd=96"}, f"model '{BASE}'"),
+        (
+            {
+                "model_type": "gpt2",
+                "tokenizer_name": BASE,
+                "config_overrides": "vocab_size=10,n_layer=1,n_embd=8,n_head=1",
+            },
+            "10 embeddings",
+        ),
+    ],
+)
+def test_models_that_cannot_be_are_refused(demo_tokenizer, options, message):
+    with pytest.raises(UserError, match=message):
+        load_model(ModelArguments(**options), demo_tokenizer)
+
+
+def test_tokenizers_that_cannot_be_are_refused(tmp_path, demo_tokenizer):
+    with pytest.raises(UserError, match="give --tokenizer_name"):
+        load_tokenizer(ModelArguments(model_type="gpt2"))
+    with pytest.raises(UserError, match="tokenizer 'no/such'"):
+        load_tokenizer(ModelArguments(tokenizer_name="no/such"))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        load_tokenizer(ModelArguments(tokenizer_name=str(tmp_path)))
+
+
+def test_saved_folder_answers_in_a_pipeline_in_batches(tmp_path, demo_model):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    prepare_for_chat(demo_model, tokenizer, load_template("alpaca"))
+    demo_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path), dtype=torch.float32, device="cpu")
+    chats = [[{"role": "user", "content": text}] for text in ("Name a colour.", "Write the plural of this word: cat")]
+    alone = [generator([chat], max_new_tokens=8)[0][0]["generated_text"][-1]["content"] for chat in chats]
+    batched = [
+        answer[0]["generated_text"][-1]["content"] for answer in generator(chats, batch_size=2, max_new_tokens=8)
+    ]
+    assert batched == alone and all(isinstance(text, str) for text in alone)
+    assert generator.model.generation_config.do_sample is False
