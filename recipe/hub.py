@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ def write_model_card(output_dir: Path, run: Mapping[str, Any]) -> None:
     """Write `README.md` beside the weights, from what `run.json` holds."""
     model, data = run["config"]["model"], run["config"]["data"]
     base_model = model["model_name_or_path"]
-    is_hub_id = base_model is not None and not Path(base_model).exists()
     card_data = ModelCardData(
-        base_model=base_model if is_hub_id else None,
+        base_model=base_model if _is_hub_id(base_model) else None,
+        datasets=[data["data"]] if _is_hub_id(data["data"]) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["instruction-tuning", "sft"],
@@ -26,3 +27,7 @@ def write_model_card(output_dir: Path, run: Mapping[str, Any]) -> None:
         card_data, template_path=str(CARD_TEMPLATE), name=output_dir.name, run=run, data=data
     )
     card.save(output_dir / "README.md")
+
+
+def _is_hub_id(source: Any) -> bool:
+    return isinstance(source, str) and not glob.has_magic(source) and not Path(source).exists()
