@@ -99,12 +99,16 @@ class DataArguments:
 
 @dataclass
 class InstructionTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the defaults instruction tuning needs, and three fields more."""
+    """`transformers.TrainingArguments` with the defaults instruction tuning needs, and two fields more."""
 
     # The data step hands over only columns that are needed; `row` must reach the trainer to name a bad batch.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
     # The stock filter hides NaN and costs a device sync per step; InstructionTrainer stops on NaN instead.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and Inf losses in the log."})
+    # The Trainer's own default searches the graph at each step for parameters that a causal model does not have.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "For models of which some parameters take no part in the loss."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over in an output_dir that holds another run, replacing it."}
     )

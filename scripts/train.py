@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         write_json(output_dir / "run.json", run)
         plot_loss(trainer.state.log_history, output_dir / "loss.png")
         write_model_card(output_dir, run)
-        say(f"\nDone: {output_dir}/ holds the model; look at {output_dir}/loss.png and {output_dir}/samples.jsonl")
+        say(f"\nDone: the model is in {output_dir}/; look at loss.png, samples.jsonl and run.json there")
 
 
 def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
