@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 DEMO := outputs/demo
+# `accelerate launch` gives a process on a CPU one thread unless it is told otherwise
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: setup demo test lint
 
@@ -14,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(RUN)/accelerate launch --quiet --config_file accelerate_config.yaml scripts/train.py configs/demo.yaml \
+	OMP_NUM_THREADS=$(CORES) $(RUN)/accelerate launch --quiet --config_file accelerate_config.yaml scripts/train.py configs/demo.yaml \
 		--output_dir $(DEMO) --overwrite_output_dir
 	$(RUN)/python scripts/eval.py --model $(DEMO) --baseline recipe/demo/base --split test test_unseen \
 		--output_dir $(DEMO)-eval

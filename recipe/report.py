@@ -44,10 +44,11 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
-    """Print a table in the terminal; the first column is text, the others are figures."""
+    """Print a table in the terminal. Columns of text come first; figures stand on the right."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        is_text = all(not row[index] or not row[index][-1] in "0123456789%" for row in rows)
+        table.add_column(column, justify="left" if index == 0 or is_text else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console(width=None if Console().is_terminal else 120).print(table)
@@ -77,8 +78,8 @@ def print_scores(splits: Mapping[str, Mapping]) -> None:
     for name, scores in splits.items():
         for metric, value in scores["metrics"].items():
             low, high = value["ci95"]
-            change = "" if value["delta"] is None else f"{value['delta']:+.1%}"
-            interval = f"{low:+.1%} to {high:+.1%}" if value["delta"] is not None else f"{low:.1%} to {high:.1%}"
+            change = "" if value["delta"] is None else f"{100 * value['delta']:+.1f}"
+            interval = f"{100 * low:+.1f} to {100 * high:+.1f}" if change else f"{low:.1%} to {high:.1%}"
             rows.append(
                 [
                     f"{name} ({scores['n']})",
@@ -100,7 +101,7 @@ def print_scores(splits: Mapping[str, Mapping]) -> None:
                 "",
             ]
         )
-    print_table("Scores", ["split (records)", "metric", "base", "tuned", "change", "95 % interval"], rows)
+    print_table("Scores", ["split (records)", "metric", "base", "tuned", "points", "95 % interval"], rows)
 
     families = dict.fromkeys(family for scores in splits.values() for family in scores["families"])
     if families:
@@ -116,14 +117,16 @@ def print_scores(splits: Mapping[str, Mapping]) -> None:
 
 def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:
     """Print a few prompts with the reference and what base and tuned answered, from the whole length of the list."""
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     for prediction in predictions[:: max(1, len(predictions) // count)][:count]:
         question = " | ".join(text for text in (prediction["instruction"], prediction["input"]) if text)
         console.print(f"\n[bold]{escape(one_line(question))}[/bold]")
-        console.print(f"  reference  {escape(one_line(prediction['output']))}")
-        for model, label in (("baseline", "base     "), ("tuned", "tuned    ")):
-            if model in prediction:
-                console.print(f"  {label}  {escape(one_line(prediction[model]['text']))}")
+        answers = {"reference": prediction["output"]}
+        answers |= {
+            label: prediction[m]["text"] for m, label in (("baseline", "base"), ("tuned", "tuned")) if m in prediction
+        }
+        for label, text in answers.items():
+            console.print(f"  {label:<10} {escape(one_line(text, 100))}")
 
 
 def one_line(text: str, limit: int = 200) -> str:

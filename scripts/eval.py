@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import DatasetDict
@@ -50,6 +51,7 @@ class EvalArguments:
 
 def main(argv: list[str]) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
+    transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
     args, data_args, run = parse(argv)
     output_dir = Path(args.output_dir)
 

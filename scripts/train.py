@@ -5,11 +5,13 @@ accelerate launch --config_file accelerate_config.yaml scripts/train.py configs/
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -55,6 +57,11 @@ def main(argv: list[str]) -> None:
         f"Model: {origin}, {model.num_parameters():,} parameters; "
         f"{training_args.world_size} process(es) on {training_args.device}"
     )
+    cores = os.cpu_count() or 1
+    if training_args.device.type == "cpu" and torch.get_num_threads() * training_args.world_size < cores:
+        say(
+            f"Only {torch.get_num_threads()} thread(s) of {cores} cores a process: set OMP_NUM_THREADS={cores} for more"
+        )
 
     # trainer
     validation = splits.get("validation")
