@@ -47,7 +47,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Print a table in the terminal. Columns of text come first; figures stand on the right."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for index, column in enumerate(columns):
-        is_text = all(not row[index] or not row[index][-1] in "0123456789%" for row in rows)
+        is_text = all(not row[index] or row[index][-1] not in "0123456789%" for row in rows)
         table.add_column(column, justify="left" if index == 0 or is_text else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
