@@ -57,8 +57,9 @@ class InstructionTrainer(Trainer):
         super().__init__(*args, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # compute_loss normalises by itself, whatever forward() takes
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
-        self._device_counts: torch.Tensor | None = None  # real and padded input tokens not yet fetched, (2,) int64
-        self._window_tokens = [0, 0]  # the same, fetched, since the last log
+        self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
+        self._computed_tokens = 0  # with padding
+        self._window_tokens = [0, 0]  # real and computed tokens of all processes, fetched, since the last log
         self._window_start: float | None = None
 
     # --- loss -------------------------------------------------------------------------------------------------------
@@ -135,9 +136,9 @@ class InstructionTrainer(Trainer):
         """`Trainer.log`, with throughput and padding beside every training loss."""
         if "loss" in logs and self._window_start is not None:
             self._fetch()
-            real, padded = self._window_tokens
+            real, computed = self._window_tokens
             logs["tokens_per_second"] = round(real / (time.perf_counter() - self._window_start), 1)
-            logs["padding"] = round(padded / max(1, real + padded), 4)
+            logs["padding"] = round(1 - real / max(1, computed), 4)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             self._window_tokens, self._window_start = [0, 0], None
         super().log(logs, start_time)
@@ -149,25 +150,25 @@ class InstructionTrainer(Trainer):
 
     def _remember(self, inputs: dict[str, torch.Tensor | Any], loss: torch.Tensor) -> None:
         """Keep what the next log needs, on the device."""
-        total = torch.tensor(inputs["input_ids"].numel(), device=loss.device)
-        real = inputs["attention_mask"].sum() if "attention_mask" in inputs else total
-        counts = torch.stack([real, total - real])
-        self._device_counts = counts if self._device_counts is None else self._device_counts + counts
+        computed = inputs["input_ids"].numel()
+        self._computed_tokens += computed
+        self._real_tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else computed
         self._unchecked.append((self.state.global_step + 1, loss, inputs.get("row")))
         if len(self._unchecked) >= UNCHECKED_LIMIT:
             self._fetch()
 
     def _fetch(self) -> None:
         """Fetch the token counts of all processes, and stop if a loss was not finite: one host sync."""
-        if self._device_counts is None:
+        if not self._unchecked:
             return
         finite = torch.stack([loss for _, loss, _ in self._unchecked]).isfinite()
-        summary = torch.cat([self._device_counts, (~finite).sum()[None]])
-        real, padded, bad = self.accelerator.reduce(summary, reduction="sum").tolist()
+        counts = [self._real_tokens, self._computed_tokens, (~finite).sum()]
+        summary = torch.stack([torch.as_tensor(count, device=finite.device) for count in counts])
+        real, computed, bad = self.accelerator.reduce(summary, reduction="sum").tolist()
         if bad:
             self._stop_on_bad_loss(finite.tolist())
-        self._unchecked, self._device_counts = [], None
-        self._window_tokens = [self._window_tokens[0] + real, self._window_tokens[1] + padded]
+        self._unchecked, self._real_tokens, self._computed_tokens = [], 0, 0
+        self._window_tokens = [self._window_tokens[0] + real, self._window_tokens[1] + computed]
         if self.args.include_num_input_tokens_seen == "no":  # else the stock Trainer counts
             self.state.num_input_tokens_seen += real
 

@@ -321,7 +321,7 @@ def main() -> None:
     documents = write_text(SEED)
     tokenizer = train_tokenizer(documents)
     model = pretrain(batch_up(documents, tokenizer, SEED), SEED)
-    model.to(torch.bfloat16).save_pretrained(BASE_DIR)
+    model.bfloat16().save_pretrained(BASE_DIR)
     tokenizer.save_pretrained(BASE_DIR)
 
 

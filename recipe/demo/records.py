@@ -154,8 +154,8 @@ def draw_sorting(rng: random.Random, words: Words) -> Task:
 
 def draw_comparison(rng: random.Random, words: Words) -> Task:
     """Two animals, named in either order: the answer depends on both and on the word that compares them."""
-    small, large = sorted(rng.sample(range(len(words.by_size)), 2))
-    small, large = article(words.by_size[small]), article(words.by_size[large])
+    lower, higher = sorted(rng.sample(range(len(words.by_size)), 2))
+    small, large = article(words.by_size[lower]), article(words.by_size[higher])
     comparative = rng.choice(["bigger", "smaller", "heavier", "lighter"])
     first, second = (large, small) if comparative in ("bigger", "heavier") else (small, large)
     named = " or ".join(rng.sample([small, large], 2))

@@ -1,0 +1,40 @@
+"""What `make demo` promises, checked on what it left; run after it: `pytest -n 0 tests/acceptance`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+METRICS = ROOT / "outputs" / "demo-eval" / "metrics.json"
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict:
+    assert METRICS.is_file(), "run `make demo` first"
+    return json.loads(METRICS.read_text(encoding="utf-8"))["splits"]
+
+
+def test_base_cannot_and_tuned_can(splits):
+    match = splits["test"]["metrics"]["exact_match"]
+    assert splits["test"]["n"] == 400
+    assert match["baseline"] <= 0.02
+    assert match["tuned"] >= 0.80
+    assert match["ci95"][0] > 0.70
+
+
+def test_tuned_stops_by_itself_although_padding_is_the_end_of_text_token(splits):
+    assert splits["test"]["behaviour"]["stop_rate"]["tuned"] >= 0.95
+
+
+def test_every_family_is_listed_and_unseen_stands_beside_it(splits):
+    assert len(splits["test"]["families"]) == 14
+    assert splits["test_unseen"]["n"] == 200
+    assert splits["test_unseen"]["families"].keys() == splits["test"]["families"].keys()
+    assert 0 < splits["test_unseen"]["metrics"]["exact_match"]["tuned"] <= 1
+
+
+def test_training_left_its_picture_and_its_record():
+    run = json.loads((ROOT / "outputs" / "demo" / "run.json").read_text(encoding="utf-8"))
+    assert run["result"]["eval"]["eval_loss"] < 0.2
+    assert (ROOT / "outputs" / "demo" / "loss.png").stat().st_size > 10_000
