@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from recipe.config import DataArguments, UserError
@@ -44,8 +45,14 @@ def read_records(config: DataArguments) -> DatasetDict:
     splits = DatasetDict()
     problems: list[str] = []
     for split, source in _named_sources(config.data).items():
-        loaded, places = _load_source(source, problems)
-        for name, dataset in loaded.items():
+        loaded = _load_source(source, problems)
+        if split is not None and len(loaded) > 1:  # a folder or Hub id that names splits itself
+            if split not in loaded:
+                raise UserError(
+                    f"data, split {split!r}: {source} has {', '.join(loaded)}; name one of its files instead"
+                )
+            loaded = {split: loaded[split]}
+        for name, (dataset, places) in loaded.items():
             mapped = _map_columns(dataset, config, source, problems)
             if mapped is not None:
                 problems += _record_problems(mapped, places, name)
@@ -78,17 +85,40 @@ def _named_sources(data: dict | str | list) -> dict[str | None, str | list[str]]
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _load_source(source: str | list[str], problems: list[str]) -> tuple[dict[str, Dataset], Places]:
+def _load_source(source: str | list[str], problems: list[str]) -> dict[str, tuple[Dataset, Places]]:
+    """Split name to dataset and files; whatever cannot be read goes to `problems`."""
     patterns = [source] if isinstance(source, str) else source
+    if all(Path(pattern).is_dir() for pattern in patterns):
+        return _load_folders(patterns, problems)
     if len(patterns) > 1 or _names_files(patterns[0]):
-        return _load_files([file for pattern in patterns for file in _expand(pattern)], problems)
+        return _load_files("train", [file for pattern in patterns for file in _expand(pattern)], problems)
     try:
-        return dict(load_dataset(patterns[0])), [(patterns[0], 0)]
+        return {name: (dataset, [(patterns[0], 0)]) for name, dataset in load_dataset(patterns[0]).items()}
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UserError(
             f"data {patterns[0]!r}: not a file here, and no dataset that datasets can load ({error}); check the name, "
             "run `hf auth login` if it is private, or give a .json, .jsonl, .csv or .parquet file"
         ) from error
+
+
+def _load_folders(folders: list[str], problems: list[str]) -> dict[str, tuple[Dataset, Places]]:
+    """The files of a folder, in the splits their names tell, as on the Hub: train.jsonl, data/test-00000.parquet."""
+    files: dict[str, list[str]] = {}
+    for folder in folders:
+        try:
+            found = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder)
+        except EmptyDatasetError as error:
+            raise UserError(
+                f"data {folder!r}: the folder holds no data files; put .jsonl or other files into it"
+            ) from error
+        for split, paths in found.items():
+            files.setdefault(str(split), []).extend(path for path in paths if Path(path).suffix in FORMATS)
+    if not any(files.values()):
+        raise UserError(f"data {', '.join(folders)}: no files in a known format; give one of {', '.join(FORMATS)}")
+    loaded: dict[str, tuple[Dataset, Places]] = {}
+    for split, paths in files.items():
+        loaded |= _load_files(split, paths, problems)
+    return loaded
 
 
 def _names_files(source: str) -> bool:
@@ -112,7 +142,7 @@ def _expand(pattern: str) -> list[str]:
     return files
 
 
-def _load_files(files: list[str], problems: list[str]) -> tuple[dict[str, Dataset], Places]:
+def _load_files(split: str, files: list[str], problems: list[str]) -> dict[str, tuple[Dataset, Places]]:
     """One file at a time, so that each record's row in its own file stays known; datasets caches each."""
     parts: list[tuple[str, Dataset]] = []
     for file in files:
@@ -120,13 +150,13 @@ def _load_files(files: list[str], problems: list[str]) -> tuple[dict[str, Datase
         if part is not None:
             parts.append((file, part))
     if not parts:
-        return {}, []
+        return {}
     places, first_row = [], 0
     for file, part in parts:
         places.append((file, first_row))
         first_row += len(part)
     try:
-        return {"train": concatenate_datasets([part for _, part in parts])}, places
+        return {split: (concatenate_datasets([part for _, part in parts]), places)}
     except ValueError:  # raised without a file's name
         first_file, first = parts[0]
         problems += [
@@ -135,7 +165,7 @@ def _load_files(files: list[str], problems: list[str]) -> tuple[dict[str, Datase
             for file, part in parts[1:]
             if part.features != first.features
         ]
-        return {}, []
+        return {}
 
 
 def _describe(features: Features) -> str:
@@ -144,24 +174,55 @@ def _describe(features: Features) -> str:
 
 def _load_file(file: str, problems: list[str]) -> Dataset | None:
     kind = FORMATS[Path(file).suffix]
-    if Path(file).stat().st_size == 0:
-        problems.append(f"{file}: the file is empty; give it at least one record")
-        return None
     try:
-        return load_dataset(
-            kind, data_files=glob.escape(file), split="train", **(_csv_as_text(file) if kind == "csv" else {})
-        )
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
-        found = list(_json_problems(file)) if kind == "json" else []
+        if Path(file).stat().st_size == 0:
+            problems.append(f"{file}: the file is empty; give it at least one record")
+            return None
+        options: dict[str, Any] = {}
+        if kind == "csv":
+            header, ragged = _read_csv_shape(file)
+            if ragged:
+                problems += ragged
+                return None
+            # text stays text: "007" is not 7, and "None" or an empty cell is not null
+            options = {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
+        dataset = load_dataset(kind, data_files=glob.escape(file), split="train", **options)
+        if len(dataset) == 0:
+            problems.append(f"{file}: holds no records; give it at least one")
+            return None
+        return _as_plain_text(dataset, file) if kind == "json" else dataset
+    except (DatasetGenerationError, ValueError, TypeError, OSError, StopIteration, csv.Error) as error:
+        found = list(_json_problems(file)) if kind == "json" and not isinstance(error, OSError) else []
         problems += found or [f"{file}: cannot be read as {kind}: {error.__cause__ or error}"]
         return None
 
 
-def _csv_as_text(file: str) -> dict[str, Any]:
-    """Options that keep text as it is: "007" is not 7, and "None" or an empty cell is not null."""
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        header = next(csv.reader(lines))
-    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
+def _read_csv_shape(file: str) -> tuple[list[str], list[str]]:
+    """The header, and a problem for each row that has more or fewer fields than it."""
+    with open(file, encoding="utf-8-sig", newline="") as text:
+        lines = (fields for fields in csv.reader(text) if fields)
+        header = next(lines)
+        problems = [
+            f"{file} row {row}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
+            "put text with commas or quotes in double quotes"
+            for row, fields in enumerate(lines)
+            if len(fields) != len(header)
+        ]
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        problems.insert(0, f"{file}: the header names {', '.join(map(repr, repeated))} twice; rename one of them")
+    return header, problems
+
+
+def _as_plain_text(dataset: Dataset, file: str) -> Dataset:
+    """A JSON column in which every text is a date is read as dates; read such a file again as what it says."""
+    if not any(pa.types.is_temporal(kind) for kind in dataset.data.schema.types):
+        return dataset
+    text = Path(file).read_text(encoding="utf-8-sig")
+    is_array = text.lstrip().startswith("[")
+    return Dataset.from_list(
+        json.loads(text) if is_array else [json.loads(line) for line in text.split("\n") if line.strip()]
+    )
 
 
 def _json_problems(file: str) -> Iterator[str]:
@@ -173,10 +234,15 @@ def _json_problems(file: str) -> Iterator[str]:
         return
     if text.lstrip().startswith("["):
         try:
-            if not json.loads(text):
-                yield f"{file}: holds no records; give it at least one"
+            elements = json.loads(text)
         except json.JSONDecodeError as error:
             yield f"{file} line {error.lineno} column {error.colno}: broken JSON ({error.msg}); mend it there"
+            return
+        if not elements:
+            yield f"{file}: holds no records; give it at least one"
+        for row, element in enumerate(elements):
+            if not isinstance(element, dict):
+                yield f"{file} row {row}: {_shorten(json.dumps(element))} is not an object with named fields"
         return
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -214,9 +280,12 @@ def _map_columns(dataset: Dataset, config: DataArguments, source: Any, problems:
     if missing:
         problems += missing
         return None
-    renames = {column: name for name, column in columns.items() if column != name and column in dataset.column_names}
-    in_the_way = [name for name in (*renames.values(), "row") if name in dataset.column_names]
-    dataset = dataset.remove_columns(in_the_way).rename_columns(renames)
+    renames = {column: name for name, column in columns.items() if column in dataset.column_names}
+    if len(renames) < len([column for column in columns.values() if column in dataset.column_names]):
+        problems.append(f"{source}: two fields are mapped to one column ({columns}); give each its own")
+        return None
+    kept = [name for name in dataset.column_names if name in renames or name not in (*FIELDS, "row")]
+    dataset = dataset.select_columns(kept).rename_columns(renames)
     if "input" not in dataset.column_names:
         dataset = dataset.add_column("input", [""] * len(dataset))
     return dataset.add_column("row", np.arange(len(dataset)))
