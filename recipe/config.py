@@ -105,6 +105,8 @@ class InstructionTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
     # The stock filter hides NaN and costs a device sync per step; InstructionTrainer stops on NaN instead.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and Inf losses in the log."})
+    # Kept in the saved config, so that the model generates fast; InstructionTrainer itself trains without a cache.
+    use_cache: bool = field(default=True, metadata={"help": "Whether the saved model generates with a KV cache."})
     # The Trainer's own default searches the graph at each step for parameters that a causal model does not have.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "For models of which some parameters take no part in the loss."}
@@ -127,6 +129,11 @@ class InstructionTrainingArguments(TrainingArguments):
                 f"--label_smoothing_factor {self.label_smoothing_factor}: the Trainer's label smoothing shifts labels "
                 "that are shifted already; leave it at 0"
             )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise UserError(f"--learning_rate {self.learning_rate}: give a number from 0 up")
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -162,26 +169,41 @@ def parse_arguments(
     settings = dict(defaults or {})
     if config_path:
         content = _read_yaml(config_path)
-        unknown = [
-            f"{config_path}: unknown key {key!r}{_did_you_mean(str(key), known)}" for key in content if key not in known
-        ]
-        if unknown:
-            raise UserError("\n".join(unknown))
+        _check_keys(content, dataclass_types, config_path)
         _let_flags_choose_the_model(content, flags)
         settings |= content
-    config_argv = _as_argv(parser, settings)
-    if config_path:
-        _parse(parser, config_argv, known, where=config_path)
+    # lists and mappings are taken as they are; everything else goes through the flags' type checks
+    structured = {name: value for name, value in settings.items() if isinstance(value, list | dict)}
+    config_argv = [
+        f"--{name}={_as_flag(v)}" for name, v in settings.items() if v is not None and name not in structured
+    ]
+    _parse(parser, config_argv, known, where=config_path or "defaults")
     _parse(parser, flags, known, where="command line")
+    values = vars(parser.parse_args(config_argv + flags))
+    values |= {name: value for name, value in structured.items() if name not in _named_flags(flags)}
     try:
-        return parser.parse_args_into_dataclasses(config_argv + flags, look_for_args_file=False)
-    except ValueError as error:  # TrainingArguments checks that its fields go together
+        return tuple(
+            dataclass_type(**{f.name: values[f.name] for f in fields(dataclass_type) if f.init})
+            for dataclass_type in dataclass_types
+        )
+    except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks that its fields go together
         raise UserError(f"{config_path or 'command line'}: {error}") from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error and not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -191,31 +213,44 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
+def _check_keys(content: dict[str, Any], dataclass_types: list[type], path: str) -> None:
+    """Refuse unknown keys, and null where a field has a value by default."""
+    defaults = {f.name: f.default for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
+    problems = [
+        f"{path}: unknown key {key!r}{_did_you_mean(str(key), sorted(defaults))}"
+        for key in content
+        if key not in defaults
+    ]
+    problems += [
+        f"{path}: {key!r} is null; give a value, or leave the key out for {defaults[key]!r}"
+        for key, value in content.items()
+        if value is None and defaults.get(key) is not None
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _named_flags(flags: list[str]) -> set[str]:
+    return {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+
+
+def _as_flag(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _let_flags_choose_the_model(content: dict[str, Any], flags: list[str]) -> None:
-    """A `--model_type` flag wins over the file's `model_name_or_path` (which still names the tokenizer), and back."""
-    named = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    """A `--model_type` flag wins over the file's `model_name_or_path` (which still names the tokenizer).
+
+    A `--model_name_or_path` flag wins over the file's `model_type` and its tokenizer.
+    """
+    named = _named_flags(flags)
     if "model_type" in named and "model_name_or_path" not in named:
         replaced = content.pop("model_name_or_path", None)
         if replaced is not None:
             content.setdefault("tokenizer_name", replaced)
     elif "model_name_or_path" in named and "model_type" not in named:
         content.pop("model_type", None)
-
-
-def _as_argv(parser: _Parser, values: dict[str, Any]) -> list[str]:
-    """The flags that say what a YAML mapping says, so that both go through the same type checks."""
-    takes_many = {action.dest for action in parser._actions if action.nargs == "+"}
-    argv: list[str] = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, list) and name in takes_many:
-            argv += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict | list | bool):
-            argv.append(f"--{name}={json.dumps(value)}")
-        else:
-            argv.append(f"--{name}={value}")
-    return argv
+        content.pop("tokenizer_name", None)
 
 
 def _parse(parser: _Parser, argv: list[str], known: list[str], where: str) -> None:

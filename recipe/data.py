@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +57,7 @@ def load_records(config: DataArguments) -> tuple[DatasetDict, int]:
     and `test_ratio`, as a function of `split_seed` and each record's content alone. No record stands on both sides.
 
     Returns:
-        the splits, and how many training rows were left out because they also stand in another split.
+        the splits, and how many rows of `train` and `validation` were left out because a later split holds them too.
 
     Raises:
         UserError: what `read_records` refuses, and an empty split.
@@ -64,7 +65,10 @@ def load_records(config: DataArguments) -> tuple[DatasetDict, int]:
     splits, leaked = without_leaks(split_by_content(read_records(config), config))
     for name, split in splits.items():
         if len(split) == 0:
-            raise UserError(f"the {name} split of {config.data} is empty; give it records or leave it out")
+            raise UserError(
+                f"the {name} split is empty: all of its records also stand in a later split of {config.data}; "
+                "give it records of its own"
+            )
     return splits, leaked
 
 
@@ -93,8 +97,8 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
         start = end
     if start == len(train):
         raise UserError(
-            f"{len(train)} records are too few to split into train, {' and '.join(wanted)}; give more records, or set "
-            + " and ".join(f"--{name}_ratio 0" for name in wanted)
+            f"{len(train)} records ({len(np.unique(hashes))} different) are too few to split into train, "
+            f"{' and '.join(wanted)}; give more records, or set " + " and ".join(f"--{name}_ratio 0" for name in wanted)
         )
     parts = {**splits, **parts, "train": train.select(np.sort(ranked[start:]))}
     return DatasetDict(
@@ -103,17 +107,22 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
 
 
 def without_leaks(splits: DatasetDict) -> tuple[DatasetDict, int]:
-    """Leave out, and count, training rows that also stand word for word in another split.
+    """Leave out, and count, rows of `train` and of `validation` that stand word for word in a later split.
 
-    The other splits stay as they are, so that scores on a published test set stay comparable.
+    Test splits stay as they are, so that scores on a published one stay comparable.
     """
-    held_out = [content_hashes(split) for name, split in splits.items() if name != "train"]
-    if "train" not in splits or not held_out:
-        return splits, 0
-    leaked = np.isin(content_hashes(splits["train"]), np.concatenate(held_out))
-    if not leaked.any():
-        return splits, 0
-    return DatasetDict({**splits, "train": splits["train"].select(np.flatnonzero(~leaked))}), int(leaked.sum())
+    order = list(dict.fromkeys([*(name for name in ("train", "validation") if name in splits), *splits]))
+    hashes = {name: content_hashes(splits[name]) for name in order}
+    kept, leaked = dict(splits), 0
+    for position, name in enumerate(order):
+        later = [hashes[other] for other in order[position + 1 :]]
+        if name not in ("train", "validation") or not later:
+            continue
+        in_later = np.isin(hashes[name], np.concatenate(later))
+        if in_later.any():
+            kept[name] = splits[name].select(np.flatnonzero(~in_later))
+            leaked += int(in_later.sum())
+    return DatasetDict(kept), leaked
 
 
 def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:
@@ -146,13 +155,13 @@ def encode_records(
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so a model could not learn to stop; "
             "set its eos_token and save it, or give another --tokenizer_name"
         )
-    template = load_template(config.template)
+    template = load_template(config.template, tokenizer)
     _, ending = template_overhead(template, tokenizer)
     max_length = resolve_max_length(config, tokenizer)
     if max_length < 2 * (ending + 1):
         raise UserError(f"--max_length {max_length} leaves no room: the template's last line alone has {ending} tokens")
     arguments = {
-        "chat_template": template.chat_template,
+        "template": template,
         "mask_prompt": config.mask_prompt,
         "max_length": max_length,
         "overflow": config.overflow,
@@ -178,7 +187,7 @@ def encode_records(
 def encode_batch(
     batch: Mapping[str, list],
     tokenizer: PreTrainedTokenizerBase,
-    chat_template: str,
+    template: Template,
     mask_prompt: bool,
     max_length: int,
     overflow: str,
@@ -194,8 +203,7 @@ def encode_batch(
         {"instruction": instruction, "input": text}
         for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
     ]
-    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    prompts = Template("", chat_template).prompts(records, **special_tokens)
+    prompts = template.prompts(records)
     tokenize = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     prompt_ids = tokenizer(prompts, **tokenize)["input_ids"]
     response_ids = tokenizer(batch["output"], **tokenize)["input_ids"]
@@ -209,7 +217,7 @@ def encode_batch(
         if too_long:
             room = max(max_length - len(response), min(len(prompt), max_length // 2))
             if len(prompt) > room:
-                prompt = prompt[: room - ending] + prompt[-ending:]
+                prompt = prompt[: room - ending] + prompt[len(prompt) - ending :]
             response = response[: max_length - len(prompt)]
         columns["input_ids"].append(prompt + response)
         columns["labels"].append([IGNORE_INDEX] * len(prompt) + response if mask_prompt else prompt + response)
@@ -246,7 +254,8 @@ def _common_prefix(one: list[int], other: list[int]) -> int:
 def _fingerprint(records: str, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [records, vocabulary, str(tokenizer.special_tokens_map), json.dumps(arguments, sort_keys=True)]
+    settings = [str(value) for _, value in sorted(arguments.items())]
+    parts = [records, inspect.getsource(encode_batch), vocabulary, str(tokenizer.special_tokens_map), *settings]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -254,8 +263,9 @@ def _check_encoded(
     records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
 ) -> None:
     if config.overflow == "error":
+        sources = config.data if isinstance(config.data, dict) else dict.fromkeys(encoded, config.data)
         problems = [
-            f"{config.data} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
+            f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
             "raise --max_length, or choose --overflow truncate or drop"
             for name, split in encoded.items()
             for row in sorted(set(records[name]["row"]) - set(split["row"]))

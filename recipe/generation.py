@@ -57,34 +57,37 @@ def generate_responses(
     prompt_ids = tokenizer(list(prompts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
-    was_training = model.training
+    was_training, saved_config = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()  # what it holds would fill in whatever is not said below
     responses: list[Response | None] = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None) as progress:
-        for indices, cap in _batches(prompt_ids, max_new_tokens, batch_size, context_length(model)):
-            batch = [prompt_ids[index] for index in indices]
-            generated = _generate_batch(model, tokenizer, batch, cap) if cap > 0 else [[] for _ in batch]
-            for index, token_ids in zip(indices, generated, strict=True):
-                responses[index] = _as_response(
-                    token_ids, tokenizer, hit_cap="length" if cap == max_new_tokens else "context"
-                )
-            progress.update(len(indices))
-    model.train(was_training)
+    try:
+        with tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None) as progress:
+            for indices, cap in _batches(prompt_ids, max_new_tokens, batch_size, context_length(model)):
+                batch = [prompt_ids[index] for index in indices]
+                generated = _generate_batch(model, tokenizer, batch, cap) if cap > 0 else [[] for _ in batch]
+                hit_cap = "length" if cap == max_new_tokens else "context"
+                for index, token_ids in zip(indices, generated, strict=True):
+                    responses[index] = _as_response(token_ids, tokenizer, hit_cap)
+                progress.update(len(indices))
+    finally:
+        model.train(was_training)
+        model.generation_config = saved_config
     return [response for response in responses if response is not None]
 
 
 def _batches(
-    prompt_ids: list[list[int]], max_new_tokens: int, batch_size: int, positions: int
+    prompt_ids: list[list[int]], max_new_tokens: int, batch_size: int, positions: int | None
 ) -> Iterator[tuple[list[int], int]]:
     """Indices of prompts to generate together, longest first, each with the room they all have for new tokens.
 
     Prompts near the end of the context go one by one: in a batch, the longest would shorten the room of the others.
     """
     order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
-    tight = [index for index in order if len(prompt_ids[index]) + max_new_tokens > positions]
+    tight = [index for index in order if positions and len(prompt_ids[index]) + max_new_tokens > positions]
     roomy = order[len(tight) :]
     for index in tight:
-        yield [index], max(0, positions - len(prompt_ids[index]))
+        yield [index], max(0, (positions or 0) - len(prompt_ids[index]))
     for start in range(0, len(roomy), batch_size):
         yield roomy[start : start + batch_size], max_new_tokens
 
@@ -99,12 +102,9 @@ def _generate_batch(
     output = model.generate(  # type: ignore[operator]
         input_ids=input_ids,
         attention_mask=attention_mask,
-        # everything that matters is said here: what is unset would come from the model's saved generation config
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_token_id,
             use_cache=True,

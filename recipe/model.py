@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -29,10 +31,13 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
     name = config.tokenizer_name or config.model_name_or_path
     if name is None:
         raise UserError("no tokenizer: give --tokenizer_name beside --model_type, or --model_name_or_path")
+    check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name!r}: {_reason(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"tokenizer {name!r} is empty: the tokenizer's files are missing; give --tokenizer_name")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"tokenizer {name!r} has no end-of-text token (eos_token), so a model could not learn to stop; "
@@ -62,9 +67,15 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
         if name is None:
             model, origin = AutoModelForCausalLM.from_config(model_config, **options), f"random weights ({model_type})"
         else:
-            options |= {"revision": config.model_revision, "use_safetensors": True}
-            model, origin = AutoModelForCausalLM.from_pretrained(name, config=model_config, **options), name
-    except (OSError, ValueError, RuntimeError) as error:
+            options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=model_config, **options)
+            (model, loading), origin = loaded, name
+            if loading["missing_keys"]:
+                raise UserError(
+                    f"model {name!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, ...; they "
+                    "would be random: take back what --config_overrides changed of the shape, or use --model_type"
+                )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"model {name or model_type!r}: {_reason(error)}") from error
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
@@ -72,6 +83,15 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
             f"the tokenizer has {len(tokenizer)} tokens, {origin} only {embeddings} embeddings; use its own tokenizer"
         )
     return model, origin
+
+
+def check_folder(name: str) -> None:
+    """Refuse a path that is not there before transformers takes it for a Hub id."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise UserError(
+            f"{name!r}: no such folder; give a folder with a model, or a Hub id such as openai-community/gpt2"
+        )
 
 
 def _model_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -106,20 +126,23 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     tokenizer.padding_side = "left"  # for batched generation; the collator pads by itself
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
-        max_new_tokens=min(256, context_length(model) // 2),
+        max_new_tokens=min(256, (context_length(model) or 512) // 2),
     )
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Positions the model has, in tokens: prompt and response together."""
-    return model.config.get_text_config().max_position_embeddings
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions the model has, in tokens: prompt and response together. None where it has no limit (ALiBi, Mamba)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error of transformers, which says what is wrong; the rest is general advice."""
-    return str(error).strip().split("\n")[0]
+    """An error of transformers in one line, without its general advice."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -46,11 +46,20 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_run(output_dir: str | Path) -> dict[str, Any] | None:
-    """The `run.json` of a training run's folder, or None if the folder has none."""
-    path = Path(output_dir) / "run.json"
+    """The `run.json` of a training run's folder, or of the run a `checkpoint-N` stands in; None without one.
+
+    Raises:
+        UserError: the file is not what a training run writes.
+    """
+    folder = Path(output_dir)
+    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON ({error}); train again or remove the file") from error
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run["config"]["data"]["data"], run["data_hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not what a training run writes ({error!r}); train again or remove the file"
+        ) from error
+    return run

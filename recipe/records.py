@@ -75,10 +75,12 @@ def report(problems: list[str]) -> str:
 def _named_sources(data: dict | str | list) -> dict[str | None, str | list[str]]:
     """Split name to files; None where the source names its own splits."""
     if not isinstance(data, dict):
-        return {None: data}
+        data = {None: data}
     for split, source in data.items():
-        if not isinstance(source, str | list) or not source:
-            raise UserError(f"data, split {split!r}: {source!r} is not a file, a glob or a list of them")
+        names = source if isinstance(source, list) else [source]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            where = f"data, split {split!r}" if split else "data"
+            raise UserError(f"{where}: {source!r} is not a file, a glob or a list of them")
     return dict(data)
 
 
@@ -179,6 +181,8 @@ def _load_file(file: str, problems: list[str]) -> Dataset | None:
             problems.append(f"{file}: the file is empty; give it at least one record")
             return None
         options: dict[str, Any] = {}
+        if kind == "json" and not _starts_like_records(file):
+            raise ValueError("not records")
         if kind == "csv":
             header, ragged = _read_csv_shape(file)
             if ragged:
@@ -190,11 +194,24 @@ def _load_file(file: str, problems: list[str]) -> Dataset | None:
         if len(dataset) == 0:
             problems.append(f"{file}: holds no records; give it at least one")
             return None
+        if kind == "json" and dataset.column_names == ["text"]:  # an array of things that are not records
+            raise ValueError("not records")
         return _as_plain_text(dataset, file) if kind == "json" else dataset
     except (DatasetGenerationError, ValueError, TypeError, OSError, StopIteration, csv.Error) as error:
         found = list(_json_problems(file)) if kind == "json" and not isinstance(error, OSError) else []
-        problems += found or [f"{file}: cannot be read as {kind}: {error.__cause__ or error}"]
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            found = found or [f"{file}: not UTF-8 text (at byte {cause.start}); save it as UTF-8"]
+        if "corresponds to no data" in str(cause):
+            found = found or [f"{file}: holds no records; give it at least one"]
+        problems += found or [f"{file}: cannot be read as {kind}: {cause}"]
         return None
+
+
+def _starts_like_records(file: str) -> bool:
+    """Whether the first sign is that of an object or an array: the reader of datasets crashes on a leading `null`."""
+    with open(file, "rb") as content:
+        return content.read(100_000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
 
 def _read_csv_shape(file: str) -> tuple[list[str], list[str]]:
@@ -208,6 +225,8 @@ def _read_csv_shape(file: str) -> tuple[list[str], list[str]]:
             for row, fields in enumerate(lines)
             if len(fields) != len(header)
         ]
+    if not all(header):
+        problems.insert(0, f"{file}: the header has a column without a name ({', '.join(header)}); name or remove it")
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         problems.insert(0, f"{file}: the header names {', '.join(map(repr, repeated))} twice; rename one of them")

@@ -23,10 +23,15 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: the PNG to write.
     """
     train = [entry for entry in log_history if "loss" in entry]
+    if not train:  # a run shorter than logging_steps has its mean only
+        train = [{**entry, "loss": entry["train_loss"]} for entry in log_history if "train_loss" in entry]
     validation = [entry for entry in log_history if "eval_loss" in entry]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([e["step"] for e in train], [e["loss"] for e in train], color=TRAIN_COLOR, label="training")
+    marker = "o" if len(train) == 1 else None
+    axes.plot(
+        [e["step"] for e in train], [e["loss"] for e in train], color=TRAIN_COLOR, marker=marker, label="training"
+    )
     if validation:
         steps, losses = [e["step"] for e in validation], [e["eval_loss"] for e in validation]
         axes.plot(steps, losses, color=VALIDATION_COLOR, marker="o", markersize=4, label="validation")
@@ -35,7 +40,7 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    if train and train[-1]["step"] > 0:
+    if train and "num_input_tokens_seen" in train[-1]:
         tokens_per_step = train[-1]["num_input_tokens_seen"] / train[-1]["step"]
         top = axes.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
         top.xaxis.set_major_formatter(EngFormatter())
@@ -43,29 +48,36 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
-    """Print a table in the terminal. Columns of text come first; figures stand on the right."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1, caption: str | None = None
+) -> None:
+    """Print a table in the terminal; the first `text_columns` hold text, the others figures."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for index, column in enumerate(columns):
-        is_text = all(not row[index] or row[index][-1] not in "0123456789%" for row in rows)
-        table.add_column(column, justify="left" if index == 0 or is_text else "right", no_wrap=True)
+        table.add_column(column, justify="left" if index < text_columns else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
 def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:
-    """Print `recipe.data.token_statistics` as a table."""
+    """Print `recipe.data.token_statistics` as a table, and below it what was cut or left out."""
     rows = [
         [
-            s["split"], f"{s['rows']:,}", f"{s['tokens']:,}", f"{s['mean']:.1f}", f"{s['longest']:,}",
-            f"{s['preamble']:.0%}", f"{s['supervised']:.0%}", f"{s['truncated']:,}", f"{s['dropped']:,}",
+            s["split"], f"{s['rows']:,}", f"{s['tokens']:,}", f"{s['longest']:,}", f"{s['preamble']:.0%}",
+            f"{s['supervised']:.0%}",
         ]
         for s in statistics
     ]  # fmt: skip
-    columns = ["split", "rows", "tokens", "mean", "longest", "% preamble", "% supervised", "truncated", "dropped"]
-    caption = f"{leaked} training rows left out: they also stand in another split" if leaked else None
-    print_table("Records in tokens", columns, rows, caption)
+    counts = {
+        "cut to max_length": sum(s["truncated"] for s in statistics),
+        "left out as too long": sum(s["dropped"] for s in statistics),
+        "left out because a later split holds them too": leaked,
+    }
+    caption = "; ".join(f"{count:,} records {what}" for what, count in counts.items() if count) or None
+    print_table(
+        "Records in tokens", ["split", "rows", "tokens", "longest", "% preamble", "% supervised"], rows, caption=caption
+    )
 
 
 def print_scores(splits: Mapping[str, Mapping]) -> None:
@@ -101,7 +113,8 @@ def print_scores(splits: Mapping[str, Mapping]) -> None:
                 "",
             ]
         )
-    print_table("Scores", ["split (records)", "metric", "base", "tuned", "points", "95 % interval"], rows)
+    columns = ["split (records)", "metric", "base", "tuned", "points", "95 % interval"]
+    print_table("Scores", columns, rows, text_columns=2)
 
     families = dict.fromkeys(family for scores in splits.values() for family in scores["families"])
     if families:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from recipe.config import UserError
@@ -48,19 +49,22 @@ class Template:
 
     name: str
     chat_template: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # what the template may name: bos_token, ...
 
-    def prompt(self, record: Mapping[str, str | None], **special_tokens: str) -> str:
-        """The text before the response. `special_tokens` are what the template may name: `bos_token`, `eos_token`."""
-        return self.prompts([record], **special_tokens)[0]
+    def prompt(self, record: Mapping[str, str | None]) -> str:
+        """The text before the response."""
+        return self.prompts([record])[0]
 
-    def prompts(self, records: Iterable[Mapping[str, str | None]], **special_tokens: str) -> list[str]:
+    def prompts(self, records: Iterable[Mapping[str, str | None]]) -> list[str]:
         """`prompt` for many records; the template is compiled once."""
         conversations = [to_messages(record) for record in records]
-        return _render(conversations, self.chat_template, add_generation_prompt=True, **special_tokens)
+        return _render(conversations, self.chat_template, add_generation_prompt=True, **self.special_tokens)
 
 
-def load_template(name_or_path: str) -> Template:
+def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
     """A built-in template (`alpaca`, `phi3`) or the user's own `.jinja` file, tried out on a record before it is used.
+
+    `tokenizer` gives the special tokens, for templates that name `bos_token` or others in their prompt.
 
     Raises:
         UserError: no such template, a Jinja error, or a template that loses the instruction, the input or the
@@ -76,10 +80,11 @@ def load_template(name_or_path: str) -> Template:
             raise UserError(
                 f"unknown template {name_or_path!r}: {hint}give one of {', '.join(names)} or the path of a .jinja file"
             )
-    template = Template(name_or_path, path.read_text(encoding="utf-8"))
+    special_tokens = {} if tokenizer is None else {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
     try:
+        template = Template(name_or_path, path.read_text(encoding="utf-8"), special_tokens)
         _try_out(template)
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, OSError) as error:
         line = getattr(error, "lineno", None)
         raise UserError(f"template {path}{f' line {line}' if line else ''}: {error}") from error
     return template
@@ -87,13 +92,13 @@ def load_template(name_or_path: str) -> Template:
 
 def _try_out(template: Template) -> None:
     record = {"instruction": "the-instruction", "input": "the-input", "output": "the-output"}
-    prompt = template.prompt(record, bos_token="<bos>", eos_token="<eos>")
+    prompt = template.prompt(record)
     for part in ("instruction", "input"):
         if record[part] not in prompt:
             where = "message.content" if part == "instruction" else "message.input"
             raise UserError(f"template {template.name}: the prompt loses the record's {part}; write {{{{ {where} }}}}")
     conversation = [*to_messages(record), {"role": "assistant", "content": record["output"]}]
-    [rendered] = _render([conversation], template.chat_template, bos_token="<bos>", eos_token="<eos>")
+    [rendered] = _render([conversation], template.chat_template, **template.special_tokens)
     if not rendered.startswith(prompt + record["output"]):
         raise UserError(
             f"template {template.name}: a whole conversation must begin with the prompt and the response\n"

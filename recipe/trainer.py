@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -22,6 +24,10 @@ from recipe.generation import generate_responses
 from recipe.report import one_line
 from recipe.templates import Template
 
+ADVICE = (
+    "Training stopped, and nothing was saved of it since; look at the rows, lower --learning_rate, or leave half "
+    "precision (--fp16) for --bf16 or float32."
+)
 UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait for a look; a look is one host sync
 
 
@@ -38,7 +44,7 @@ class InstructionTrainer(Trainer):
     - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding) and
       `num_input_tokens_seen`, summed on the device and fetched when something is logged, never in between.
     - A loss that is NaN or infinite raises `FloatingPointError` at the next log or save, with the step and the rows of
-      the first bad batch, and before anything is saved.
+      the first bad batch, and before anything is saved; so do weights or evaluation losses that are not finite.
 
     Takes the arguments of `transformers.Trainer`, but for `compute_metrics`, which is its own.
 
@@ -89,7 +95,7 @@ class InstructionTrainer(Trainer):
         Without `num_items_in_batch` it is the mean over this micro-batch alone.
         """
         targets = _targets(inputs)  # (batch, time)
-        outputs = model(**_model_inputs(inputs))
+        outputs = model(**_model_inputs(inputs), use_cache=False)
         logits = outputs.logits  # (batch, time, vocab)
         loss = _cross_entropy(logits, targets, reduction="sum")
         if num_items_in_batch is None:
@@ -116,16 +122,23 @@ class InstructionTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         targets = _targets(inputs)  # (batch, time)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**_model_inputs(inputs)).logits  # (batch, time, vocab)
+            logits = model(**_model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
         losses = _cross_entropy(logits, targets, reduction="none").view_as(targets)
         correct = logits.argmax(-1) == targets  # never at -100, which is no token
         sums = torch.stack([losses.sum(1), correct.sum(1).float()], dim=1)
         return None, sums, (targets != IGNORE_INDEX).sum(1, keepdim=True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`Trainer.evaluate`; its time does not count in the training log's tokens per second."""
+        """`Trainer.evaluate`; its time does not count in the training log's tokens per second.
+
+        Raises:
+            FloatingPointError: the loss, or the perplexity, is not finite.
+        """
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
+        for name, value in metrics.items():
+            if name.endswith(("_loss", "_perplexity")) and not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} after step {self.state.global_step}. {ADVICE}")
         if self._window_start is not None:
             self._window_start += time.perf_counter() - start
         return metrics
@@ -144,8 +157,13 @@ class InstructionTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, after making sure that no loss since the last log was NaN or infinite."""
+        """`Trainer.save_model`, after making sure that the losses since the last log and the weights are finite."""
         self._fetch()
+        assert self.model is not None
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any()
+        if self.accelerator.reduce(bad.int(), reduction="sum").item():
+            raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}. {ADVICE}")
         super().save_model(output_dir, _internal_call)
 
     def _remember(self, inputs: dict[str, torch.Tensor | Any], loss: torch.Tensor) -> None:
@@ -179,10 +197,7 @@ class InstructionTrainer(Trainer):
             mine = [(step, loss.item(), None if rows is None else rows.tolist())]
         step, loss, rows = min(gather_object(mine), key=lambda bad: bad[0])
         where = "" if rows is None else f" in the batch of training rows {', '.join(map(str, rows))}"
-        raise FloatingPointError(
-            f"the loss is {loss} at step {step}{where}. Training stopped; checkpoints of earlier steps are whole. "
-            "Look at these rows, lower --learning_rate, or leave half precision (--fp16) for --bf16 or float32."
-        )
+        raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
 
 
 class SampleGenerations(TrainerCallback):
@@ -198,6 +213,13 @@ class SampleGenerations(TrainerCallback):
         self.records = records
         self.prompts = template.prompts(records)
         self.max_new_tokens = max_new_tokens
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the samples of steps that a resumed run takes again."""
+        path = Path(args.output_dir) / "samples.jsonl"
+        if state.is_world_process_zero and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step), "utf-8")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # on every process, because a sharded model generates only if all take part

@@ -21,7 +21,7 @@ from recipe.config import DataArguments, ModelArguments, UserError, parse_argume
 from recipe.data import load_records
 from recipe.generation import generate_responses
 from recipe.metrics import summarize
-from recipe.model import load_model, load_tokenizer
+from recipe.model import check_folder, load_model, load_tokenizer
 from recipe.provenance import command_line, data_hash, read_run, versions, write_json
 from recipe.records import read_records
 from recipe.report import print_examples, print_scores
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
     args, data_args, run = parse(argv)
     output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
 
     # generate
     if args.predictions is None:
@@ -84,13 +85,24 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, dict[str, Any]
     types: list[type] = [EvalArguments, DataArguments]
     description = (__doc__ or "").split("\n")[0]
     args, _ = parse_arguments(types, argv, description)
-    run = read_run(args.model) if args.model else None
-    defaults = run["config"]["data"] if run else {}
-    args, data_args = parse_arguments(types, argv, description, defaults)
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
     if args.output_dir is None:
         raise UserError("say where the results go: --output_dir")
     if args.predictions is None and args.model is None:
         raise UserError("say what to score: --model, or --predictions with answers that exist already")
+    for name in (args.model, args.baseline):
+        if name is not None:
+            check_folder(name)
+    run = read_run(args.model) if args.model else None
+    defaults = run["config"]["data"] if run else {}
+    own_template = Path(args.model or "") / "chat_template.jinja"
+    if args.model and not run and own_template.is_file():
+        defaults = {"template": str(own_template)}
+    args, data_args = parse_arguments(types, argv, description, defaults)
+    if args.split == ["all"] and not run:  # nothing was held out: every record counts
+        data_args.validation_ratio = data_args.test_ratio = 0.0
     return args, data_args, run
 
 
@@ -114,7 +126,6 @@ def ask_models(
     args: EvalArguments, data_args: DataArguments, records: DatasetDict, state: PartialState
 ) -> list[dict[str, Any]]:
     """One prediction a record: what `summarize` takes, with an id that is unique over splits."""
-    template = load_template(data_args.template)
     merged = args.split == ["all"]
     predictions = [
         {"id": f"{name}/{record['row']}", "split": "all" if merged else name, **kept(record)}
@@ -127,6 +138,7 @@ def ask_models(
         model_args = ModelArguments(model_name_or_path=path, dtype=args.dtype)
         tokenizer = load_tokenizer(model_args)
         model, _ = load_model(model_args, tokenizer)
+        template = load_template(data_args.template, tokenizer)
         with state.split_between_processes(list(range(len(predictions)))) as mine:
             responses = generate_responses(
                 model.to(state.device),
@@ -162,26 +174,33 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_predictions(path: str) -> list[dict[str, Any]]:
     """Predictions of an earlier run, or records that carry a response in `model_response`."""
-    [dataset] = read_records(DataArguments(data=path)).values()
-    rows = list(dataset)
-    if "tuned" in dataset.column_names:
-        return rows
-    if "model_response" not in dataset.column_names:
+    splits = read_records(DataArguments(data=path))
+    if len(splits) != 1:
+        raise UserError(f"--predictions {path}: {len(splits)} splits; name one file")
+    [dataset] = splits.values()
+    columns = [name for name in ("tuned", "baseline", "model_response") if name in dataset.column_names]
+    if "tuned" not in columns and "model_response" not in columns:
         raise UserError(
             f"--predictions {path}: neither a 'tuned' nor a 'model_response' column; found {dataset.column_names}"
         )
-    missing = [row["row"] for row in rows if not isinstance(row["model_response"], str)]
-    if missing:
-        raise UserError(
-            f"{path}: 'model_response' is missing or not text in rows {missing}; answer them or remove them"
-        )
-    return [
-        {"split": "all", **kept(row), "tuned": {"text": row["model_response"], "stop_reason": None}} for row in rows
-    ]
+    predictions = []
+    for row in dataset:
+        answers = {"tuned": {"text": row["model_response"]}} if "tuned" not in columns else {}
+        answers |= {name: row[name] for name in columns if name != "model_response"}
+        bad = [name for name, answer in answers.items() if not isinstance((answer or {}).get("text"), str)]
+        if bad:
+            raise UserError(
+                f"{path} row {row['row']}: the answer of {', '.join(bad)} is not text; answer it or remove the row"
+            )
+        answers = {name: {**answer, "stop_reason": answer.get("stop_reason")} for name, answer in answers.items()}
+        predictions.append({"split": row.get("split") or "all", **kept(row), **answers})
+    return predictions
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was scored")

@@ -38,12 +38,11 @@ def main(argv: list[str]) -> None:
 
     # data
     tokenizer = load_tokenizer(model_args)
-    template = load_template(data_args.template)
+    template = load_template(data_args.template, tokenizer)
     with training_args.main_process_first(desc="data"):  # the others read its cache
         records, leaked = load_records(data_args)
         splits = encode_records(records, tokenizer, data_args)
-    if "train" not in splits:
-        raise UserError(f"data {data_args.data}: no train split, only {', '.join(splits)}; name one")
+    check_splits(splits, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
     statistics = token_statistics(records, splits, preamble)
     if training_args.should_log:
@@ -53,38 +52,32 @@ def main(argv: list[str]) -> None:
     model, origin = load_model(model_args, tokenizer)
     check_context(data_args, model, tokenizer)
     prepare_for_chat(model, tokenizer, template)
-    say(
-        f"Model: {origin}, {model.num_parameters():,} parameters; "
-        f"{training_args.world_size} process(es) on {training_args.device}"
-    )
-    cores = os.cpu_count() or 1
-    if training_args.device.type == "cpu" and torch.get_num_threads() * training_args.world_size < cores:
-        say(
-            f"Only {torch.get_num_threads()} thread(s) of {cores} cores a process: set OMP_NUM_THREADS={cores} for more"
-        )
+    say_model(origin, model, training_args)
 
     # trainer
-    validation = splits.get("validation")
-    trainer = InstructionTrainer(
-        model,
-        training_args,
-        data_collator=DataCollatorForInstructionTuning(pad_token_id=tokenizer.eos_token_id),
-        train_dataset=splits["train"],
-        eval_dataset=validation,
-        processing_class=tokenizer,
-    )
-    if validation is not None and training_args.num_sample_generations:
-        samples = records["validation"].select(
-            range(min(training_args.num_sample_generations, len(records["validation"])))
+    collator = DataCollatorForInstructionTuning(pad_token_id=tokenizer.eos_token_id)
+    try:
+        trainer = InstructionTrainer(
+            model,
+            training_args,
+            data_collator=collator,
+            train_dataset=splits["train"],
+            eval_dataset=splits.get("validation"),
+            processing_class=tokenizer,
         )
-        trainer.add_callback(SampleGenerations(list(samples), template))
+    except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, flags that clash
+        raise UserError(str(error)) from error
+    if "validation" in splits and training_args.num_sample_generations:
+        samples = list(
+            records["validation"].take(min(training_args.num_sample_generations, len(records["validation"])))
+        )
+        trainer.add_callback(SampleGenerations(samples, template))
 
     # train
     clear_output_dir(training_args, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # save
-    model.config.use_cache = True  # the Trainer turned it off for training
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -107,12 +100,19 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         checkpoint: str | None = args.resume_from_checkpoint
         if checkpoint.lower() in ("true", "last"):
             checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+        if checkpoint is not None and output_dir.resolve() not in Path(checkpoint).resolve().parents:
+            _refuse_used(output_dir, args)
         if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
             raise UserError(
                 f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; name a checkpoint-N "
                 "folder, or leave the flag out to start a new run"
             )
         return checkpoint
+    _refuse_used(output_dir, args)
+    return None
+
+
+def _refuse_used(output_dir: Path, args: InstructionTrainingArguments) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
@@ -120,12 +120,30 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
             f"--output_dir {output_dir} already holds another run or other files; add --resume_from_checkpoint true to "
             "go on, --overwrite_output_dir to start over, or name another folder"
         )
-    return None
+
+
+def check_splits(splits: DatasetDict, data_args: DataArguments, training_args: InstructionTrainingArguments) -> None:
+    if "train" not in splits:
+        raise UserError(f"data {data_args.data}: no train split, only {', '.join(splits)}; name one")
+    if "validation" not in splits and training_args.eval_strategy != "no":
+        raise UserError(
+            f"nothing to evaluate on: --eval_strategy {training_args.eval_strategy.value} needs a validation split; give "
+            "--validation_ratio 0.05, a validation file, or --eval_strategy no"
+        )
+
+
+def say_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArguments) -> None:
+    say = PartialState().print
+    say(f"Model: {origin}, {model.num_parameters():,} parameters; {args.world_size} process(es) on {args.device}")
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if args.device.type == "cpu" and threads * args.world_size < cores:
+        wanted = cores // args.world_size
+        say(f"Only {threads} thread(s) a process on {cores} cores: set OMP_NUM_THREADS={wanted} for more")
 
 
 def check_context(data_args: DataArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     max_length, positions = resolve_max_length(data_args, tokenizer), context_length(model)
-    if max_length > positions:
+    if positions is not None and max_length > positions:
         raise UserError(
             f"--max_length {max_length} is more than the {positions} positions of the model; give at most {positions}"
         )
@@ -133,12 +151,15 @@ def check_context(data_args: DataArguments, model: PreTrainedModel, tokenizer: P
 
 def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None) -> None:
     """Remove what a new run would mix with in the folder of an earlier one, after everything else was checked."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is None and args.overwrite_output_dir and args.should_save:
-        for folder in Path(args.output_dir).glob("checkpoint-*"):
+        for folder in output_dir.glob("checkpoint-*"):
             shutil.rmtree(folder)
-        for name in ("samples.jsonl", "run.json"):
-            (Path(args.output_dir) / name).unlink(missing_ok=True)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        written = ("model*.safetensors*", "samples.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
+        for pattern in written:
+            for path in output_dir.glob(pattern):
+                path.unlink()
 
 
 def run_record(
@@ -152,7 +173,10 @@ def run_record(
     trainer: InstructionTrainer,
 ) -> dict:
     """What `run.json` holds: enough to repeat the run and to find its test split again."""
-    final = trainer.state.log_history[-1]
+    history = trainer.state.log_history
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    if training_args.load_best_model_at_end:  # the weights that were saved are those of the best step
+        evaluations = [entry for entry in evaluations if entry["step"] == trainer.state.best_global_step]
     return {
         "command": command_line(),
         "versions": versions(),
@@ -169,9 +193,9 @@ def run_record(
         "result": {
             "steps": trainer.state.global_step,
             "tokens_seen": trainer.state.num_input_tokens_seen,
-            "train_seconds": final.get("train_runtime"),
-            "train_loss": final.get("train_loss"),
-            "eval": next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None),
+            "train_seconds": history[-1].get("train_runtime"),
+            "train_loss": history[-1].get("train_loss"),
+            "eval": evaluations[-1] if evaluations else None,
         },
         "config": {
             "model": asdict(model_args),
@@ -184,6 +208,8 @@ def run_record(
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         # one process speaks; the launcher ends the others
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: checkpoints so far are whole; --resume_from_checkpoint true goes on from the last")

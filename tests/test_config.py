@@ -68,8 +68,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(config):
 
 
 def test_mappings_and_lists_in_yaml(config):
-    path = config("data:\n  train: a.json\n  test: [b.json, c.json]\nlr_scheduler_kwargs: {num_cycles: 0.5}\n")
+    path = config(
+        "data:\n  train: a.json\n  test: [b.json, c.json]\nlr_scheduler_kwargs: {num_cycles: 0.5}\n"
+        "include_for_metrics: []\noptim_target_modules: [c_attn, c_fc]\n"
+    )
     _, data, training = parse(path)
+    assert training.optim_target_modules == ["c_attn", "c_fc"] and training.include_for_metrics == []
+    assert parse(path, "--data", "d.json")[1].data == "d.json"
     assert data.data == {"train": "a.json", "test": ["b.json", "c.json"]}
     assert training.lr_scheduler_kwargs == {"num_cycles": 0.5}
 
@@ -80,8 +85,8 @@ def test_model_type_flag_wins_over_the_files_model(config):
     assert (model.model_type, model.model_name_or_path, model.tokenizer_name) == ("gpt2", None, "openai-community/gpt2")
     model, _, _ = parse(path, "--model_type=gpt2", "--tokenizer_name", "x")
     assert model.tokenizer_name == "x"
-    model, _, _ = parse(config("model_type: gpt2\n"), "--model_name_or_path", "y")
-    assert (model.model_type, model.model_name_or_path) == (None, "y")
+    model, _, _ = parse(config("model_type: gpt2\ntokenizer_name: z\n"), "--model_name_or_path", "y")
+    assert (model.model_type, model.model_name_or_path, model.tokenizer_name) == (None, "y", None)
 
 
 def test_unknown_keys_and_flags_name_the_near_ones(config):
@@ -107,6 +112,10 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("hub_token: secret\n", "--hub_token would be written in clear"),
         ("label_smoothing_factor: 0.1\n", "leave it at 0"),
         ("warmup_steps: -5\n", "warmup_steps"),
+        ("seed: 1\nseed: 2\n", "the key 'seed' stands twice"),
+        ("mask_prompt: null\n", "'mask_prompt' is null; give a value, or leave the key out for True"),
+        ("per_device_train_batch_size: 0\n", "--per_device_train_batch_size 0: give at least 1"),
+        ("learning_rate: -1\n", "--learning_rate -1.0: give a number from 0 up"),
     ],
 )
 def test_wrong_values(config, text, message):

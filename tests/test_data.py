@@ -65,14 +65,20 @@ def test_exact_duplicates_stay_on_one_side(tmp_path):
 def test_given_splits_are_kept_and_leaked_rows_leave_train(tmp_path):
     data = {
         "train": write(tmp_path / "train.jsonl", records(20)),
-        "validation": write(tmp_path / "validation.jsonl", records(22)[20:]),
+        "validation": write(tmp_path / "validation.jsonl", records(27)[24:]),
         "test": write(tmp_path / "test.jsonl", records(25)[18:25]),
         "extra": write(tmp_path / "extra.jsonl", records(30)[28:]),
     }
     splits, leaked = load_records(DataArguments(data=data))
-    assert leaked == 2
+    assert leaked == 3  # two of train and one of validation stand in test
     assert {name: len(split) for name, split in splits.items()} == {"train": 18, "validation": 2, "test": 7, "extra": 2}
     assert splits["train"]["row"][:] == list(range(18))
+
+
+def test_a_train_split_that_is_all_in_the_test_split_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", records(5))
+    with pytest.raises(UserError, match="the train split is empty: all of its records also stand in a later split"):
+        load_records(DataArguments(data={"train": path, "test": path}, validation_ratio=0))
 
 
 def test_mapping_on_the_command_line_is_json(tmp_path):
@@ -80,6 +86,32 @@ def test_mapping_on_the_command_line_is_json(tmp_path):
     assert DataArguments(data=json.dumps({"train": path})).data == {"train": path}
     with pytest.raises(UserError, match="not valid JSON"):
         DataArguments(data='{"train": ')
+
+
+def test_a_folder_names_its_splits_and_a_mapping_takes_one_of_them():
+    folder = str(DEMO / "records")
+    with pytest.raises(UserError, match="name one of its files instead"):
+        load_records(DataArguments(data={"extra": folder}))
+    splits, _ = load_records(DataArguments(data={"train": folder, "validation": folder}, test_ratio=0))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3200, "validation": 200}
+
+
+def test_dates_stay_the_text_they_are(tmp_path):
+    rows = [
+        {"instruction": f"Add {day} days.", "input": "2024-01-01", "output": f"2024-01-0{day}"} for day in range(1, 5)
+    ]
+    for name in ("a.json", "a.jsonl"):
+        config = DataArguments(data=write(tmp_path / name, rows), validation_ratio=0, test_ratio=0)
+        assert load_records(config)[0]["train"]["output"][:] == [row["output"] for row in rows]
+
+
+def test_swapped_columns(tmp_path):
+    path = write(tmp_path / "a.json", [{"output": "Why?", "instruction": "Because.", "row": "x", "id": 7}])
+    config = DataArguments(
+        data=path, instruction_column="output", output_column="instruction", validation_ratio=0, test_ratio=0
+    )
+    [row] = load_records(config)[0]["train"]
+    assert row == {"instruction": "Why?", "output": "Because.", "input": "", "id": 7, "row": 0}
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet", "glob", "folder"])
@@ -160,6 +192,30 @@ def test_two_processes_encode_the_same(tmp_path, demo_tokenizer):
         for n in (None, 2)
     )
     assert one[:] == two[:]
+
+
+def test_a_template_may_begin_with_a_special_token_everywhere_alike(tmp_path, demo_tokenizer):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ m.input }}{% if m.role == 'user' %}\n{% endif %}"
+        "{% endfor %}"
+    )
+    source = write(tmp_path / "a.json", [{"instruction": "Say hello.", "input": "", "output": "Hello."}])
+    config = DataArguments(data=source, template=str(path), validation_ratio=0, test_ratio=0)
+    [row] = load_splits(config, demo_tokenizer)["train"]
+    prompt = load_template(str(path), demo_tokenizer).prompt({"instruction": "Say hello.", "input": ""})
+    prompt_ids = demo_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert prompt_ids[0] == demo_tokenizer.bos_token_id
+    assert row["input_ids"][: len(prompt_ids)] == prompt_ids and row["labels"][len(prompt_ids)] != -100
+
+
+def test_truncation_with_a_template_that_ends_in_nothing_of_its_own(tmp_path, demo_tokenizer):
+    path = tmp_path / "bare.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }}{{ m.input }}{% endfor %}")
+    source = write(tmp_path / "a.json", [LONG])
+    config = DataArguments(data=source, template=str(path), max_length=64, validation_ratio=0, test_ratio=0)
+    [row] = load_splits(config, demo_tokenizer)["train"]
+    assert row["length"] == len(row["input_ids"]) == 64 and row["labels"][-1] == demo_tokenizer.eos_token_id
 
 
 LONG = {"instruction": "Repeat the words. " + "one two three " * 30, "input": "", "output": "one two three"}

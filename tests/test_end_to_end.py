@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,16 +148,20 @@ def test_another_run_in_the_folder_is_not_touched_unless_asked(trained, cache):
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
-def test_resuming_goes_on_and_overwriting_starts_over(cache, tmp_path):
+def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
     options = (
         "scripts/train.py", "configs/demo.yaml", "--output_dir", str(tmp_path / "run"), "--save_strategy", "steps",
         "--save_steps", "1", "--eval_strategy", "no", "--warmup_steps", "0", "--per_device_train_batch_size", "2",
         "--lr_scheduler_type", "constant",
     )  # fmt: skip
     run(*options, "--max_steps", "2", cache=cache)
-    run(*options, "--max_steps", "3", "--resume_from_checkpoint", "true", cache=cache)
+    before = (tmp_path / "run" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
+    done = run(*options, "--max_steps", "3", "--resume_from_checkpoint", "true", cache=cache)
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
-    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+    assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
+    other = ("--output_dir", str(trained), "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"))
+    done = run(*options, "--max_steps", "3", *other, cache=cache, expect=1)
+    assert f"error: --output_dir {trained} already holds another run" in done.stderr
     run(*options, "--max_steps", "2", "--save_strategy", "no", "--overwrite_output_dir", cache=cache)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == 2
@@ -193,6 +198,32 @@ def test_bad_records_stop_everything_before_anything_is_written(cache, tmp_path)
         expect=1,
     )
     assert "row 0: 'output' is empty" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_flags_that_cannot_go_together_are_refused_before_anything_is_written(cache, tmp_path):
+    options = ("scripts/train.py", "configs/demo.yaml", "--output_dir", str(tmp_path / "run"))
+    data = ("--data", str(DEMO / "records" / "validation.jsonl"), "--validation_ratio", "0")
+    done = run(*options, *data, cache=cache, expect=1)
+    assert "error: nothing to evaluate on: --eval_strategy epoch needs a validation split" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_is_asked_with_its_runs_template(cache, tmp_path):
+    options = ("--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "no")
+    small = ("--per_device_train_batch_size", "2", "--template", "phi3", "--output_dir", str(tmp_path / "run"))
+    run("scripts/train.py", "configs/demo.yaml", *options, *small, cache=cache)
+    checkpoint, alone = tmp_path / "run" / "checkpoint-1", tmp_path / "alone"
+    shutil.copytree(checkpoint, alone)
+    asked = ("--max_new_tokens", "3", "--split", "validation")
+    demo = ("--data", json.dumps({"validation": str(DEMO / "records" / "validation.jsonl")}))
+    run("scripts/eval.py", "--model", str(checkpoint), "--output_dir", str(tmp_path / "a"), *asked, cache=cache)
+    run("scripts/eval.py", "--model", str(alone), "--output_dir", str(tmp_path / "b"), *asked, *demo, cache=cache)
+    one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("a", "b"))
+    assert one == two
+    [first, *_] = (json.loads(line) for line in one.splitlines())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(alone), AutoTokenizer.from_pretrained(alone)
+    [response] = generate_responses(model, tokenizer, [load_template("phi3").prompt(first)], max_new_tokens=3)
+    assert response.text == first["tuned"]["text"]
 
 
 def test_half_precision_flag_trains_on_a_cpu(cache, tmp_path):

@@ -51,8 +51,11 @@ def test_model_and_tokenizer_are_left_as_they_were(demo_model, tokenizer):
     demo_model.train()
     demo_model.generation_config.do_sample = True
     demo_model.generation_config.repetition_penalty = 5.0
+    demo_model.generation_config.no_repeat_ngram_size = 1
+    saved = demo_model.generation_config
     responses = generate_responses(demo_model, tokenizer, PROMPTS[:1], max_new_tokens=8)
     assert responses[0].token_ids == argmax_without_cache(demo_model.eval(), tokenizer, PROMPTS[0], 8)
+    assert demo_model.generation_config is saved
     assert tokenizer.padding_side == "right" and tokenizer.pad_token is None
     demo_model.train()
     generate_responses(demo_model, tokenizer, PROMPTS[:1], max_new_tokens=1)

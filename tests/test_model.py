@@ -55,6 +55,8 @@ def test_overrides_change_a_trained_models_dropout(demo_tokenizer):
         ({"model_name_or_path": "no/such-model", "tokenizer_name": BASE}, "model 'no/such-model'"),
         ({"model_name_or_path": BASE, "config_overrides": "n_layers=3"}, "n_layers"),
         ({"model_name_or_path": BASE, "config_overrides": "n_embd=96"}, f"model '{BASE}'"),
+        ({"model_name_or_path": BASE, "config_overrides": "n_layer=6"}, "they would be random"),
+        ({"model_name_or_path": BASE, "attn_implementation": "flash_attention_2"}, "model '"),
         (
             {
                 "model_type": "gpt2",
@@ -75,11 +77,32 @@ def test_tokenizers_that_cannot_be_are_refused(tmp_path, demo_tokenizer):
         load_tokenizer(ModelArguments(model_type="gpt2"))
     with pytest.raises(UserError, match="tokenizer 'no/such'"):
         load_tokenizer(ModelArguments(tokenizer_name="no/such"))
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(ModelArguments(tokenizer_name="./no/such/folder"))
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no end-of-text token"):
         load_tokenizer(ModelArguments(tokenizer_name=str(tmp_path)))
+
+
+def test_damaged_weights_and_a_folder_without_a_tokenizer(tmp_path, demo_model, demo_tokenizer):
+    demo_model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_model(ModelArguments(model_name_or_path=str(tmp_path)), demo_tokenizer)
+
+
+def test_a_model_without_a_limit_of_positions(demo_tokenizer):
+    config = ModelArguments(
+        model_type="bloom", tokenizer_name=BASE, config_overrides="n_layer=1,hidden_size=32,n_head=2"
+    )
+    model, _ = load_model(config, demo_tokenizer)
+    assert context_length(model) is None
+    prepare_for_chat(model, AutoTokenizer.from_pretrained(BASE), load_template("alpaca"))
+    assert model.generation_config.max_new_tokens == 256
 
 
 def test_saved_folder_answers_in_a_pipeline_in_batches(tmp_path, demo_model):

@@ -95,6 +95,63 @@ def test_text_in_another_encoding(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps({**GOOD, "output": "é"}, ensure_ascii=False).encode("latin-1"))
     assert refuse(path) == f"{path} row 0: 'output' is not UTF-8 text; save the file as UTF-8"
+    path = tmp_path / "a.csv"
+    path.write_bytes("instruction,output\nSay it.,é\n".encode("latin-1"))
+    assert "not UTF-8 text (at byte 27); save it as UTF-8" in refuse(path)
+
+
+def test_csv_rows_that_do_not_fit_the_header(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,input,output\nSort: b, a,,a b\n\na,b,c\nd,e\n")
+    assert refuse(path).splitlines()[1:] == [
+        f"{path} row 0: 4 fields, but the header has 3 (instruction, input, output); "
+        "put text with commas or quotes in double quotes",
+        f"{path} row 2: 2 fields, but the header has 3 (instruction, input, output); "
+        "put text with commas or quotes in double quotes",
+    ]
+    path.write_text("instruction,output,output\na,b,c\n")
+    assert "the header names 'output' twice" in refuse(path)
+    path.write_text("instruction,output,\na,b,c\n")
+    assert "a column without a name" in refuse(path)
+    path.write_text("instruction,input,output\n")
+    assert refuse(path) == f"{path}: holds no records; give it at least one"
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("null\n", 0),
+        ("null\n" + json.dumps(GOOD), 0),
+        ('["a", "b"]', 0),
+        ("[null]", 0),
+        (f"[{json.dumps(GOOD)}, 5]", 1),
+    ],
+)
+def test_json_that_is_no_record(tmp_path, text, row):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    message = refuse(path)
+    assert f"{path} row {row}" in message and "is not an object with named fields" in message
+
+
+def test_bad_files_of_a_folder_are_named_with_their_rows(tmp_path):
+    write(tmp_path / "train-0.jsonl", [GOOD, {**GOOD, "output": ""}])
+    (tmp_path / "train-1.jsonl").write_text('{"instruction": \n')
+    (tmp_path / "test.csv").write_text("instruction,input,output\nSay seven.,,007\nSay None.,None,None\n")
+    lines = refuse(tmp_path).splitlines()
+    assert any(f"{tmp_path / 'train-0.jsonl'} row 1: 'output' is empty" in line for line in lines)
+    assert any(f"{tmp_path / 'train-1.jsonl'} row 0 (line 1): broken JSON" in line for line in lines)
+    assert len(lines) == 3
+
+
+def test_one_column_for_two_fields(tmp_path):
+    path = write(tmp_path / "a.json", [GOOD])
+    assert "two fields are mapped to one column" in refuse(path, instruction_column="output")
+
+
+def test_data_that_names_no_file():
+    for data in ([["a.json"]], [1], {"train": []}, {"train": None}):
+        assert "is not a file, a glob or a list of them" in refuse(data)
 
 
 def test_rows_are_counted_in_their_own_file(tmp_path):
@@ -127,7 +184,7 @@ def test_no_data_and_too_few_records(tmp_path):
     with pytest.raises(UserError, match="no data"):
         load_records(DataArguments())
     path = write(tmp_path / "a.json", [GOOD])
-    assert "1 records are too few to split into train, test and validation" in refuse(path)
+    assert "1 records (1 different) are too few to split into train, test and validation" in refuse(path)
 
 
 def test_empty_split_after_dropping(tmp_path, demo_tokenizer):

@@ -69,8 +69,8 @@ def test_own_template(tmp_path, demo_tokenizer):
         "{% else %}A: {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
         "{{ 'A: ' if add_generation_prompt }}"
     )
-    template = load_template(str(path))
-    assert template.prompt(WITH_INPUT, bos_token="<s>") == "<s>Q: Make it plural. (cat)\nA: "
+    template = load_template(str(path), demo_tokenizer)
+    assert template.prompt(WITH_INPUT) == "<|endoftext|>Q: Make it plural. (cat)\nA: "
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,8 @@ def test_own_template(tmp_path, demo_tokenizer):
         ("{{ messages[0].input }}", "loses the record's instruction"),
         ("{{ messages[0].content + messages[0].input }}", "must begin with the prompt and the response"),
         ("{{ raise_exception('no') }}", "no"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(tmp_path, text, message):

@@ -206,6 +206,16 @@ def test_a_loss_that_is_not_finite_stops_training_with_step_and_rows(demo_model,
     assert not (tmp_path / "run" / "checkpoint-4").exists() or not any((tmp_path / "run" / "checkpoint-4").iterdir())
 
 
+def test_weights_that_the_last_step_ruined_are_not_saved(demo_model, demo_tokenizer, rows, tmp_path):
+    trainer = trainer_for(demo_model, demo_tokenizer, rows, arguments(tmp_path, learning_rate=1e38))
+    trainer.train()
+    with pytest.raises(FloatingPointError, match="the weights are not finite after step 1"):
+        trainer.save_model()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    with pytest.raises(FloatingPointError, match="eval_loss is nan after step 1"):
+        trainer.evaluate()
+
+
 def test_sample_generations_are_saved_and_leave_the_model_training(demo_model, demo_tokenizer, rows, tmp_path, capsys):
     record = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
     trainer = trainer_for(demo_model, demo_tokenizer, rows, arguments(tmp_path))
@@ -220,10 +230,10 @@ def test_sample_generations_are_saved_and_leave_the_model_training(demo_model, d
 
 
 def test_resumed_in_the_middle_of_an_epoch_equals_never_stopped(demo_model, demo_tokenizer, rows, tmp_path):
-    options = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
+    options = {"max_steps": 9, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 6}
     whole = trainer_for(copy.deepcopy(demo_model), demo_tokenizer, rows, arguments(tmp_path / "a", **options))
     whole.train()
-    checkpoint = tmp_path / "a" / "run" / "checkpoint-3"
+    checkpoint = tmp_path / "a" / "run" / "checkpoint-6"  # in the middle of the second epoch of four steps
     resumed = trainer_for(copy.deepcopy(demo_model), demo_tokenizer, rows, arguments(tmp_path / "b", **options))
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
