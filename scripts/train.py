@@ -127,8 +127,8 @@ def check_splits(splits: DatasetDict, data_args: DataArguments, training_args: I
         raise UserError(f"data {data_args.data}: no train split, only {', '.join(splits)}; name one")
     if "validation" not in splits and training_args.eval_strategy != "no":
         raise UserError(
-            f"nothing to evaluate on: --eval_strategy {training_args.eval_strategy.value} needs a validation split; give "
-            "--validation_ratio 0.05, a validation file, or --eval_strategy no"
+            f"nothing to evaluate on: --eval_strategy {training_args.eval_strategy.value} needs a validation split; "
+            "give --validation_ratio 0.05, a validation file, or --eval_strategy no"
         )
 
 
