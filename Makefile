@@ -20,6 +20,7 @@ demo: setup
 		--output_dir $(DEMO) --overwrite_output_dir
 	$(RUN)/python scripts/eval.py --model $(DEMO) --baseline recipe/demo/base --split test test_unseen \
 		--output_dir $(DEMO)-eval
+	@echo "Loss over steps: $(DEMO)/loss.png   How it was made: $(DEMO)/run.json"
 
 test: setup
 	$(RUN)/python -m pytest

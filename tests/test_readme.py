@@ -65,3 +65,11 @@ def test_targets_of_the_makefile_are_the_commands():
     makefile = Path(ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_the_demo_output_it_shows_has_every_family_and_no_placeholder():
+    from recipe.demo.records import FAMILIES
+
+    [shown] = [block for block in blocks("text") if "exact_match" in block]
+    assert all(f"│ {family.name} " in shown for family in FAMILIES)
+    assert "DEMO_OUTPUT" not in README and "TODO" not in README
