@@ -63,7 +63,7 @@ def generate_responses(
     responses: list[Response | None] = [None] * len(prompts)
     try:
         with tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None) as progress:
-            for indices, cap in _batches(prompt_ids, max_new_tokens, batch_size, context_length(model)):
+            for indices, cap in _batches(prompt_ids, max_new_tokens, batch_size, context_length(model.config)):
                 batch = [prompt_ids[index] for index in indices]
                 generated = _generate_batch(model, tokenizer, batch, cap) if cap > 0 else [[] for _ in batch]
                 hit_cap = "length" if cap == max_new_tokens else "context"

@@ -54,15 +54,11 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
             its overrides, or fewer embeddings than the tokenizer has tokens.
     """
     name, model_type = config.model_name_or_path, config.model_type
-    if (name is None) == (model_type is None):
-        raise UserError(
-            "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
-        )
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
     }
-    model_config = _model_config(config, tokenizer)
+    model_config = load_config(config, tokenizer)
     try:
         if name is None:
             model, origin = AutoModelForCausalLM.from_config(model_config, **options), f"random weights ({model_type})"
@@ -94,7 +90,16 @@ def check_folder(name: str) -> None:
         )
 
 
-def _model_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The model's configuration with its overrides, before any weight is read.
+
+    Raises:
+        UserError: an architecture or a model that is not known, or overrides it does not have.
+    """
+    if (config.model_name_or_path is None) == (config.model_type is None):
+        raise UserError(
+            "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
+        )
     if config.model_type is not None and config.model_type not in CONFIG_MAPPING:
         raise UserError(f"unknown --model_type {config.model_type!r}; for example gpt2, llama, qwen2")
     try:
@@ -133,13 +138,13 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
-        max_new_tokens=min(256, (context_length(model) or 512) // 2),
+        max_new_tokens=min(256, (context_length(model.config) or 512) // 2),
     )
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(config: PreTrainedConfig) -> int | None:
     """Positions the model has, in tokens: prompt and response together. None where it has no limit (ALiBi, Mamba)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
 from recipe.data import encode_records, load_records, resolve_max_length, template_overhead, token_statistics
 from recipe.hub import write_model_card
-from recipe.model import context_length, load_model, load_tokenizer, prepare_for_chat
+from recipe.model import context_length, load_config, load_model, load_tokenizer, prepare_for_chat
 from recipe.provenance import command_line, data_hash, versions, write_json
 from recipe.report import plot_loss, print_token_statistics
 from recipe.templates import load_template
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     # data
     tokenizer = load_tokenizer(model_args)
     template = load_template(data_args.template, tokenizer)
+    fit_max_length(data_args, model_args, tokenizer)
     with training_args.main_process_first(desc="data"):  # the others read its cache
         records, leaked = load_records(data_args)
         splits = encode_records(records, tokenizer, data_args)
@@ -50,7 +51,6 @@ def main(argv: list[str]) -> None:
 
     # model
     model, origin = load_model(model_args, tokenizer)
-    check_context(data_args, model, tokenizer)
     prepare_for_chat(model, tokenizer, template)
     say_model(origin, model, training_args)
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         write_json(output_dir / "run.json", run)
         plot_loss(trainer.state.log_history, output_dir / "loss.png")
         write_model_card(output_dir, run)
-        say(f"\nDone: the model is in {output_dir}/; look at loss.png, samples.jsonl and run.json there")
+        say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
 
 
 def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
@@ -141,11 +141,16 @@ def say_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArgu
         say(f"Only {threads} thread(s) a process on {cores} cores: set OMP_NUM_THREADS={wanted} for more")
 
 
-def check_context(data_args: DataArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    max_length, positions = resolve_max_length(data_args, tokenizer), context_length(model)
-    if positions is not None and max_length > positions:
+def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set `max_length` to what tokenizer and model both allow, or check the one that was given."""
+    positions = context_length(load_config(model_args, tokenizer))
+    if positions is None:
+        return
+    if data_args.max_length is None:
+        data_args.max_length = min(resolve_max_length(data_args, tokenizer), positions)
+    elif data_args.max_length > positions:
         raise UserError(
-            f"--max_length {max_length} is more than the {positions} positions of the model; give at most {positions}"
+            f"--max_length {data_args.max_length}: the model has only {positions} positions; give at most {positions}"
         )
 
 

@@ -206,6 +206,8 @@ def test_flags_that_cannot_go_together_are_refused_before_anything_is_written(ca
     done = run(*options, *data, cache=cache, expect=1)
     assert "error: nothing to evaluate on: --eval_strategy epoch needs a validation split" in done.stderr
     assert not (tmp_path / "run").exists()
+    done = run(*options, "--max_length", "300", cache=cache, expect=1)
+    assert done.stderr.strip() == "error: --max_length 300: the model has only 256 positions; give at most 256"
 
 
 def test_a_checkpoint_is_asked_with_its_runs_template(cache, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DEMO
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, pipeline
 
 from recipe.config import ModelArguments, UserError
@@ -37,7 +38,7 @@ def test_random_weights_from_a_config(demo_tokenizer, model_type, overrides):
     assert model.config.model_type == model_type
     assert model.config.vocab_size == len(demo_tokenizer)
     assert model.config.eos_token_id == demo_tokenizer.eos_token_id
-    assert context_length(model) == (64 if model_type == "gpt2" else 2048)
+    assert context_length(model.config) == (64 if model_type == "gpt2" else 2048)
 
 
 def test_overrides_change_a_trained_models_dropout(demo_tokenizer):
@@ -86,6 +87,18 @@ def test_tokenizers_that_cannot_be_are_refused(tmp_path, demo_tokenizer):
         load_tokenizer(ModelArguments(tokenizer_name=str(tmp_path)))
 
 
+def test_weights_named_as_openai_community_gpt2_names_them(tmp_path, demo_model, demo_tokenizer):
+    """Those are of the bare transformer: no `transformer.` before each name, no head, and old attention buffers."""
+    weights = {name: tensor.clone() for name, tensor in demo_model.transformer.state_dict().items()}
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    demo_model.config.save_pretrained(tmp_path)
+    model, _ = load_model(ModelArguments(model_name_or_path=str(tmp_path)), demo_tokenizer)
+    ids = torch.tensor([demo_tokenizer("The teacher walks to the park.")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, demo_model.eval()(ids).logits)
+
+
 def test_damaged_weights_and_a_folder_without_a_tokenizer(tmp_path, demo_model, demo_tokenizer):
     demo_model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="tokenizer"):
@@ -100,7 +113,7 @@ def test_a_model_without_a_limit_of_positions(demo_tokenizer):
         model_type="bloom", tokenizer_name=BASE, config_overrides="n_layer=1,hidden_size=32,n_head=2"
     )
     model, _ = load_model(config, demo_tokenizer)
-    assert context_length(model) is None
+    assert context_length(model.config) is None
     prepare_for_chat(model, AutoTokenizer.from_pretrained(BASE), load_template("alpaca"))
     assert model.generation_config.max_new_tokens == 256
 
