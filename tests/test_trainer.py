@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -255,7 +256,8 @@ def test_two_processes_equal_one(tmp_path):
             "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "1",
             "--per_device_eval_batch_size", "7", "--disable_tqdm", "true", "--warmup_steps", "0",
         ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         runs[name] = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
         assert json.loads((output_dir / "run.json").read_text())["processes"] == (2 if name == "two" else 1)
