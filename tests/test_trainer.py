@@ -100,15 +100,15 @@ def test_loss_equals_the_one_by_hand_and_hugging_faces_own_shift(demo_model, dem
 
 
 def test_stock_trainer_with_our_collator_gives_the_same_loss_and_gradients(demo_model, demo_tokenizer, rows, tmp_path):
-    compare_with_stock_trainer(demo_model, demo_tokenizer, rows, tmp_path, shift=True)
+    assert_equal_to_stock_trainer(demo_model, demo_tokenizer, rows, tmp_path, shift=True)
 
 
 @pytest.mark.parametrize("rows", [True], indirect=True)  # of full text, the stock Trainer counts one target too many
 def test_stock_trainer_with_our_collator_that_does_not_shift(demo_model, demo_tokenizer, rows, tmp_path):
-    compare_with_stock_trainer(demo_model, demo_tokenizer, rows, tmp_path, shift=False)
+    assert_equal_to_stock_trainer(demo_model, demo_tokenizer, rows, tmp_path, shift=False)
 
 
-def compare_with_stock_trainer(demo_model, demo_tokenizer, rows, tmp_path, shift):
+def assert_equal_to_stock_trainer(demo_model, demo_tokenizer, rows, tmp_path, shift):
     collator = DataCollatorForInstructionTuning(demo_tokenizer.eos_token_id, shift=shift)
     ours = trainer_for(copy.deepcopy(demo_model), demo_tokenizer, rows, arguments(tmp_path), collator)
     stock_args = arguments(tmp_path, remove_unused_columns=True)
