@@ -54,12 +54,12 @@ def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
     args, data_args, run = parse(argv)
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
 
     # generate
     if args.predictions is None:
         with state.main_process_first():  # the others read its cache
             records = select_splits(data_args, args.split, run)
+        output_dir.mkdir(parents=True, exist_ok=True)  # now, not after an hour of answers
         predictions = ask_models(args, data_args, records, state)
         if state.is_main_process:
             write_jsonl(output_dir / "predictions.jsonl", predictions)
