@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import DEMO, ROOT
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import Trainer
 
@@ -242,29 +243,36 @@ def test_resumed_in_the_middle_of_an_epoch_equals_never_stopped(demo_model, demo
     assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
 
 
+def launch_three_steps(tmp_path, config: str, processes: int) -> tuple[list[dict], Path]:
+    """Three steps of the demo through `accelerate launch`, 8 rows a step over all processes: log and folder."""
+    output_dir = tmp_path / Path(config).stem
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
+        "scripts/train.py", "configs/demo.yaml", "--output_dir", str(output_dir), "--max_steps", "3",
+        "--per_device_train_batch_size", str(8 // processes), "--per_device_eval_batch_size", "7",
+        "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "1",
+        "--disable_tqdm", "true", "--warmup_steps", "0",
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((output_dir / "run.json").read_text())["processes"] == processes
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"], output_dir
+
+
 def test_two_processes_equal_one(tmp_path):
-    """Real processes through `accelerate launch`: 2 x 4 rows against 1 x 8, losses, gradient norms and weights."""
-    runs = {}
-    for name, launch, batch_size in (
-        ("one", ["--config_file", "accelerate_config.yaml"], 8),
-        ("two", ["--config_file", "configs/accelerate/two_processes.yaml", "--main_process_port", "0"], 4),
-    ):
-        output_dir = tmp_path / name
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", *launch, "scripts/train.py", "configs/demo.yaml",
-            "--output_dir", str(output_dir), "--max_steps", "3", "--per_device_train_batch_size", str(batch_size),
-            "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "1",
-            "--per_device_eval_batch_size", "7", "--disable_tqdm", "true", "--warmup_steps", "0",
-        ]  # fmt: skip
-        environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        runs[name] = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-        assert json.loads((output_dir / "run.json").read_text())["processes"] == (2 if name == "two" else 1)
-    first_one, first_two = runs["one"][0], runs["two"][0]
-    for key in ("loss", "grad_norm"):
-        assert first_one[key] == pytest.approx(first_two[key], rel=1e-6), key
-    for one, two in zip(runs["one"][:4], runs["two"][:4], strict=True):  # after steps, in which rounding grows
-        for key in {"loss", "grad_norm", "eval_loss", "eval_next_token_accuracy"} & one.keys():
-            assert one[key] == pytest.approx(two[key], rel=1e-4), key
-    assert {"loss", "grad_norm"} <= runs["one"][2].keys() and "eval_loss" in runs["one"][3]
+    """Real processes: 2 x 4 rows against 1 x 8, weights copied (DDP) and shared (FSDP 2), down to the saved model."""
+    expected, folder = launch_three_steps(tmp_path, "accelerate_config.yaml", 1)
+    weights = load_file(folder / "model.safetensors")
+    assert {"loss", "grad_norm"} <= expected[2].keys() and "eval_loss" in expected[3]
+    for config in ("configs/accelerate/two_processes.yaml", "configs/accelerate/fsdp.yaml"):
+        log, folder = launch_three_steps(tmp_path, config, 2)
+        for key in ("loss", "grad_norm"):
+            assert log[0][key] == pytest.approx(expected[0][key], rel=1e-6), (config, key)
+        for entry, one in zip(log[:4], expected[:4], strict=True):  # after steps, in which rounding grows
+            for key in {"loss", "grad_norm", "eval_loss", "eval_next_token_accuracy"} & one.keys():
+                assert entry[key] == pytest.approx(one[key], rel=1e-4), (config, key)
+        saved = load_file(folder / "model.safetensors")
+        assert saved.keys() == weights.keys()
+        for name, tensor in weights.items():
+            assert (saved[name] - tensor).norm() <= 1e-3 * tensor.norm(), (config, name)
