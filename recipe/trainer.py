@@ -21,6 +21,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from recipe.collator import IGNORE_INDEX
 from recipe.generation import generate_responses
+from recipe.provenance import write_json_lines
 from recipe.report import one_line
 from recipe.templates import Template
 
@@ -218,8 +219,8 @@ class SampleGenerations(TrainerCallback):
         """Drop the samples of steps that a resumed run takes again."""
         path = Path(args.output_dir) / "samples.jsonl"
         if state.is_world_process_zero and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step), "utf-8")
+            samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            write_json_lines(path, (sample for sample in samples if sample["step"] <= state.global_step))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # on every process, because a sharded model generates only if all take part

@@ -5,7 +5,6 @@ python scripts/eval.py --model outputs/demo --baseline recipe/demo/base --output
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from recipe.data import load_records
 from recipe.generation import generate_responses
 from recipe.metrics import summarize
 from recipe.model import check_folder, load_model, load_tokenizer
-from recipe.provenance import command_line, data_hash, read_run, versions, write_json
+from recipe.provenance import command_line, data_hash, read_run, versions, write_json, write_json_lines
 from recipe.records import read_records
 from recipe.report import print_examples, print_scores
 from recipe.templates import load_template
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)  # now, not after an hour of answers
         predictions = ask_models(args, data_args, records, state)
         if state.is_main_process:
-            write_jsonl(output_dir / "predictions.jsonl", predictions)
+            write_json_lines(output_dir / "predictions.jsonl", predictions)
     else:
         predictions = read_predictions(args.predictions)
 
@@ -96,10 +95,10 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, dict[str, Any]
         if name is not None:
             check_folder(name)
     run = read_run(args.model) if args.model else None
-    defaults = run["config"]["data"] if run else {}
-    own_template = Path(args.model or "") / "chat_template.jinja"
-    if args.model and not run and own_template.is_file():
-        defaults = {"template": str(own_template)}
+    defaults = dict(run["config"]["data"]) if run else {}
+    saved_template = Path(args.model or "") / "chat_template.jinja"
+    if args.model and saved_template.is_file():  # the very one of training, wherever that came from
+        defaults["template"] = str(saved_template)
     args, data_args = parse_arguments(types, argv, description, defaults)
     if args.split == ["all"] and not run:  # nothing was held out: every record counts
         data_args.validation_ratio = data_args.test_ratio = 0.0
@@ -162,14 +161,6 @@ def kept(record: dict[str, Any]) -> dict[str, Any]:
 
 def names_of(predictions: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(prediction["split"] for prediction in predictions))
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    draft.replace(path)
 
 
 def read_predictions(path: str) -> list[dict[str, Any]]:

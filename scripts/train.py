@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import DatasetDict
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
@@ -75,11 +77,12 @@ def main(argv: list[str]) -> None:
 
     # train
     clear_output_dir(training_args, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with naming_a_full_disk(Path(training_args.output_dir), model):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
-    # save
-    trainer.save_model()
-    trainer.save_state()
+        # save
+        trainer.save_model()
+        trainer.save_state()
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
         run = run_record(model_args, data_args, training_args, origin, records, statistics, leaked, trainer)
@@ -99,7 +102,7 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
     if args.resume_from_checkpoint and args.resume_from_checkpoint.lower() != "false":
         checkpoint: str | None = args.resume_from_checkpoint
         if checkpoint.lower() in ("true", "last"):
-            checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+            checkpoint = last_whole_checkpoint(output_dir)
         if checkpoint is not None and output_dir.resolve() not in Path(checkpoint).resolve().parents:
             _refuse_used(output_dir, args)
         if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
@@ -110,6 +113,12 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         return checkpoint
     _refuse_used(output_dir, args)
     return None
+
+
+def last_whole_checkpoint(output_dir: Path) -> str | None:
+    """The last checkpoint that was written to its end: the Trainer writes `trainer_state.json` after all else."""
+    folders = [folder for folder in output_dir.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
 
 
 def _refuse_used(output_dir: Path, args: InstructionTrainingArguments) -> None:
@@ -167,6 +176,21 @@ def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None)
                 path.unlink()
 
 
+@contextmanager
+def naming_a_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None]:
+    """Say that the disk is full where torch and safetensors say something else."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError, OSError) as error:
+        free = shutil.disk_usage(output_dir).free
+        if free > model.get_memory_footprint():
+            raise
+        raise UserError(
+            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free) and a save was cut short; those before it "
+            "are whole: free some space, or keep fewer with --save_total_limit, and add --resume_from_checkpoint true"
+        ) from error
+
+
 def run_record(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -217,4 +241,4 @@ if __name__ == "__main__":
         # one process speaks; the launcher ends the others
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted: checkpoints so far are whole; --resume_from_checkpoint true goes on from the last")
+        sys.exit("interrupted: --resume_from_checkpoint true goes on from the last checkpoint, if one was saved")

@@ -159,6 +159,11 @@ def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
     done = run(*options, "--max_steps", "3", "--resume_from_checkpoint", "true", cache=cache)
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
+    torn = tmp_path / "run" / "checkpoint-9"  # what kill -9 leaves in the middle of a save
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    run(*options, "--max_steps", "4", "--resume_from_checkpoint", "true", cache=cache)
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 4
     other = ("--output_dir", str(trained), "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"))
     done = run(*options, "--max_steps", "3", *other, cache=cache, expect=1)
     assert f"error: --output_dir {trained} already holds another run" in done.stderr
