@@ -186,7 +186,7 @@ def naming_a_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[Non
         if free > model.get_memory_footprint():
             raise
         raise UserError(
-            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free) and a save was cut short; those before it "
+            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free) and a save was cut short; earlier ones "
             "are whole: free some space, or keep fewer with --save_total_limit, and add --resume_from_checkpoint true"
         ) from error
 
