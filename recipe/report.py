@@ -1,4 +1,4 @@
-"""Pictures and tables of a run."""
+"""Pictures of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 TRAIN_COLOR, VALIDATION_COLOR = "#4c72b0", "#dd8452"
 
@@ -46,114 +43,3 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
         top.xaxis.set_major_formatter(EngFormatter())
         top.set_xlabel("tokens seen")
     figure.savefig(path, dpi=150)
-
-
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1, caption: str | None = None
-) -> None:
-    """Print a table in the terminal; the first `text_columns` hold text, the others figures."""
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < text_columns else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if Console().is_terminal else 120).print(table)
-
-
-def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:
-    """Print `recipe.data.token_statistics` as a table, and below it what was cut or left out."""
-    rows = [
-        [
-            s["split"], f"{s['rows']:,}", f"{s['tokens']:,}", f"{s['longest']:,}", f"{s['preamble']:.0%}",
-            f"{s['supervised']:.0%}",
-        ]
-        for s in statistics
-    ]  # fmt: skip
-    counts = {
-        "cut to max_length": sum(s["truncated"] for s in statistics),
-        "left out as too long": sum(s["dropped"] for s in statistics),
-        "left out because a later split holds them too": leaked,
-    }
-    caption = "; ".join(f"{count:,} records {what}" for what, count in counts.items() if count) or None
-    print_table(
-        "Records in tokens", ["split", "rows", "tokens", "longest", "% preamble", "% supervised"], rows, caption=caption
-    )
-
-
-def print_scores(splits: Mapping[str, Mapping]) -> None:
-    """Print the scores of each split, base beside tuned, and exact match by family.
-
-    Args:
-        splits: for each split's name what `recipe.metrics.summarize` gives.
-    """
-    rows = []
-    for name, scores in splits.items():
-        for metric, value in scores["metrics"].items():
-            low, high = value["ci95"]
-            change = "" if value["delta"] is None else f"{100 * value['delta']:+.1f}"
-            interval = f"{100 * low:+.1f} to {100 * high:+.1f}" if change else f"{low:.1%} to {high:.1%}"
-            rows.append(
-                [
-                    f"{name} ({scores['n']})",
-                    metric,
-                    _percent(value["baseline"]),
-                    _percent(value["tuned"]),
-                    change,
-                    interval,
-                ]
-            )
-        stop_rate = scores["behaviour"]["stop_rate"]
-        rows.append(
-            [
-                f"{name} ({scores['n']})",
-                "stop_rate",
-                _percent(stop_rate.get("baseline")),
-                _percent(stop_rate["tuned"]),
-                "",
-                "",
-            ]
-        )
-    columns = ["split (records)", "metric", "base", "tuned", "points", "95 % interval"]
-    print_table("Scores", columns, rows, text_columns=2)
-
-    families = dict.fromkeys(family for scores in splits.values() for family in scores["families"])
-    if families:
-        columns = ["family"]
-        for name in splits:
-            columns += [f"{name}: n", "base", "tuned"]
-        rows = [
-            [family, *(cell for scores in splits.values() for cell in _family_cells(scores, family))]
-            for family in families
-        ]
-        print_table("Exact match by family", columns, rows)
-
-
-def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:
-    """Print a few prompts with the reference and what base and tuned answered, from the whole length of the list."""
-    console = Console(soft_wrap=True, highlight=False)
-    for prediction in predictions[:: max(1, len(predictions) // count)][:count]:
-        question = " | ".join(text for text in (prediction["instruction"], prediction["input"]) if text)
-        console.print(f"\n[bold]{escape(one_line(question))}[/bold]")
-        answers = {"reference": prediction["output"]}
-        answers |= {
-            label: prediction[m]["text"] for m, label in (("baseline", "base"), ("tuned", "tuned")) if m in prediction
-        }
-        for label, text in answers.items():
-            console.print(f"  {label:<10} {escape(one_line(text, 100))}")
-
-
-def one_line(text: str, limit: int = 200) -> str:
-    """A text in one line of at most `limit` characters, for a terminal."""
-    shown = text.replace("\n", "\\n")
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
-
-
-def _family_cells(scores: Mapping, family: str) -> list[str]:
-    entry = scores["families"].get(family)
-    if entry is None:
-        return ["", "", ""]
-    return [str(entry["n"]), _percent(entry["exact_match"].get("baseline")), _percent(entry["exact_match"]["tuned"])]
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{fraction:.1%}"

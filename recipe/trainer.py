@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from recipe.collator import IGNORE_INDEX
+from recipe.console import one_line
 from recipe.generation import generate_responses
 from recipe.provenance import write_json_lines
-from recipe.report import one_line
 from recipe.templates import Template
 
 ADVICE = (

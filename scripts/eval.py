@@ -17,13 +17,13 @@ from accelerate.utils import gather_object
 from datasets import DatasetDict
 
 from recipe.config import DataArguments, ModelArguments, UserError, parse_arguments
+from recipe.console import print_examples, print_scores
 from recipe.data import load_records
 from recipe.generation import generate_responses
 from recipe.metrics import summarize
 from recipe.model import check_folder, load_model, load_tokenizer
 from recipe.provenance import command_line, data_hash, read_run, versions, write_json, write_json_lines
 from recipe.records import read_records
-from recipe.report import print_examples, print_scores
 from recipe.templates import load_template
 
 

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
+from recipe.console import print_token_statistics
 from recipe.data import encode_records, load_records, resolve_max_length, template_overhead, token_statistics
 from recipe.hub import write_model_card
 from recipe.model import context_length, load_config, load_model, load_tokenizer, prepare_for_chat
 from recipe.provenance import command_line, data_hash, versions, write_json
-from recipe.report import plot_loss, print_token_statistics
+from recipe.report import plot_loss
 from recipe.templates import load_template
 from recipe.trainer import InstructionTrainer, SampleGenerations
 

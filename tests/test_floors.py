@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FLOORS = {
     0: {"config", "templates"},
-    1: {"collator", "sources", "records", "data", "model", "generation", "metrics", "provenance"},
+    1: {"collator", "sources", "records", "data", "model", "generation", "metrics", "provenance", "console"},
     2: {"trainer", "report", "hub"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
