@@ -1,11 +1,17 @@
 """Batched generation against one prompt at a time, and against plain argmax without a cache."""
 
+import os
+import subprocess
+import sys
+from collections import Counter
+
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipe.generation import generate_responses
+from recipe.config import UserError
+from recipe.generation import Decoding, generate_responses, iter_responses
 from recipe.templates import load_template
 
 PROMPTS = load_template("alpaca").prompts(
@@ -86,3 +92,110 @@ def test_the_end_of_the_context(demo_model, tokenizer):
 
 def test_no_prompts(demo_model, tokenizer):
     assert generate_responses(demo_model, tokenizer, []) == []
+
+
+def test_responses_come_batch_by_batch_with_their_seconds(demo_model, tokenizer):
+    batches = list(iter_responses(demo_model, tokenizer, PROMPTS, Decoding(max_new_tokens=6), batch_size=3))
+    assert [len(indices) for indices, _ in batches] == [3, 1]
+    assert sorted(index for indices, _ in batches for index in indices) == [0, 1, 2, 3]
+    assert all(response.seconds > 0 for _, responses in batches for response in responses)
+
+
+def sampled(model, tokenizer, prompts: list[str], seed: int, batch_size: int, **how) -> list[list[int]]:
+    decoding = Decoding(max_new_tokens=8, temperature=1.0, seed=seed, **how)
+    found = dict(
+        pair
+        for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size)
+        for pair in zip(indices, responses, strict=True)
+    )
+    return [found[index].token_ids for index in range(len(prompts))]
+
+
+def test_sampling_depends_on_seed_and_prompt_and_not_on_the_batch(demo_model, tokenizer):
+    together = sampled(demo_model, tokenizer, PROMPTS, seed=1, batch_size=4)
+    assert together == sampled(demo_model, tokenizer, PROMPTS, seed=1, batch_size=1)
+    assert together == sampled(demo_model, tokenizer, PROMPTS[::-1], seed=1, batch_size=2)[::-1]
+    assert together != sampled(demo_model, tokenizer, PROMPTS, seed=2, batch_size=4)
+    nucleus_of_one = sampled(demo_model, tokenizer, PROMPTS, seed=1, batch_size=4, top_p=1e-6)
+    greedy = generate_responses(demo_model, tokenizer, PROMPTS, max_new_tokens=8)
+    assert nucleus_of_one == [response.token_ids for response in greedy]
+
+
+def test_sampled_tokens_are_distributed_as_the_softmax(demo_model, tokenizer):
+    """400 seeds against the model's own probabilities: a chi-squared statistic within five standard deviations."""
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        probabilities = demo_model.eval()(ids).logits[0, -1].softmax(-1)
+    drawn = 400
+    counts: Counter = Counter()
+    for seed in range(drawn):
+        decoding = Decoding(max_new_tokens=1, temperature=1.0, seed=seed)
+        [(_, [response])] = iter_responses(demo_model, tokenizer, PROMPTS[:1], decoding)
+        counts[response.token_ids[0] if response.token_ids else tokenizer.eos_token_id] += 1
+    likely = [token for token in probabilities.topk(50).indices.tolist() if probabilities[token] * drawn > 5]
+    observed = [counts[token] for token in likely]
+    expected = [probabilities[token].item() * drawn for token in likely]
+    observed.append(drawn - sum(observed))
+    expected.append(drawn - sum(expected))
+    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+    degrees = len(observed) - 1
+    assert degrees >= 3 and statistic < degrees + 5 * (2 * degrees) ** 0.5
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_halved(demo_model, tokenizer, monkeypatch, capsys):
+    """A device of which 2 rows are all that fits, with torch's own error."""
+    whole, sizes = type(demo_model).generate, []
+
+    def generate(self, input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return whole(self, input_ids=input_ids, **kwargs)
+
+    expected = generate_responses(demo_model, tokenizer, PROMPTS * 3, max_new_tokens=4)
+    monkeypatch.setattr(type(demo_model), "generate", generate)
+    found = generate_responses(demo_model, tokenizer, PROMPTS * 3, max_new_tokens=4, batch_size=9)
+    assert found == expected
+    assert sizes == [9, 4, 2, 2, 2, 2, 1, 2, 1]
+    assert "going on with batches of 2" in capsys.readouterr().out
+
+
+def test_one_prompt_that_does_not_fit_is_told_and_other_errors_are_not_swallowed(demo_model, tokenizer, monkeypatch):
+    def out_of_memory(self, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(type(demo_model), "generate", out_of_memory)
+    with pytest.raises(UserError, match=r"not even one prompt of \d+ tokens and 4 new ones fits"):
+        generate_responses(demo_model, tokenizer, PROMPTS, max_new_tokens=4)
+
+    def broken(self, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(type(demo_model), "generate", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        generate_responses(demo_model, tokenizer, PROMPTS, max_new_tokens=4)
+
+
+REAL_MEMORY = """
+import resource, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from recipe.generation import generate_responses
+torch.set_num_threads(1)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+prompts = [f"the {'the ' * 200}{i}" for i in range(512)]
+few = generate_responses(model, tokenizer, prompts[:4], max_new_tokens=4, batch_size=4)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, -1))
+assert generate_responses(model, tokenizer, prompts, max_new_tokens=4, batch_size=512)[:4] == few
+"""
+
+
+def test_memory_that_really_runs_out_halves_the_batch():
+    """A process that may take 300 MB more: 512 prompts at once need some 1.7 GB."""
+    done = subprocess.run(
+        [sys.executable, "-c", REAL_MEMORY, str(DEMO / "base")], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "out of memory on cpu: going on with batches of" in done.stdout
