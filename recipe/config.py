@@ -118,6 +118,17 @@ class InstructionTrainingArguments(TrainingArguments):
         default=3, metadata={"help": "Validation prompts answered, shown and saved at each evaluation; 0 for none."}
     )
 
+    eval_generate: bool = field(
+        default=False,
+        metadata={
+            "help": "Answer the validation prompts at each evaluation and score the answers; metric_for_best_model may "
+            "then be exact_match, token_f1, rouge_l, chrf, ..."
+        },
+    )
+    generation_max_new_tokens: int = field(
+        default=128, metadata={"help": "Cap on each response of eval_generate, in tokens."}
+    )
+
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise UserError(
@@ -129,7 +140,12 @@ class InstructionTrainingArguments(TrainingArguments):
                 f"--label_smoothing_factor {self.label_smoothing_factor}: the Trainer's label smoothing shifts labels "
                 "that are shifted already; leave it at 0"
             )
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "generation_max_new_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
         if not 0 <= self.learning_rate < float("inf"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from recipe.verdict import scale
 
 
 def print_table(
@@ -41,52 +44,49 @@ def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:
     )
 
 
-def print_scores(splits: Mapping[str, Mapping]) -> None:
-    """Print the scores of each split, base beside tuned, and exact match by family.
-
-    Args:
-        splits: for each split's name what `recipe.metrics.summarize` gives.
-    """
+def print_scores(metrics: Mapping[str, Any]) -> None:
+    """Print `metrics.json`: the scores of each split, base beside tuned, and exact match by family."""
+    columns = ["split (records)", "score", "base", "tuned", "change", "95 % interval"]
+    for label in metrics["other_models"]:
+        columns.append(label)
     rows = []
-    for name, scores in splits.items():
-        for metric, value in scores["metrics"].items():
-            low, high = value["ci95"]
-            change = "" if value["delta"] is None else f"{100 * value['delta']:+.1f}"
-            interval = f"{100 * low:+.1f} to {100 * high:+.1f}" if change else f"{low:.1%} to {high:.1%}"
+    for split, scores in metrics["splits"].items():
+        for name, score in {**scores["metrics"], **scores["behaviour"]}.items():
+            others = [of[split]["metrics"] | of[split]["behaviour"] for of in metrics["other_models"].values()]
             rows.append(
                 [
-                    f"{name} ({scores['n']})",
-                    metric,
-                    _percent(value["baseline"]),
-                    _percent(value["tuned"]),
-                    change,
-                    interval,
+                    f"{split} ({scores['n']})",
+                    name,
+                    *_cells(name, score),
+                    *(_value(name, o[name], "tuned") for o in others),
                 ]
             )
-        stop_rate = scores["behaviour"]["stop_rate"]
-        rows.append(
-            [
-                f"{name} ({scores['n']})",
-                "stop_rate",
-                _percent(stop_rate.get("baseline")),
-                _percent(stop_rate["tuned"]),
-                "",
-                "",
-            ]
-        )
-    columns = ["split (records)", "metric", "base", "tuned", "points", "95 % interval"]
     print_table("Scores", columns, rows, text_columns=2)
 
-    families = dict.fromkeys(family for scores in splits.values() for family in scores["families"])
+    families = dict.fromkeys(family for scores in metrics["splits"].values() for family in scores["families"])
     if families:
         columns = ["family"]
-        for name in splits:
-            columns += [f"{name}: n", "base", "tuned"]
+        for split in metrics["splits"]:
+            columns += [f"{split}: n", "base", "tuned"]
         rows = [
-            [family, *(cell for scores in splits.values() for cell in _family_cells(scores, family))]
+            [family, *(cell for scores in metrics["splits"].values() for cell in _family_cells(scores, family))]
             for family in families
         ]
         print_table("Exact match by family", columns, rows)
+
+
+def _cells(name: str, score: Mapping[str, Any] | None) -> list[str]:
+    """Base, tuned, change and interval of one score."""
+    interval = ""
+    if score and score["ci95"]:
+        show = scale(name).value if score["delta"] is None else scale(name).change
+        interval = " to ".join(show(bound) for bound in score["ci95"])
+    change = scale(name).change(score["delta"]) if score and score["delta"] is not None else ""
+    return [_value(name, score, "baseline"), _value(name, score, "tuned"), change, interval]
+
+
+def _value(name: str, score: Mapping[str, Any] | None, side: str) -> str:
+    return "" if score is None or score[side] is None else scale(name).value(score[side])
 
 
 def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:
@@ -113,8 +113,5 @@ def _family_cells(scores: Mapping, family: str) -> list[str]:
     entry = scores["families"].get(family)
     if entry is None:
         return ["", "", ""]
-    return [str(entry["n"]), _percent(entry["exact_match"].get("baseline")), _percent(entry["exact_match"]["tuned"])]
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{fraction:.1%}"
+    match = entry["metrics"]["exact_match"]
+    return [str(entry["n"]), *(_value("exact_match", match, side) for side in ("baseline", "tuned"))]

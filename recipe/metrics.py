@@ -1,201 +1,176 @@
-"""Scores of responses against references: functions for one pair, and `evaluate.Metric` modules that need no download.
+"""Scores of responses as `evaluate.Metric` modules that need no download, alone or combined.
 
-Every score is a fraction from 0 to 1, and a module's result is the mean over its pairs. Used alone::
+Fractions from 0 to 1, but for the reference loss (nats per token), the perplexity and the length ratio. A combination
+takes the features of all its modules; each picks its own::
 
-    evaluate.combine([ExactMatch(), TokenF1(), RougeL()]).compute(predictions=["A cat."], references=["The cat."])
-    # {'exact_match': 0.0, 'token_f1': 1.0, 'rouge_l': 0.5}
+    evaluate.combine([ExactMatch(), TokenF1(), RougeL(), StopRate()]).compute(
+        predictions=["A cat."], references=["The cat."], stop_reasons=["eos"]
+    )
+    # {'exact_match': 0.0, 'token_f1': 1.0, 'rouge_l': 0.5, 'stop_rate': 1.0}
+
+The scores themselves are in `recipe.measures`.
 """
 
 from __future__ import annotations
 
-import re
-import string
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import datasets
 import evaluate
-import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
-Score = Callable[[str, str], float]
+from recipe.measures import BEHAVIOUR, METRICS, Measure, score
 
-
-def exact_match(prediction: str, reference: str) -> float:
-    """1 if both texts are the same but for white space and Unicode composition (NFC); case and punctuation count.
-
-    >>> exact_match("He goes  home.\\n", "He goes home."), exact_match("he goes home", "He goes home.")
-    (1.0, 0.0)
-    """
-    return float(_normalize_space(prediction) == _normalize_space(reference))
+_FEATURES = {
+    "predictions": datasets.Value("string"),
+    "references": datasets.Value("string"),
+    "stop_reasons": datasets.Value("string"),
+    "loss_sums": datasets.Value("float64"),
+    "token_counts": datasets.Value("int64"),
+}
 
 
-def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250).
+class _Module(evaluate.Metric):
+    """What `evaluate` asks of a module, from the measure of that name; features of other modules are left alone."""
 
-    Words are lower-cased, without punctuation and without the articles a, an, the. Two empty texts score 1.
-
-    >>> token_f1("The cat sat.", "A black cat sat")  # 2 words in common of 2 and of 3
-    0.8
-    """
-    predicted, expected = _squad_words(prediction), _squad_words(reference)
-    if not predicted or not expected:
-        return float(predicted == expected)
-    common = sum((Counter(predicted) & Counter(expected)).values())
-    return 2 * common / (len(predicted) + len(expected))
-
-
-def rouge_l(prediction: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), by the package `rouge_score`, without stemming.
-
-    >>> rouge_l("He goes to school.", "He walks to school.")
-    0.75
-    """
-    return _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
-
-
-@cache
-def _rouge_scorer() -> RougeScorer:
-    return RougeScorer(["rougeL"])
-
-
-def _normalize_space(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def _squad_words(text: str) -> list[str]:
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
-
-
-class ExactMatch(evaluate.Metric):
-    """Share of pairs for which `exact_match` is 1; result key `exact_match`."""
+    key: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _text_metric(exact_match, "Rajpurkar et al., 2016 (arXiv:1606.05250), without its normalisation")
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {"exact_match": _mean(exact_match, predictions, references)}
-
-
-class TokenF1(evaluate.Metric):
-    """Mean of `token_f1`; result key `token_f1`."""
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
+    @classmethod
+    def measure(cls) -> Measure:
+        return {**METRICS, **BEHAVIOUR}[cls.key]
 
     def _info(self) -> evaluate.MetricInfo:
-        return _text_metric(token_f1, "Rajpurkar et al., 2016 (arXiv:1606.05250)")
+        features = datasets.Features({feature: _FEATURES[feature] for feature in self.measure().features})
+        return evaluate.MetricInfo(description=self.__doc__ or "", citation=self.measure().source, features=features)
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {"token_f1": _mean(token_f1, predictions, references)}
-
-
-class RougeL(evaluate.Metric):
-    """Mean of `rouge_l`; result key `rouge_l`."""
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _text_metric(rouge_l, "Lin, 2004: ROUGE, a package for automatic evaluation of summaries")
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {"rouge_l": _mean(rouge_l, predictions, references)}
+    def _compute(self, **columns: Sequence) -> dict[str, float | None]:  # type: ignore[override]
+        return {self.key: score(self.measure(), columns)}
 
 
-def _text_metric(score: Score, citation: str) -> evaluate.MetricInfo:
-    text = datasets.Value("string")
-    return evaluate.MetricInfo(
-        description=score.__doc__ or "",
-        citation=citation,
-        features=datasets.Features({"predictions": text, "references": text}),
-    )
+class ExactMatch(_Module):
+    """Share of pairs for which `exact_match` is 1.
 
-
-def _mean(score: Score, predictions: Sequence[str], references: Sequence[str]) -> float:
-    if not predictions:
-        raise ValueError("no predictions to score")
-    return float(per_example(score, predictions, references).mean())
-
-
-def per_example(score: Score, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """One score a pair, (pairs,) float64: what intervals and task families are made of."""
-    return np.array([score(*pair) for pair in zip(predictions, references, strict=True)], dtype=np.float64)
-
-
-def bootstrap_interval(scores: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean (Efron 1979); give paired differences for a paired interval.
-
-    >>> bootstrap_interval(np.array([0.0, 1.0] * 50))
-    (0.4, 0.6)
+    >>> ExactMatch().compute(predictions=["A cat.", "Two  cats."], references=["The cat.", "Two cats."])
+    {'exact_match': 0.5}
     """
-    generator = np.random.default_rng(seed)
-    # resampling n of n with replacement draws each score's count from a multinomial; in slices, to bound memory
-    n, size = len(scores), max(1, 10_000_000 // len(scores))
-    means = np.concatenate(
-        [
-            scores[generator.integers(0, n, size=(min(size, resamples - start), n))].mean(axis=1)
-            for start in range(0, resamples, size)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+
+    key = "exact_match"
 
 
-SCORES: dict[str, Score] = {"exact_match": exact_match, "token_f1": token_f1, "rouge_l": rouge_l}
+class TokenF1(_Module):
+    """Mean of `token_f1`.
 
-
-def summarize(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores of tuned beside baseline responses, as they stand in `metrics.json`.
-
-    Args:
-        predictions: one mapping an id with `output` (the reference), `tuned` and, for a comparison, `baseline`:
-            mappings with `text` and `stop_reason` (None if unknown). With `family`, exact match is given by family.
-
-    Returns:
-        `n`; `metrics`: for each the mean of `baseline` and `tuned`, their `delta` and `ci95`, the paired bootstrap
-        interval of the delta (of the tuned score where there is no baseline); `behaviour`: the `stop_rate`, the share
-        of responses that ended by an end-of-text token; `families`.
-
-    Raises:
-        ValueError: no predictions.
+    >>> TokenF1().compute(predictions=["A cat."], references=["The cat."])
+    {'token_f1': 1.0}
     """
-    if not predictions:
-        raise ValueError("no predictions to score")
-    models = ["baseline", "tuned"] if "baseline" in predictions[0] else ["tuned"]
-    references = [prediction["output"] for prediction in predictions]
-    metrics, exact = {}, {}
-    for name, score in SCORES.items():
-        scores = {model: per_example(score, [p[model]["text"] for p in predictions], references) for model in models}
-        baseline = scores.get("baseline")
-        difference = scores["tuned"] if baseline is None else scores["tuned"] - baseline
-        metrics[name] = {
-            "baseline": None if baseline is None else float(baseline.mean()),
-            "tuned": float(scores["tuned"].mean()),
-            "delta": None if baseline is None else float(difference.mean()),
-            "ci95": list(bootstrap_interval(difference)),
-        }
-        if score is exact_match:
-            exact = scores
-    families: dict[str, dict] = {}
-    for family in dict.fromkeys(p["family"] for p in predictions if p.get("family") is not None):
-        rows = [index for index, p in enumerate(predictions) if p.get("family") == family]
-        families[family] = {"n": len(rows), "exact_match": {m: float(exact[m][rows].mean()) for m in models}}
-    return {
-        "n": len(predictions),
-        "metrics": metrics,
-        "behaviour": {"stop_rate": {model: _stop_rate(predictions, model) for model in models}},
-        "families": families,
-    }
+
+    key = "token_f1"
 
 
-def _stop_rate(predictions: Sequence[Mapping[str, Any]], model: str) -> float | None:
-    reasons = [prediction[model]["stop_reason"] for prediction in predictions]
-    return None if None in reasons else sum(reason == "eos" for reason in reasons) / len(reasons)
+class RougeL(_Module):
+    """Mean of `rouge_l`.
+
+    >>> RougeL().compute(predictions=["A cat."], references=["The cat."])
+    {'rouge_l': 0.5}
+    """
+
+    key = "rouge_l"
+
+
+class ChrF(_Module):
+    """chrF of the corpus, `sacrebleu.corpus_chrf` / 100: n-grams are summed over all pairs before the F2 is taken.
+
+    >>> result = ChrF().compute(predictions=["abcd", "x"], references=["abcd", "y"])
+    >>> round(result["chrf"], 4)  # 4 of 5 letters, and all 2-, 3- and 4-grams
+    0.95
+    """
+
+    key = "chrf"
+
+
+class Bleu(_Module):
+    """BLEU of the corpus, `sacrebleu.corpus_bleu` / 100: 13a tokens, up to 4-grams, smoothing "exp".
+
+    >>> Bleu().compute(predictions=["a b c d"], references=["a b c d"])
+    {'bleu': 1.0}
+    """
+
+    key = "bleu"
+
+
+class ReferenceLoss(_Module):
+    """Cross-entropy of the references given their prompts, in nats per token, the end-of-text token included.
+
+    `loss_sums` (nats) and `token_counts` are what `recipe.likelihood.reference_losses` gives; pairs with None are left
+    out. Comparable only between models with the same tokenizer.
+
+    >>> ReferenceLoss().compute(loss_sums=[2.0, 4.0, None], token_counts=[1, 3, None])
+    {'reference_loss': 1.5}
+    """
+
+    key = "reference_loss"
+
+
+class Perplexity(_Module):
+    """The exponential of `ReferenceLoss`.
+
+    >>> Perplexity().compute(loss_sums=[0.0, 0.0], token_counts=[1, 3])
+    {'perplexity': 1.0}
+    """
+
+    key = "perplexity"
+
+
+class StopRate(_Module):
+    """Share of responses that the model ended itself, by an end-of-text token; None where a reason is not known.
+
+    >>> StopRate().compute(stop_reasons=["eos", "eos", "length", "context"])
+    {'stop_rate': 0.5}
+    """
+
+    key = "stop_rate"
+
+
+class LengthRatio(_Module):
+    """Words of all predictions per word of all references, words being what white space separates.
+
+    >>> LengthRatio().compute(predictions=["one two three"], references=["one two"])
+    {'length_ratio': 1.5}
+    """
+
+    key = "length_ratio"
+
+
+class Distinct2(_Module):
+    """Different word bigrams per word bigram, over all predictions together; None where there is no bigram.
+
+    Li et al. divide by the number of words; bigrams are the custom today, so that a text without repetition scores 1.
+
+    >>> Distinct2().compute(predictions=["a b a b", "a b"])  # "a b", "b a" of four
+    {'distinct_2': 0.5}
+    """
+
+    key = "distinct_2"
+
+
+class Repeated4Grams(_Module):
+    """Share of a response's word 4-grams that repeat an earlier one of it, averaged; 0 if it has fewer than 4 words.
+
+    >>> Repeated4Grams().compute(predictions=["a a a a a", "a b c"])  # a half, and none
+    {'repeated_4grams': 0.25}
+    """
+
+    key = "repeated_4grams"
+
+
+class EmptyRate(_Module):
+    """Share of predictions that are empty or white space.
+
+    >>> EmptyRate().compute(predictions=["", "\\n", "a", "b"])
+    {'empty_rate': 0.5}
+    """
+
+    key = "empty_rate"

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import UserError
 from recipe.data import content_hashes
@@ -32,9 +38,40 @@ def data_hash(splits: Mapping[str, Dataset]) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_hash(model: str) -> str | None:
+    """What tells a model's weights apart: a hash of its safetensors files, or the commit of a Hub id.
+
+    Raises:
+        UserError: a Hub id that cannot be found.
+    """
+    if not Path(model).is_dir():
+        try:
+            return Path(hf_hub_download(model, "config.json")).parent.name
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise UserError(f"model {model!r}: {' '.join(str(error).split())[:300]}") from error
+    hashes = [file_hash(path) for path in sorted(Path(model).glob("*.safetensors"))]
+    if len(hashes) == 1:
+        return hashes[0]
+    return f"sha256:{hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]}" if hashes else None
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file: 16 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+def hardware() -> str:
+    """The machine in words: its accelerators, or its processor and cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
 def command_line() -> str:
-    """The command that started this process."""
-    return " ".join([Path(sys.executable).name, *sys.argv])
+    """The command that started this process, ready for a shell, without credentials in addresses."""
+    words = [re.sub(r"(https?://)[^/@]*@", r"\1", word) for word in sys.argv]
+    return shlex.join([Path(sys.executable).name, *words])
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -56,6 +93,18 @@ def write_json(path: Path, content: Any) -> None:
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """`write_whole` for JSON lines, one a row."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of ours.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it and run again what writes it") from error
 
 
 def read_run(output_dir: str | Path) -> dict[str, Any] | None:

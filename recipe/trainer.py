@@ -6,18 +6,20 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.collator import IGNORE_INDEX
 from recipe.console import one_line
@@ -44,10 +46,15 @@ class InstructionTrainer(Trainer):
       tokens, so that none depends on the batch size; no logits are kept, so memory does not grow with the split.
     - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding) and
       `num_input_tokens_seen`, summed on the device and fetched when something is logged, never in between.
+    - Generation: at each evaluation it answers `generation_records`, if given, and adds `eval_exact_match`,
+      `eval_token_f1`, `eval_rouge_l`, `eval_chrf`, `eval_bleu`, `eval_stop_rate` and others to the metrics, so that
+      `metric_for_best_model` may name one of them.
     - A loss that is NaN or infinite raises `FloatingPointError` at the next log or save, with the step and the rows of
       the first bad batch, and before anything is saved; so do weights or evaluation losses that are not finite.
 
-    Takes the arguments of `transformers.Trainer`, but for `compute_metrics`, which is its own.
+    Takes the arguments of `transformers.Trainer`, but for `compute_metrics`, which is its own, and three
+    more: `generation_records`, mappings with `instruction`, `input` and `output`, the `template` of their prompts, and
+    the cap `max_new_tokens` on each response.
 
     Example::
 
@@ -60,8 +67,19 @@ class InstructionTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # for transformers that ask; earlier ones look at model_accepts_loss_kwargs
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        generation_records: Iterable[dict[str, Any]] = (),
+        template: Template | None = None,
+        max_new_tokens: int = 128,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        records = list(generation_records)
+        self._generation_prompts = template.prompts(records) if template else []
+        self._generation_references = [record["output"] for record in records]
+        self._max_new_tokens = max_new_tokens
         self.model_accepts_loss_kwargs = True  # compute_loss normalises by itself, whatever forward() takes
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
         self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
@@ -143,6 +161,38 @@ class InstructionTrainer(Trainer):
         if self._window_start is not None:
             self._window_start += time.perf_counter() - start
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """`Trainer.evaluation_loop`, with the scores of generated responses beside the loss."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if (
+            self._generation_prompts
+            and output.metrics is not None
+            and kwargs.get("metric_key_prefix", "eval") == "eval"
+        ):
+            output.metrics.update({f"eval_{name}": value for name, value in self._score_generations().items()})
+        return output
+
+    def _score_generations(self) -> dict[str, float]:
+        """Answer the generation records, each process a share, and score all answers on every process."""
+        from recipe.measures import score_responses  # its libraries cost every other run a second at the start
+
+        everything = list(range(len(self._generation_prompts)))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # generates only if all take part in every prompt
+        with PartialState().split_between_processes(everything) as share, self.compute_loss_context_manager():
+            mine = everything if sharded else share
+            responses = generate_responses(
+                self.model,  # type: ignore[arg-type]
+                self.processing_class,  # type: ignore[arg-type]
+                [self._generation_prompts[index] for index in mine],
+                max_new_tokens=self._max_new_tokens,
+                batch_size=self.args.per_device_eval_batch_size,
+                description="Generating (validation)" if self.is_world_process_zero() else None,
+            )
+        answers = [(index, r.text, r.stop_reason) for index, r in zip(mine, responses, strict=True)]
+        gathered = {index: (text, reason) for index, text, reason in gather_object(answers)}
+        texts, reasons = zip(*(gathered[index] for index in everything), strict=True)
+        return score_responses(texts, self._generation_references, reasons)
 
     # --- log --------------------------------------------------------------------------------------------------------
 

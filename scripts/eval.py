@@ -1,191 +1,151 @@
-"""Score a fine-tuned model beside the one it came from, on records it has not seen.
+"""Score fine-tuned models beside the one they came from, on records they have not seen.
 
 python scripts/eval.py --model outputs/demo --baseline recipe/demo/base --output_dir outputs/demo-eval
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import DatasetDict
 
-from recipe.config import DataArguments, ModelArguments, UserError, parse_arguments
+from recipe import answers, endpoints
+from recipe.comparison import compare, labels_of
+from recipe.config import DataArguments, UserError, parse_arguments
 from recipe.console import print_examples, print_scores
-from recipe.data import load_records
-from recipe.generation import generate_responses
-from recipe.metrics import summarize
-from recipe.model import check_folder, load_model, load_tokenizer
-from recipe.provenance import command_line, data_hash, read_run, versions, write_json, write_json_lines
-from recipe.records import read_records
-from recipe.templates import load_template
-
-
-@dataclass
-class EvalArguments:
-    """Which models answer which records."""
-
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the fine-tuned model."})
-    baseline: str | None = field(default=None, metadata={"help": "Folder or Hub id of the model to compare it with."})
-    split: list[str] = field(
-        default_factory=lambda: ["test"], metadata={"help": "Splits to score, each apart; or `all` records as one."}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "Where predictions.jsonl and metrics.json go."})
-    predictions: str | None = field(
-        default=None,
-        metadata={
-            "help": "Score this file instead of generating: a predictions.jsonl, or records with a `model_response`."
-        },
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Cap on each response, in tokens."})
-    batch_size: int = field(default=32, metadata={"help": "Prompts generated together on each process."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
+from recipe.evaluation import EvalArguments, generate, split_names
+from recipe.gates import failures, parse_gate
+from recipe.judge import JudgeArguments, run_judge
+from recipe.model import check_folder
+from recipe.provenance import read_json, read_run, write_json
+from recipe.report import write_report
+from recipe.verdict import verdict
 
 
 def main(argv: list[str]) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
-    args, data_args, run = parse(argv)
-    output_dir = Path(args.output_dir)
+    args, data_args, judge_args, run = parse(argv)
+    gates = [parse_gate(text) for text in args.gate]
+    output_dir = Path(args.output_dir or "")
 
-    # generate
-    if args.predictions is None:
-        with state.main_process_first():  # the others read its cache
-            records = select_splits(data_args, args.split, run)
-        output_dir.mkdir(parents=True, exist_ok=True)  # now, not after an hour of answers
-        predictions = ask_models(args, data_args, records, state)
-        if state.is_main_process:
-            write_json_lines(output_dir / "predictions.jsonl", predictions)
-    else:
-        predictions = read_predictions(args.predictions)
-
-    # score
-    if state.is_main_process:
-        splits = {name: summarize([p for p in predictions if p["split"] == name]) for name in names_of(predictions)}
-        headline = next(iter(splits.values()))
-        provenance = {"command": command_line(), "versions": versions(), "model": args.model, "baseline": args.baseline}
-        write_json(output_dir / "metrics.json", {**headline, "judge": None, "splits": splits, "provenance": provenance})
-
-        # report
-        print_scores(splits)
-        print_examples([p for p in predictions if p["split"] == names_of(predictions)[0]])
-        answers = args.predictions or output_dir / "predictions.jsonl"
-        print(f"\nEvery answer: {answers}   Scores: {output_dir / 'metrics.json'}")
+    if "generate" in args.stages:
+        generate(args, data_args, run, state)
+    state.destroy_process_group()  # what follows is one process's work, and may take longer than a barrier waits
+    if not state.is_main_process or args.stages == ["generate"]:
+        return
+    predictions = finished_predictions(output_dir)
+    problems: list[str] = []
+    if "score" in args.stages:
+        score(predictions, output_dir)
+    if "judge" in args.stages and judge_args.judge:
+        problems += judge(predictions, judge_args, output_dir)
+    metrics = read_metrics(output_dir)
+    if "report" in args.stages:
+        report(predictions, metrics, output_dir)
+    conclude(predictions, metrics, output_dir)
+    problems += failures(gates, metrics)
+    if problems:
+        raise UserError("\n".join(problems))
 
 
-def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, dict[str, Any] | None]:
+def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments, dict[str, Any] | None]:
     """The arguments, with the data settings of the model's own training run wherever no flag says otherwise."""
-    types: list[type] = [EvalArguments, DataArguments]
+    types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
-    args, _ = parse_arguments(types, argv, description)
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
-    if args.output_dir is None:
-        raise UserError("say where the results go: --output_dir")
-    if args.predictions is None and args.model is None:
-        raise UserError("say what to score: --model, or --predictions with answers that exist already")
-    for name in (args.model, args.baseline):
-        if name is not None:
+    args, data_args, judge_args = parse_arguments(types, argv, description)
+    run, defaults = None, {}
+    for name in args.model:
+        if not answers.is_answer_file(name) and not endpoints.is_endpoint(name) and name != answers.ECHO:
             check_folder(name)
-    run = read_run(args.model) if args.model else None
-    defaults = dict(run["config"]["data"]) if run else {}
-    saved_template = Path(args.model or "") / "chat_template.jinja"
-    if args.model and saved_template.is_file():  # the very one of training, wherever that came from
-        defaults["template"] = str(saved_template)
-    args, data_args = parse_arguments(types, argv, description, defaults)
+            run = run or read_run(name)
+            saved_template = Path(name) / "chat_template.jinja"
+            if saved_template.is_file():  # the very one of training, wherever that came from
+                defaults.setdefault("template", str(saved_template))
+    if run:
+        defaults = {**run["config"]["data"], **defaults}
+    args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
     if args.split == ["all"] and not run:  # nothing was held out: every record counts
         data_args.validation_ratio = data_args.test_ratio = 0.0
-    return args, data_args, run
+    return args, data_args, judge_args, run
 
 
-def select_splits(data_args: DataArguments, names: list[str], run: dict[str, Any] | None) -> DatasetDict:
-    """The records of the named splits; a warning if they are no longer those the model was trained beside."""
-    records, _ = load_records(data_args)
-    if run and run["config"]["data"]["data"] == data_args.data and run["data_hash"] != data_hash(records):
-        print(
-            "warning: the data or its split changed since this model was trained; it may have seen these records",
-            file=sys.stderr,
-        )
-    if names == ["all"]:
-        return records
-    unknown = [name for name in names if name not in records]
-    if unknown:
-        raise UserError(f"--split {' '.join(unknown)}: the data has {', '.join(records)}; name one of them, or all")
-    return DatasetDict({name: records[name] for name in names})
+def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
+    """Write metrics.json: tuned beside baseline by split, then each further model; an earlier judge's word stays."""
+    by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
+    splits = {name: compare(rows) for name, rows in by_split.items()}
+    others = {
+        label: {name: compare(rows, model=label) for name, rows in by_split.items()}
+        for label in labels_of(predictions)
+        if label not in ("baseline", "tuned")
+    }
+    path = output_dir / "metrics.json"
+    earlier = read_json(path) if path.is_file() else {}
+    write_json(
+        path,
+        {
+            **next(iter(splits.values())),
+            "judge": earlier.get("judge"),
+            "splits": splits,
+            "other_models": others,
+            "provenance": read_json(output_dir / "evaluation.json"),
+        },
+    )
 
 
-def ask_models(
-    args: EvalArguments, data_args: DataArguments, records: DatasetDict, state: PartialState
-) -> list[dict[str, Any]]:
-    """One prediction a record: what `summarize` takes, with an id that is unique over splits."""
-    merged = args.split == ["all"]
-    predictions = [
-        {"id": f"{name}/{record['row']}", "split": "all" if merged else name, **kept(record)}
-        for name, split in records.items()
-        for record in split
-    ]
-    for label, path in (("baseline", args.baseline), ("tuned", args.model)):
-        if path is None:
-            continue
-        model_args = ModelArguments(model_name_or_path=path, dtype=args.dtype)
-        tokenizer = load_tokenizer(model_args)
-        model, _ = load_model(model_args, tokenizer)
-        template = load_template(data_args.template, tokenizer)
-        with state.split_between_processes(list(range(len(predictions)))) as mine:
-            responses = generate_responses(
-                model.to(state.device),
-                tokenizer,
-                template.prompts([predictions[index] for index in mine]),
-                max_new_tokens=args.max_new_tokens,
-                batch_size=args.batch_size,
-                description=f"Generating ({label})" if state.is_main_process else None,
-            )
-        answers = [(index, r.text, len(r.token_ids), r.stop_reason) for index, r in zip(mine, responses, strict=True)]
-        for index, text, tokens, stop_reason in gather_object(answers):
-            predictions[index][label] = {"text": text, "tokens": tokens, "stop_reason": stop_reason}
+def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_dir: Path) -> list[str]:
+    """Ask the judge about the first split, and add what it says to metrics.json; what is missing of it, in words."""
+    metrics = read_metrics(output_dir)
+    judged = run_judge(predictions, judge_args, output_dir)
+    write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
+    if judged["error"]:
+        return [f"the judge was not asked: {judged['error']}"]
+    if not judged["complete"] and not judge_args.judge_allow_missing:
+        return [
+            f"the judge left scores out, see {output_dir / 'judge.jsonl'}; the same command asks for these again, and "
+            "--judge_allow_missing reports means without them"
+        ]
+    return []
+
+
+def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
+    path = output_dir / "judge.jsonl"
+    judge_rows = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else None
+    )
+    tuned = metrics["provenance"]["models"]["tuned"]["name"]
+    run, path = read_run(tuned), Path(tuned) / "trainer_state.json"
+    state = read_json(path) if run and path.is_file() else {}
+    best = run and run["config"]["training"]["load_best_model_at_end"]
+    step = state.get("best_global_step" if best else "global_step")
+    write_report(output_dir, predictions, metrics, judge_rows, state.get("log_history"), step)
+
+
+def conclude(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
+    """Print the scores, a few answers and the verdict, and where everything is."""
+    print_scores(metrics)
+    print_examples([p for p in predictions if p["split"] == predictions[0]["split"]])
+    print(f"\n{verdict(metrics).sentence}")
+    print(f"Report: {output_dir / 'report.html'}   Every answer: {output_dir / 'predictions.jsonl'}")
+
+
+def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:
+    predictions = list(answers.read_answers(output_dir / "predictions.jsonl", strict=True).values())
+    if not predictions or not all("split" in prediction for prediction in predictions):
+        raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which goes on where it was")
     return predictions
 
 
-def kept(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a record that go into its prediction."""
-    fields = ("instruction", "input", "output", "family")
-    return {name: record[name] or "" for name in fields if name in record}
-
-
-def names_of(predictions: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(prediction["split"] for prediction in predictions))
-
-
-def read_predictions(path: str) -> list[dict[str, Any]]:
-    """Predictions of an earlier run, or records that carry a response in `model_response`."""
-    splits = read_records(DataArguments(data=path))
-    if len(splits) != 1:
-        raise UserError(f"--predictions {path}: {len(splits)} splits; name one file")
-    [dataset] = splits.values()
-    columns = [name for name in ("tuned", "baseline", "model_response") if name in dataset.column_names]
-    if "tuned" not in columns and "model_response" not in columns:
-        raise UserError(
-            f"--predictions {path}: neither a 'tuned' nor a 'model_response' column; found {dataset.column_names}"
-        )
-    predictions = []
-    for row in dataset:
-        answers = {"tuned": {"text": row["model_response"]}} if "tuned" not in columns else {}
-        answers |= {name: row[name] for name in columns if name != "model_response"}
-        bad = [name for name, answer in answers.items() if not isinstance((answer or {}).get("text"), str)]
-        if bad:
-            raise UserError(
-                f"{path} row {row['row']}: the answer of {', '.join(bad)} is not text; answer it or remove the row"
-            )
-        answers = {name: {**answer, "stop_reason": answer.get("stop_reason")} for name, answer in answers.items()}
-        predictions.append({"split": row.get("split") or "all", **kept(row), **answers})
-    return predictions
+def read_metrics(output_dir: Path) -> dict[str, Any]:
+    path = output_dir / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"{output_dir} holds no scores; run the score stage first")
+    return read_json(path)
 
 
 if __name__ == "__main__":
@@ -194,4 +154,4 @@ if __name__ == "__main__":
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was scored")
+        sys.exit("interrupted: what was answered is kept; the same command goes on")

@@ -23,10 +23,10 @@ from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
 from recipe.console import print_token_statistics
 from recipe.data import encode_records, load_records, resolve_max_length, template_overhead, token_statistics
+from recipe.figures import plot_loss
 from recipe.hub import write_model_card
 from recipe.model import context_length, load_config, load_model, load_tokenizer, prepare_for_chat
 from recipe.provenance import command_line, data_hash, versions, write_json
-from recipe.report import plot_loss
 from recipe.templates import load_template
 from recipe.trainer import InstructionTrainer, SampleGenerations
 
@@ -67,6 +67,9 @@ def main(argv: list[str]) -> None:
             train_dataset=splits["train"],
             eval_dataset=splits.get("validation"),
             processing_class=tokenizer,
+            generation_records=records["validation"] if training_args.eval_generate else (),
+            template=template,
+            max_new_tokens=training_args.generation_max_new_tokens,
         )
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, flags that clash
         raise UserError(str(error)) from error
@@ -91,6 +94,8 @@ def main(argv: list[str]) -> None:
         plot_loss(trainer.state.log_history, output_dir / "loss.png")
         write_model_card(output_dir, run)
         say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
+    trainer.accelerator.wait_for_everyone()  # a process group that one process leaves early may abort another
+    trainer.accelerator.end_training()
 
 
 def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
@@ -140,6 +145,8 @@ def check_splits(splits: DatasetDict, data_args: DataArguments, training_args: I
             f"nothing to evaluate on: --eval_strategy {training_args.eval_strategy.value} needs a validation split; "
             "give --validation_ratio 0.05, a validation file, or --eval_strategy no"
         )
+    if training_args.eval_generate and training_args.eval_strategy == "no":
+        raise UserError("--eval_generate answers at each evaluation: add --eval_strategy epoch or steps")
 
 
 def say_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArguments) -> None:

@@ -45,6 +45,14 @@ def real_records(real_data: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def real_responses() -> list[dict[str, str]]:
+    path = SHARED / "data" / "gpt2-medium-responses.json"
+    if not path.is_file():
+        pytest.skip(f"the real predictions are not at {path}; made-up ones are tested instead")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
 def gpt2_tokenizer() -> PreTrainedTokenizerBase:
     path = SHARED / "gpt2-tokenizer"
     if not path.is_dir():

@@ -1,126 +1,93 @@
-"""Scores against values by hand and against the libraries they come from."""
+"""The modules of the `evaluate` library: alone, combined, and without the network."""
 
-import json
+import doctest
+import math
+import socket
 
 import evaluate
-import numpy as np
 import pytest
-from conftest import SHARED
-from rouge_score.rouge_scorer import RougeScorer
 
+from recipe import metrics
+from recipe.measures import BEHAVIOUR, METRICS, score_responses
 from recipe.metrics import (
+    Bleu,
+    ChrF,
+    Distinct2,
+    EmptyRate,
     ExactMatch,
+    LengthRatio,
+    Perplexity,
+    ReferenceLoss,
+    Repeated4Grams,
     RougeL,
+    StopRate,
     TokenF1,
-    bootstrap_interval,
-    exact_match,
-    per_example,
-    rouge_l,
-    summarize,
-    token_f1,
 )
 
-
-@pytest.fixture(scope="module")
-def real_responses() -> list[dict]:
-    path = SHARED / "data" / "gpt2-medium-responses.json"
-    if not path.is_file():
-        pytest.skip(f"the real predictions are not at {path}")
-    return json.loads(path.read_text(encoding="utf-8"))
+ALL = {
+    "exact_match": ExactMatch, "token_f1": TokenF1, "rouge_l": RougeL, "chrf": ChrF, "bleu": Bleu,
+    "reference_loss": ReferenceLoss, "perplexity": Perplexity, "stop_rate": StopRate, "length_ratio": LengthRatio,
+    "distinct_2": Distinct2, "repeated_4grams": Repeated4Grams, "empty_rate": EmptyRate,
+}  # fmt: skip
 
 
-def as_predictions(rows: list[dict]) -> list[dict]:
-    return [{**row, "tuned": {"text": row["model_response"], "stop_reason": None}} for row in rows]
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def test_17_of_110_real_predictions_match_exactly(real_responses):
-    scores = summarize(as_predictions(real_responses))
-    assert scores["n"] == 110
-    assert scores["metrics"]["exact_match"]["tuned"] == 17 / 110
-    assert scores["metrics"]["exact_match"]["baseline"] is None
-    assert scores["behaviour"]["stop_rate"] == {"tuned": None}
+def test_every_score_has_its_module():
+    assert list(ALL) == [*METRICS, *BEHAVIOUR]
+    for name, module in ALL.items():
+        info = module()._info()
+        assert module.key == name and list(info.features) == list(module.measure().features)
+        assert info.citation and ">>>" in info.description
 
 
-def test_rouge_l_of_real_predictions_is_the_librarys(real_responses):
-    predictions = [row["model_response"] for row in real_responses]
-    references = [row["output"] for row in real_responses]
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    expected = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)]
-    assert per_example(rouge_l, predictions, references).tolist() == expected
+def test_text_modules_combine_without_the_network(no_network):
+    combined = evaluate.combine([ExactMatch(), TokenF1(), RougeL(), ChrF(), Bleu(), LengthRatio(), Distinct2()])
+    predictions, references = ["A cat.", "He goes."], ["The cat.", "He goes."]
+    result = combined.compute(predictions=predictions, references=references)
+    assert (result["exact_match"], result["token_f1"], result["rouge_l"]) == (0.5, 1.0, 0.75)
+    assert result == {name: score_responses(predictions, references)[name] for name in result}
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "expected"),
-    [
-        ("He goes.", "He goes.", 1),
-        ("He goes.\n", " He  goes.", 1),
-        ("he goes.", "He goes.", 0),
-        ("cafe\u0301", "café", 1),
-        ("", "", 1),
-    ],
-)
-def test_exact_match(prediction, reference, expected):
-    assert exact_match(prediction, reference) == expected
+def test_all_modules_combine_and_each_takes_its_features(no_network, tmp_path):
+    result = evaluate.combine([module() for module in ALL.values()]).compute(
+        predictions=["cats", "a dog"],
+        references=["cats", "dogs"],
+        stop_reasons=["eos", "length"],
+        loss_sums=[3.0, None],
+        token_counts=[2, None],
+    )
+    assert list(result) == list(ALL)
+    assert (result["exact_match"], result["stop_rate"], result["reference_loss"]) == (0.5, 0.5, 1.5)
+    assert result["perplexity"] == pytest.approx(math.exp(1.5))
+    evaluate.save(tmp_path / "result.json", **result)  # refuses what is not plain JSON
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "expected"),
-    [
-        ("cats", "cats", 1.0),
-        ("The cat.", "a cat!", 1.0),  # articles and punctuation do not count
-        ("red blue", "red green blue yellow", 2 * 1.0 * 0.5 / 1.5),
-        ("red red", "red", 2 * 0.5 * 1.0 / 1.5),  # a repeated word counts once
-        ("dog", "cat", 0.0),
-        ("", "cat", 0.0),
-        ("the", "a", 1.0),  # nothing is left of either
-    ],
-)
-def test_token_f1_by_hand(prediction, reference, expected):
-    assert token_f1(prediction, reference) == pytest.approx(expected)
+def test_batches_may_be_added_one_after_another():
+    module = ExactMatch()
+    module.add(prediction="a", reference="a")
+    module.add_batch(predictions=["b", "c"], references=["b", "x"])
+    assert module.compute() == {"exact_match": pytest.approx(2 / 3)}
 
 
-def test_modules_combine_without_the_network():
-    combined = evaluate.combine([ExactMatch(), TokenF1(), RougeL()])
-    result = combined.compute(predictions=["A cat.", "He goes."], references=["The cat.", "He goes."])
-    assert result == {"exact_match": 0.5, "token_f1": 1.0, "rouge_l": 0.75}
-    assert ExactMatch().compute(predictions=["a"], references=["a"]) == {"exact_match": 1.0}
+def test_what_is_not_known_is_none():
+    assert StopRate().compute(stop_reasons=["eos", None]) == {"stop_rate": None}
+    assert Perplexity().compute(loss_sums=[None], token_counts=[None]) == {"perplexity": None}
 
 
 def test_nothing_to_score_is_an_error():
-    with pytest.raises(ValueError, match="no predictions"):
-        summarize([])
+    for module in (ExactMatch(), Bleu(), ChrF(), LengthRatio()):
+        with pytest.raises(ValueError, match="no predictions"):
+            module.compute(predictions=[], references=[])
 
 
-def prediction(reference: str, baseline: str, tuned: str, family: str, stop: str = "eos") -> dict:
-    return {
-        "output": reference, "family": family, "baseline": {"text": baseline, "stop_reason": "length"},
-        "tuned": {"text": tuned, "stop_reason": stop},
-    }  # fmt: skip
-
-
-def test_summary_by_hand():
-    scores = summarize(
-        [
-            prediction("cats", "dog", "cats", "plural"),
-            prediction("dogs", "dogs", "dogs", "plural"),
-            prediction("Blue.", "Red", "Red.", "colour", stop="length"),
-            prediction("Green.", "Red", "Green.", "colour"),
-        ]
-    )
-    match = scores["metrics"]["exact_match"]
-    assert (match["baseline"], match["tuned"], match["delta"]) == (0.25, 0.75, 0.5)
-    assert match["ci95"][0] <= 0.5 <= match["ci95"][1]
-    assert scores["behaviour"]["stop_rate"] == {"baseline": 0.0, "tuned": 0.75}
-    assert scores["families"] == {
-        "plural": {"n": 2, "exact_match": {"baseline": 0.5, "tuned": 1.0}},
-        "colour": {"n": 2, "exact_match": {"baseline": 0.0, "tuned": 0.5}},
-    }
-
-
-def test_bootstrap_interval_agrees_with_the_normal_approximation():
-    scores = np.random.default_rng(1).normal(0.3, 1.0, size=4000)
-    low, high = bootstrap_interval(scores)
-    half_width = 1.96 * scores.std() / np.sqrt(len(scores))
-    assert low == pytest.approx(scores.mean() - half_width, abs=0.05 * half_width)
-    assert high == pytest.approx(scores.mean() + half_width, abs=0.05 * half_width)
-    assert bootstrap_interval(scores) == (low, high)
+def test_docstring_examples():
+    failed, run = doctest.testmod(metrics)
+    assert run >= len(ALL) and not failed

@@ -9,16 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import sacrebleu
 import torch
 from conftest import DEMO, ROOT
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import load_splits
+from recipe.generation import generate_responses
 from recipe.templates import load_template
 from recipe.trainer import InstructionTrainer, SampleGenerations
 
@@ -251,7 +253,7 @@ def launch_three_steps(tmp_path, config: str, processes: int) -> tuple[list[dict
         "scripts/train.py", "configs/demo.yaml", "--output_dir", str(output_dir), "--max_steps", "3",
         "--per_device_train_batch_size", str(8 // processes), "--per_device_eval_batch_size", "7",
         "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "1",
-        "--disable_tqdm", "true", "--warmup_steps", "0",
+        "--disable_tqdm", "true", "--warmup_steps", "0", "--eval_generate", "true", "--generation_max_new_tokens", "4",
     ]  # fmt: skip
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
@@ -264,15 +266,48 @@ def test_two_processes_equal_one(tmp_path):
     """Real processes: 2 x 4 rows against 1 x 8, weights copied (DDP) and shared (FSDP 2), down to the saved model."""
     expected, folder = launch_three_steps(tmp_path, "accelerate_config.yaml", 1)
     weights = load_file(folder / "model.safetensors")
-    assert {"loss", "grad_norm"} <= expected[2].keys() and "eval_loss" in expected[3]
+    assert {"loss", "grad_norm"} <= expected[2].keys() and {"eval_loss", "eval_chrf"} <= expected[3].keys()
     for config in ("configs/accelerate/two_processes.yaml", "configs/accelerate/fsdp.yaml"):
         log, folder = launch_three_steps(tmp_path, config, 2)
         for key in ("loss", "grad_norm"):
             assert log[0][key] == pytest.approx(expected[0][key], rel=1e-6), (config, key)
         for entry, one in zip(log[:4], expected[:4], strict=True):  # after steps, in which rounding grows
-            for key in {"loss", "grad_norm", "eval_loss", "eval_next_token_accuracy"} & one.keys():
+            for key in {"loss", "grad_norm", "eval_loss", "eval_next_token_accuracy", "eval_chrf"} & one.keys():
                 assert entry[key] == pytest.approx(one[key], rel=1e-4), (config, key)
         saved = load_file(folder / "model.safetensors")
         assert saved.keys() == weights.keys()
         for name, tensor in weights.items():
             assert (saved[name] - tensor).norm() <= 1e-3 * tensor.norm(), (config, name)
+
+
+def test_eval_generate_scores_answers_and_picks_the_best_checkpoint_by_them(demo_model, demo_tokenizer, rows, tmp_path):
+    """The scores in the log are those of answers generated one by one from the checkpoint of that step."""
+    lines = (DEMO / "records" / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    records, template = [json.loads(line) for line in lines], load_template("alpaca")
+    args = arguments(
+        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        metric_for_best_model="chrf", greater_is_better=True,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = InstructionTrainer(
+        demo_model, args, data_collator=DataCollatorForInstructionTuning(demo_tokenizer.eos_token_id),
+        train_dataset=rows, eval_dataset=rows, processing_class=demo_tokenizer, generation_records=records,
+        template=template, max_new_tokens=8,
+    )  # fmt: skip
+    trainer.train()
+    logged = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert set(logged) == {1, 2, 3}
+    references = [[record["output"] for record in records]]
+    for step, entry in logged.items():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{step}", dtype=torch.float32)
+        texts = [
+            generate_responses(model, demo_tokenizer, [template.prompt(record)], max_new_tokens=8)[0].text
+            for record in records
+        ]
+        assert entry["eval_chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, references).score / 100)
+        assert entry["eval_bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, references).score / 100)
+        assert 0 <= entry["eval_stop_rate"] <= 1 and "eval_exact_match" in entry
+    best = max(logged, key=lambda step: logged[step]["eval_chrf"])
+    assert trainer.state.best_global_step == best and trainer.model.training is False
+    weights = load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors")
+    assert torch.equal(trainer.model.transformer.wpe.weight.detach(), weights["transformer.wpe.weight"].float())

@@ -1,0 +1,107 @@
+"""How likely a model finds the reference responses: teacher-forced cross-entropy given the prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
+from recipe.model import context_length
+
+
+@torch.inference_mode()
+def reference_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    references: Sequence[str],
+    batch_size: int = 16,
+    description: str | None = None,
+) -> list[tuple[float, int] | None]:
+    """The summed cross-entropy in nats of each reference's tokens and its end-of-text token, and how many these are.
+
+    They are the targets that training with `mask_prompt` has (see `recipe.data.encode_records`), so the sum of nats by
+    the sum of targets is the `eval_loss` of `recipe.trainer.InstructionTrainer`. Sorted by length and padded on the
+    right; the head of the model is computed from the first target of the batch on, the cross-entropy in float32 at
+    least.
+
+    Args:
+        prompts: whole prompts, as `Template.prompt` makes them.
+        references: the response to each.
+        batch_size: pairs computed together; does not change the result but for rounding.
+        description: label of a progress bar; None for no bar.
+
+    Returns:
+        a pair (nats, targets) for each prompt, in their order; None where prompt and reference have more tokens than
+        the model has positions, and where the loss is not finite.
+
+    Example::
+
+        prompt = load_template("alpaca").prompt({"instruction": "Name a colour."})
+        [(nats, targets)] = reference_losses(model, tokenizer, [prompt], ["Blue."])
+        nats / targets  # 1.7, the loss per token
+    """
+    losses: list[tuple[float, int] | None] = [None] * len(prompts)
+    if not prompts:
+        return losses
+    features = _encode(tokenizer, prompts, references)
+    positions = context_length(model.config)
+    lengths = [len(feature["input_ids"]) - 1 for feature in features]  # nothing is predicted from the last token
+    fitting = [index for index, length in enumerate(lengths) if positions is None or length <= positions]
+    fitting.sort(
+        key=lambda index: -lengths[index]
+    )  # the largest batch first: what does not fit in memory fails at once
+    collate = DataCollatorForInstructionTuning(tokenizer.eos_token_id)
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(fitting), desc=description, unit="reference", disable=description is None) as progress:
+            for start in range(0, len(fitting), batch_size):
+                indices = fitting[start : start + batch_size]
+                batch = collate([features[index] for index in indices])
+                for index, (nats, targets) in zip(indices, _batch_losses(model, batch), strict=True):
+                    losses[index] = (nats, targets) if math.isfinite(nats) else None
+                progress.update(len(indices))
+    finally:
+        model.train(was_training)
+    return losses
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], references: Sequence[str]
+) -> list[dict[str, list[int]]]:
+    """As `recipe.data.encode_batch` does: prompt and response tokenized apart, then one end-of-text token."""
+    tokenize = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    prompt_ids = tokenizer(list(prompts), **tokenize)["input_ids"]
+    response_ids = tokenizer(list(references), **tokenize)["input_ids"]
+    features = []
+    for prompt, response in zip(prompt_ids, response_ids, strict=True):
+        targets = [*response, tokenizer.eos_token_id]
+        features.append({"input_ids": prompt + targets, "labels": [IGNORE_INDEX] * len(prompt) + targets})
+    return features
+
+
+def _batch_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[tuple[float, int]]:
+    targets = batch["shift_labels"]  # (batch, time)
+    supervised = targets != IGNORE_INDEX
+    first = int(supervised.any(0).int().argmax())
+    logits = model(
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        use_cache=False,
+        logits_to_keep=targets.shape[1] - first,
+    ).logits  # (batch, time - first, vocab)
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    # row by row, so that only one row's logits stand in memory twice
+    sums = [
+        functional.cross_entropy(row[kept].to(precision), target[kept], reduction="sum")
+        for row, target, kept in zip(
+            logits, targets[:, first:].to(model.device), supervised[:, first:].to(model.device), strict=True
+        )
+    ]
+    return list(zip(torch.stack(sums).tolist(), supervised.sum(1).tolist(), strict=True))
