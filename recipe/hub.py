@@ -17,8 +17,8 @@ def write_model_card(output_dir: Path, run: Mapping[str, Any]) -> None:
     model, data = run["config"]["model"], run["config"]["data"]
     base_model = model["model_name_or_path"]
     card_data = ModelCardData(
-        base_model=base_model if _is_hub_id(base_model) else None,
-        datasets=[data["data"]] if _is_hub_id(data["data"]) else None,
+        base_model=base_model if is_hub_id(base_model) else None,
+        datasets=[data["data"]] if is_hub_id(data["data"]) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["instruction-tuning", "sft"],
@@ -29,5 +29,6 @@ def write_model_card(output_dir: Path, run: Mapping[str, Any]) -> None:
     card.save(output_dir / "README.md")
 
 
-def _is_hub_id(source: Any) -> bool:
-    return isinstance(source, str) and not glob.has_magic(source) and not Path(source).exists()
+def is_hub_id(source: Any) -> bool:
+    """Whether a model or data source is named by its id on the Hub."""
+    return bool(source) and isinstance(source, str) and not glob.has_magic(source) and not Path(source).exists()

@@ -22,6 +22,7 @@ from recipe.evaluation import EvalArguments, generate, split_names
 from recipe.gates import failures, parse_gate
 from recipe.judge import JudgeArguments, run_judge
 from recipe.model import check_folder
+from recipe.model_index import write_model_index
 from recipe.provenance import read_json, read_run, write_json
 from recipe.report import write_report
 from recipe.verdict import verdict
@@ -76,7 +77,8 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
 
 
 def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
-    """Write metrics.json: tuned beside baseline by split, then each further model; an earlier judge's word stays."""
+    """Write metrics.json (tuned beside baseline by split, then each further model; an earlier judge's word stays), and
+    model-index.yml, the same for a model card."""
     by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
     splits = {name: compare(rows) for name, rows in by_split.items()}
     others = {
@@ -86,16 +88,15 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
     }
     path = output_dir / "metrics.json"
     earlier = read_json(path) if path.is_file() else {}
-    write_json(
-        path,
-        {
-            **next(iter(splits.values())),
-            "judge": earlier.get("judge"),
-            "splits": splits,
-            "other_models": others,
-            "provenance": read_json(output_dir / "evaluation.json"),
-        },
-    )
+    metrics = {
+        **next(iter(splits.values())),
+        "judge": earlier.get("judge"),
+        "splits": splits,
+        "other_models": others,
+        "provenance": read_json(output_dir / "evaluation.json"),
+    }
+    write_json(path, metrics)
+    write_model_index(output_dir / "model-index.yml", metrics)
 
 
 def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_dir: Path) -> list[str]:

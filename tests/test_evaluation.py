@@ -75,7 +75,18 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def test_killed_in_the_middle_and_resumed_gives_what_an_undisturbed_run_gives(tmp_path, other_model, datasets_cache):
-    flags = ("--model", str(other_model), "--baseline", str(DEMO / "base"), "--data", TEST, "--batch_size", "8")
+    flags = (
+        "--model",
+        str(other_model),
+        "--baseline",
+        str(DEMO / "base"),
+        "--data",
+        TEST,
+        "--batch_size",
+        "8",
+        "--max_new_tokens",
+        "32",
+    )
     killed, whole, two = (tmp_path / name for name in ("killed", "whole", "two"))
     process = subprocess.Popen(
         command(*flags, "--output_dir", str(killed)), cwd=ROOT, env=environment(datasets_cache), start_new_session=True,
@@ -110,7 +121,8 @@ def test_killed_in_the_middle_and_resumed_gives_what_an_undisturbed_run_gives(tm
     assert len({row["id"] for row in resumed}) == len(resumed) == 200
     reports = {folder: json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (whole, two)}
     for name, score in reports[whole]["metrics"].items():
-        assert score == pytest.approx(reports[two]["metrics"][name], rel=1e-3), name
+        other = reports[two]["metrics"][name]
+        assert (score["tuned"], *score["ci95"]) == pytest.approx((other["tuned"], *other["ci95"]), rel=1e-3), name
 
 
 def test_each_stage_runs_alone_from_the_files_before_it(tmp_path, evaluate, few, other_model):
@@ -119,7 +131,7 @@ def test_each_stage_runs_alone_from_the_files_before_it(tmp_path, evaluate, few,
         evaluate("--stages", "score", "--output_dir", tmp_path / "e")
     evaluate(*flags, "--stages", "generate", "score")
     written = {path.name for path in (tmp_path / "e").iterdir()}
-    assert written == {"predictions.jsonl", "evaluation.json", "metrics.json"}
+    assert written == {"predictions.jsonl", "evaluation.json", "metrics.json", "model-index.yml"}
     before = (tmp_path / "e" / "predictions.jsonl").read_bytes()
     evaluate("--stages", "report", "--output_dir", tmp_path / "e")
     assert (tmp_path / "e" / "report.html").stat().st_size > 10_000

@@ -1,0 +1,56 @@
+"""Scores as the Hub reads them from a model card: `model-index`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from recipe.hub import is_hub_id
+from recipe.measures import BEHAVIOUR, METRICS
+from recipe.provenance import write_whole
+
+
+def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """The tuned model's scores on every split as `model-index` entries; with each, its interval, `n` and baseline.
+
+    Args:
+        metrics: what `metrics.json` holds.
+
+    Example::
+
+        [first, *_] = eval_results(metrics)
+        first.metric_type, first.metric_value  # ('exact_match', 0.9225)
+        first.metric_args  # {'n': 400, 'baseline': 0.0, 'delta': 0.9225, 'ci95': [0.895, 0.9475], ...}
+    """
+    data = metrics["provenance"]["data"]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Instruction following",
+            dataset_type=data if is_hub_id(data) else "instruction-records",
+            dataset_name=data if isinstance(data, str) else "instruction records",
+            dataset_split=split,
+            metric_type=name,
+            metric_name={**METRICS, **BEHAVIOUR}[name].title,
+            metric_value=score["tuned"],
+            metric_args={
+                **{key: score[key] for key in ("n", "baseline", "delta", "ci95")},
+                "ci95_of": "tuned" if score["delta"] is None else "delta",
+            },
+        )
+        for split, scores in metrics["splits"].items()
+        for name, score in {**scores["metrics"], **scores["behaviour"]}.items()
+        if score is not None and score["tuned"] is not None
+    ]
+
+
+def write_model_index(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the scores as the YAML block `model-index` that a model card carries."""
+    models = metrics["provenance"]["models"]
+    index = eval_results_to_model_index(Path(models["tuned"]["name"]).name or "tuned", eval_results(metrics))
+    write_whole(path, yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True))
