@@ -19,7 +19,7 @@ demo: setup
 	OMP_NUM_THREADS=$(CORES) $(RUN)/accelerate launch --quiet --config_file accelerate_config.yaml scripts/train.py configs/demo.yaml \
 		--output_dir $(DEMO) --overwrite_output_dir
 	$(RUN)/python scripts/eval.py --model $(DEMO) --baseline recipe/demo/base --split test test_unseen \
-		--output_dir $(DEMO)-eval
+		--output_dir $(DEMO)-eval --overwrite_output_dir
 	@echo "Loss over steps: $(DEMO)/loss.png   How it was made: $(DEMO)/run.json"
 
 test: setup

@@ -46,22 +46,22 @@ def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
     """Print `metrics.json`: the scores of each split, base beside tuned, and exact match by family."""
-    columns = ["split (records)", "score", "base", "tuned", "change", "95 % interval"]
-    for label in metrics["other_models"]:
-        columns.append(label)
+    paired = any(
+        score is not None and score["baseline"] is not None
+        for scores in metrics["splits"].values()
+        for score in scores["metrics"].values()
+    )
+    columns = ["split (records)", "score", *(["base", "tuned", "change"] if paired else ["tuned"]), "95 % interval"]
     rows = []
     for split, scores in metrics["splits"].items():
+        others = [of[split]["metrics"] | of[split]["behaviour"] for of in metrics["other_models"].values()]
         for name, score in {**scores["metrics"], **scores["behaviour"]}.items():
-            others = [of[split]["metrics"] | of[split]["behaviour"] for of in metrics["other_models"].values()]
+            base, tuned, change, interval = _cells(name, score)
+            row = [base, tuned, change] if paired else [tuned]
             rows.append(
-                [
-                    f"{split} ({scores['n']})",
-                    name,
-                    *_cells(name, score),
-                    *(_value(name, o[name], "tuned") for o in others),
-                ]
+                [f"{split} ({scores['n']})", name, *row, interval, *(_value(name, o[name], "tuned") for o in others)]
             )
-    print_table("Scores", columns, rows, text_columns=2)
+    print_table("Scores", [*columns, *metrics["other_models"]], rows, text_columns=2)
 
     families = dict.fromkeys(family for scores in metrics["splits"].values() for family in scores["families"])
     if families:
@@ -76,17 +76,17 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
 
 
 def _cells(name: str, score: Mapping[str, Any] | None) -> list[str]:
-    """Base, tuned, change and interval of one score."""
-    interval = ""
+    """Base, tuned, change and interval of one score; a dash for what was not measured."""
+    interval, delta = "–", None if score is None else score["delta"]
     if score and score["ci95"]:
-        show = scale(name).value if score["delta"] is None else scale(name).change
+        show = scale(name).value if delta is None else scale(name).change
         interval = " to ".join(show(bound) for bound in score["ci95"])
-    change = scale(name).change(score["delta"]) if score and score["delta"] is not None else ""
+    change = scale(name).change(delta)
     return [_value(name, score, "baseline"), _value(name, score, "tuned"), change, interval]
 
 
 def _value(name: str, score: Mapping[str, Any] | None, side: str) -> str:
-    return "" if score is None or score[side] is None else scale(name).value(score[side])
+    return scale(name).value(None if score is None else score[side])
 
 
 def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
@@ -21,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from recipe.config import UserError
+from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
 
 
@@ -109,32 +107,22 @@ def iter_responses(
     was_training, saved_config = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()  # what it holds would fill in whatever is not said below
-    queue = deque(_batches(prompt_ids, decoding.max_new_tokens, batch_size, context_length(model.config)))
+    positions = context_length(model.config)
+    batches = _batches([len(ids) for ids in prompt_ids], decoding.max_new_tokens, batch_size, positions)
+
+    def answer(indices: list[int]) -> list[Response]:
+        batch, start = [prompt_ids[index] for index in indices], time.perf_counter()
+        room = decoding.max_new_tokens if positions is None else positions - max(map(len, batch))
+        cap, hit_cap = min((decoding.max_new_tokens, "length"), (room, "context"))
+        generated = _generate_batch(model, tokenizer, batch, cap, decoding) if cap > 0 else [[] for _ in batch]
+        seconds = (time.perf_counter() - start) / len(batch)
+        return [_as_response(token_ids, tokenizer, hit_cap, seconds) for token_ids in generated]
+
     # smoothing=0: batches differ in length, so the mean over all of them foretells the end better than the last one
     progress = tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None, smoothing=0)
     try:
-        while queue:
-            indices, cap = queue.popleft()
-            if len(indices) > batch_size:  # which ran out of memory
-                queue.extendleft((indices[i : i + batch_size], cap) for i in range(0, len(indices), batch_size)[::-1])
-                continue
-            batch = [prompt_ids[index] for index in indices]
-            start = time.perf_counter()
-            generated = _try_batch(model, tokenizer, batch, cap, decoding) if cap > 0 else [[] for _ in batch]
-            if generated is None:
-                if len(batch) == 1:
-                    raise UserError(
-                        f"not even one prompt of {len(batch[0])} tokens and {cap} new ones fits in the memory of "
-                        f"{model.device}; lower --max_new_tokens or use --dtype bfloat16"
-                    )
-                batch_size = len(batch) // 2
-                progress.write(f"out of memory on {model.device}: going on with batches of {batch_size}")
-                clear_device_cache(garbage_collection=True)
-                queue.appendleft((indices, cap))
-                continue
-            seconds = (time.perf_counter() - start) / len(batch)
-            hit_cap = "length" if cap == decoding.max_new_tokens else "context"
-            yield indices, [_as_response(token_ids, tokenizer, hit_cap, seconds) for token_ids in generated]
+        for indices, responses in halve_if_out_of_memory(batches, answer):
+            yield indices, responses
             progress.update(len(indices))
     finally:
         progress.close()
@@ -142,36 +130,16 @@ def iter_responses(
         model.generation_config = saved_config
 
 
-def _batches(
-    prompt_ids: list[list[int]], max_new_tokens: int, batch_size: int, positions: int | None
-) -> Iterator[tuple[list[int], int]]:
-    """Indices of prompts to generate together, longest first, each with the room they all have for new tokens.
+def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, positions: int | None) -> Iterator[list[int]]:
+    """Indices of prompts to generate together, longest first.
 
     Prompts near the end of the context go one by one: in a batch, the longest would shorten the room of the others.
     """
-    order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
-    tight = [index for index in order if positions and len(prompt_ids[index]) + max_new_tokens > positions]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    tight = [index for index in order if positions and lengths[index] + max_new_tokens > positions]
     roomy = order[len(tight) :]
-    for index in tight:
-        yield [index], max(0, (positions or 0) - len(prompt_ids[index]))
-    for start in range(0, len(roomy), batch_size):
-        yield roomy[start : start + batch_size], max_new_tokens
-
-
-def _try_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: list[list[int]],
-    max_new_tokens: int,
-    decoding: Decoding,
-) -> list[list[int]] | None:
-    """The new tokens of each row; None if the batch does not fit in memory."""
-    try:
-        return _generate_batch(model, tokenizer, batch, max_new_tokens, decoding)
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-    return None  # outside of the except block, which holds on to the tensors
+    yield from ([index] for index in tight)
+    yield from (roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size))
 
 
 def _generate_batch(

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
+from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
 
 
@@ -36,6 +37,8 @@ def reference_losses(
         batch_size: pairs computed together; does not change the result but for rounding.
         description: label of a progress bar; None for no bar.
 
+    A batch that does not fit in memory is halved.
+
     Returns:
         a pair (nats, targets) for each prompt, in their order; None where prompt and reference have more tokens than
         the model has positions, and where the loss is not finite.
@@ -53,18 +56,17 @@ def reference_losses(
     positions = context_length(model.config)
     lengths = [len(feature["input_ids"]) - 1 for feature in features]  # nothing is predicted from the last token
     fitting = [index for index, length in enumerate(lengths) if positions is None or length <= positions]
-    fitting.sort(
-        key=lambda index: -lengths[index]
-    )  # the largest batch first: what does not fit in memory fails at once
+    fitting.sort(key=lambda index: -lengths[index])  # the largest batch first: it tells at once what fits in memory
+    batches = (fitting[start : start + batch_size] for start in range(0, len(fitting), batch_size))
     collate = DataCollatorForInstructionTuning(tokenizer.eos_token_id)
     was_training = model.training
     model.eval()
     try:
         with tqdm(total=len(fitting), desc=description, unit="reference", disable=description is None) as progress:
-            for start in range(0, len(fitting), batch_size):
-                indices = fitting[start : start + batch_size]
-                batch = collate([features[index] for index in indices])
-                for index, (nats, targets) in zip(indices, _batch_losses(model, batch), strict=True):
+            for indices, computed in halve_if_out_of_memory(
+                batches, lambda indices: _batch_losses(model, collate([features[index] for index in indices]))
+            ):
+                for index, (nats, targets) in zip(indices, computed, strict=True):
                     losses[index] = (nats, targets) if math.isfinite(nats) else None
                 progress.update(len(indices))
     finally:

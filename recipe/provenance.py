@@ -107,6 +107,21 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not JSON ({error}); remove it and run again what writes it") from error
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The rows of a JSON lines file of ours; other line ends than a newline are text.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: not JSON ({error}); run again what writes the file") from error
+    return rows
+
+
 def read_run(output_dir: str | Path) -> dict[str, Any] | None:
     """The `run.json` of a training run's folder, or of the run a `checkpoint-N` stands in; None without one.
 

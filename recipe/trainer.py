@@ -24,7 +24,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from recipe.collator import IGNORE_INDEX
 from recipe.console import one_line
 from recipe.generation import generate_responses
-from recipe.provenance import write_json_lines
+from recipe.measures import score_responses
+from recipe.provenance import read_json_lines, write_json_lines
 from recipe.templates import Template
 
 ADVICE = (
@@ -175,8 +176,6 @@ class InstructionTrainer(Trainer):
 
     def _score_generations(self) -> dict[str, float]:
         """Answer the generation records, each process a share, and score all answers on every process."""
-        from recipe.measures import score_responses  # its libraries cost every other run a second at the start
-
         everything = list(range(len(self._generation_prompts)))
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # generates only if all take part in every prompt
         with PartialState().split_between_processes(everything) as share, self.compute_loss_context_manager():
@@ -269,8 +268,8 @@ class SampleGenerations(TrainerCallback):
         """Drop the samples of steps that a resumed run takes again."""
         path = Path(args.output_dir) / "samples.jsonl"
         if state.is_world_process_zero and path.is_file():
-            samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            write_json_lines(path, (sample for sample in samples if sample["step"] <= state.global_step))
+            kept = [sample for sample in read_json_lines(path) if sample["step"] <= state.global_step]
+            write_json_lines(path, kept)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # on every process, because a sharded model generates only if all take part

@@ -5,7 +5,6 @@ python scripts/eval.py --model outputs/demo --baseline recipe/demo/base --output
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from recipe.gates import failures, parse_gate
 from recipe.judge import JudgeArguments, run_judge
 from recipe.model import check_folder
 from recipe.model_index import write_model_index
-from recipe.provenance import read_json, read_run, write_json
+from recipe.provenance import read_json, read_json_lines, read_run, write_json
 from recipe.report import write_report
 from recipe.verdict import verdict
 
@@ -116,9 +115,7 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
 
 def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
     path = output_dir / "judge.jsonl"
-    judge_rows = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else None
-    )
+    judge_rows = read_json_lines(path) if path.is_file() else None
     tuned = metrics["provenance"]["models"]["tuned"]["name"]
     run, path = read_run(tuned), Path(tuned) / "trainer_state.json"
     state = read_json(path) if run and path.is_file() else {}

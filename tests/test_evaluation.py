@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, ROOT, SHARED
+from serve import chat_folder, served_demo, server  # noqa: F401
+from stub_endpoint import Say, Status, serve_stub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError
@@ -260,3 +262,58 @@ def test_prompts_longer_than_the_context_are_answered_with_nothing_and_counted(t
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["behaviour"]["empty_rate"]["tuned"] == 0.5
     assert metrics["metrics"]["perplexity"]["n"] == 1
+
+
+def test_a_served_model_answers_as_its_weights_do(tmp_path, evaluate, few, served_demo, chat_folder):  # noqa: F811
+    flags = ("--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "6")
+    evaluate("--model", served_demo, "--baseline", chat_folder, *flags)
+    for row in rows_of(tmp_path / "e"):
+        assert row["tuned"]["text"] == row["baseline"]["text"]
+        assert row["tuned"]["stop_reason"] == row["baseline"]["stop_reason"]
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["metrics"]["chrf"]["ci95"] == [0, 0]
+    assert metrics["provenance"]["models"]["tuned"] == {"name": served_demo, "weights": None}
+
+
+def test_an_endpoint_that_half_answers_keeps_what_it_said(tmp_path, evaluate, few):
+    """It fails for every second prompt; the next run asks for these alone."""
+    flags = ("--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "6", "--endpoint_concurrency", "1")
+    asked: list[str] = []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return "An answer."
+
+    with serve_stub({"": [Say("Hello."), *[Status(400), Say(answer)] * 4, Say(answer)]}) as stub:
+        model = f"{stub.url}#m"
+        with pytest.raises(UserError, match=r"left 4 of 8 prompts without an answer \(http_400 4\)(.|\n)*test/0"):
+            evaluate("--model", model, *flags)
+        assert len(asked) == 4 and not (tmp_path / "e" / "metrics.json").exists()
+        with pytest.raises(UserError, match="holds no finished answers; run the generate stage"):
+            evaluate("--stages", "score", "--output_dir", tmp_path / "e")
+        evaluate("--model", model, *flags)
+    assert len(set(asked)) == 8 + 1  # and the second warm-up
+    assert [row["tuned"]["text"] for row in rows_of(tmp_path / "e")] == ["An answer."] * 8
+
+
+def test_a_judge_that_fails_loses_nothing_and_is_asked_again_for_what_is_missing(tmp_path, evaluate, few):
+    folder = tmp_path / "e"
+    flags = ("--model", "echo", "--data", few, "--output_dir", folder, "--judge_concurrency", "1")
+    script = {"": [Say("50"), *[Say("60")] * 6, Say("no number"), Say("150"), Say("70")]}
+    with serve_stub(script) as stub:
+        judge = ("--judge", f"{stub.url}#llama3")
+        with pytest.raises(UserError, match="the judge left scores out"):
+            evaluate(*flags, *judge, "--gate", "judge.score_0_100>0", "chrf>0")
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["metrics"]["chrf"]["tuned"] > 0 and (folder / "report.html").is_file()
+        scores = metrics["judge"]["scores"]["score_0_100"]
+        assert scores["tuned"] is None and scores["missing"] == {"unparsable": 1, "out_of_range": 1}
+        assert scores["bounds"]["tuned"] == [pytest.approx(6 * 60 / 8), pytest.approx((6 * 60 + 2 * 100) / 8)]
+        before = len(stub.bodies)
+        evaluate("--stages", "judge", "report", "--output_dir", folder, *judge, "--gate", "judge.score_0_100>=62")
+        assert len(stub.bodies) - before == 1 + 2  # the warm-up and the two that were missing
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["judge"]["scores"]["score_0_100"]["tuned"] == (6 * 60 + 2 * 70) / 8
+    with pytest.raises(UserError, match="the judge was not asked: endpoint"):
+        evaluate("--stages", "judge", "--output_dir", folder, "--judge", "http://127.0.0.1:9/v1#m")
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"] == metrics["metrics"]

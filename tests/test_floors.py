@@ -8,8 +8,29 @@ from conftest import ROOT
 
 FLOORS = {
     0: {"config", "templates"},
-    1: {"collator", "sources", "records", "data", "model", "generation", "metrics", "provenance", "console"},
-    2: {"trainer", "report", "hub"},
+    1: {
+        "collator",
+        "sources",
+        "records",
+        "data",
+        "model",
+        "generation",
+        "metrics",
+        "provenance",
+        "answers",
+        "gates",
+        "endpoints",
+        "likelihood",
+        "memory",
+        "measures",
+        "comparison",
+        "judge",
+        "judge_prompts",
+        "judge_summary",
+        "verdict",
+        "console",
+    },
+    2: {"trainer", "evaluation", "report", "figures", "hub", "model_index"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 

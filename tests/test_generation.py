@@ -165,7 +165,7 @@ def test_one_prompt_that_does_not_fit_is_told_and_other_errors_are_not_swallowed
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(type(demo_model), "generate", out_of_memory)
-    with pytest.raises(UserError, match=r"not even one prompt of \d+ tokens and 4 new ones fits"):
+    with pytest.raises(UserError, match="not even one prompt fits in memory"):
         generate_responses(demo_model, tokenizer, PROMPTS, max_new_tokens=4)
 
     def broken(self, **kwargs):
@@ -198,4 +198,4 @@ def test_memory_that_really_runs_out_halves_the_batch():
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "out of memory on cpu: going on with batches of" in done.stdout
+    assert "out of memory: going on with batches of" in done.stdout
