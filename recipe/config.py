@@ -77,7 +77,13 @@ class DataArguments:
     overflow: Literal["truncate", "drop", "error"] = field(
         default="truncate", metadata={"help": "What happens to a record longer than max_length."}
     )
-    batching: Literal["padded"] = field(default="padded", metadata={"help": "How a batch is laid out."})
+    batching: Literal["padded", "shared_prefix"] = field(
+        default="padded",
+        metadata={
+            "help": "How a batch is laid out: rows padded to the longest, or one row in which what the prompts begin "
+            "with stands once (same losses and gradients, faster)."
+        },
+    )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize; default: this one."})
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ ADVICE = (
     "Training stopped, and nothing was saved of it since; look at the rows, lower --learning_rate, or leave half "
     "precision (--fp16) for --bf16 or float32."
 )
+NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths")
 UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait for a look; a look is one host sync
 
 
@@ -45,8 +46,8 @@ class InstructionTrainer(Trainer):
       two.
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
       tokens, so that none depends on the batch size; no logits are kept, so memory does not grow with the split.
-    - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding) and
-      `num_input_tokens_seen`, summed on the device and fetched when something is logged, never in between.
+    - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding), `shared`
+      (share of the tokens that were not computed, because a shared prefix stands once) and `num_input_tokens_seen`, summed on the device and fetched when something is logged, never in between.
     - Generation: at each evaluation it answers `generation_records`, if given, and adds `eval_exact_match`,
       `eval_token_f1`, `eval_rouge_l`, `eval_chrf`, `eval_bleu`, `eval_stop_rate` and others to the metrics, so that
       `metric_for_best_model` may name one of them.
@@ -143,10 +144,16 @@ class InstructionTrainer(Trainer):
         targets = _targets(inputs)  # (batch, time)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**_model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
-        losses = _cross_entropy(logits, targets, reduction="none").view_as(targets)
-        correct = logits.argmax(-1) == targets  # never at -100, which is no token
-        sums = torch.stack([losses.sum(1), correct.sum(1).float()], dim=1)
-        return None, sums, (targets != IGNORE_INDEX).sum(1, keepdim=True)
+        losses = _cross_entropy(logits, targets, reduction="none")
+        correct = (logits.argmax(-1) == targets).flatten()  # never at -100, which is no token
+        counted = (targets != IGNORE_INDEX).flatten()
+        sums = torch.stack([losses, correct, counted], dim=1)  # (batch * time, 3)
+        if "example" in inputs:  # one row holds all examples
+            rows = len(inputs["row"])
+            sums = sums.new_zeros(rows, 3).index_add(0, inputs["example"], sums)
+        else:
+            sums = sums.view(*targets.shape, 3).sum(1)
+        return None, sums[:, :2], sums[:, 2:].long()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`Trainer.evaluate`; its time does not count in the training log's tokens per second.
@@ -201,7 +208,8 @@ class InstructionTrainer(Trainer):
             self._fetch()
             real, computed = self._window_tokens
             logs["tokens_per_second"] = round(real / (time.perf_counter() - self._window_start), 1)
-            logs["padding"] = round(1 - real / max(1, computed), 4)
+            logs["padding"] = round(max(0.0, 1 - real / max(1, computed)), 4)
+            logs["shared"] = round(max(0.0, 1 - computed / max(1, real)), 4)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             self._window_tokens, self._window_start = [0, 0], None
         super().log(logs, start_time)
@@ -220,7 +228,10 @@ class InstructionTrainer(Trainer):
         """Keep what the next log needs, on the device."""
         computed = inputs["input_ids"].numel()
         self._computed_tokens += computed
-        self._real_tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else computed
+        if "lengths" in inputs:
+            self._real_tokens += inputs["lengths"].sum()
+        else:
+            self._real_tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else computed
         self._unchecked.append((self.state.global_step + 1, loss, inputs.get("row")))
         if len(self._unchecked) >= UNCHECKED_LIMIT:
             self._fetch()
@@ -322,4 +333,4 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) 
 
 
 def _model_inputs(inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
-    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels", "row")}
+    return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}

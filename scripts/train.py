@@ -5,6 +5,7 @@ accelerate launch --config_file accelerate_config.yaml scripts/train.py configs/
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import sys
@@ -19,7 +20,8 @@ from datasets import DatasetDict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from recipe.collator import DataCollatorForInstructionTuning
+from recipe import attention
+from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
 from recipe.console import print_token_statistics
 from recipe.data import encode_records, load_records, resolve_max_length, template_overhead, token_statistics
@@ -53,12 +55,14 @@ def main(argv: list[str]) -> None:
         print_token_statistics(statistics, leaked)
 
     # model
+    if data_args.batching == "shared_prefix" and model_args.attn_implementation is None:
+        model_args.attn_implementation = attention.NAME
     model, origin = load_model(model_args, tokenizer)
     prepare_for_chat(model, tokenizer, template)
     say_model(origin, model, training_args)
 
     # trainer
-    collator = DataCollatorForInstructionTuning(pad_token_id=tokenizer.eos_token_id)
+    collator = make_collator(data_args, model, tokenizer)
     try:
         trainer = InstructionTrainer(
             model,
@@ -147,6 +151,19 @@ def check_splits(splits: DatasetDict, data_args: DataArguments, training_args: I
         )
     if training_args.eval_generate and training_args.eval_strategy == "no":
         raise UserError("--eval_generate answers at each evaluation: add --eval_strategy epoch or steps")
+
+
+def make_collator(
+    data_args: DataArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> DataCollatorForInstructionTuning | DataCollatorWithSharedPrefix:
+    if data_args.batching == "padded":
+        return DataCollatorForInstructionTuning(pad_token_id=tokenizer.eos_token_id)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"--batching shared_prefix: {type(model).__name__} does not take logits_to_keep; use --batching padded"
+        )
+    kind = "segments" if model.config._attn_implementation == attention.NAME else "mask"
+    return DataCollatorWithSharedPrefix(pad_token_id=tokenizer.eos_token_id, attention=kind)
 
 
 def say_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArguments) -> None:

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 FLOORS = {
-    0: {"config", "templates"},
+    0: {"config", "templates", "attention"},
     1: {
         "collator",
         "sources",
