@@ -1,45 +1,532 @@
-"""Pictures of a run."""
+"""One self-contained page on which a person sees whether fine-tuning helped: `report.html`, and its figures as PNGs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
+from urllib.parse import quote
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-TRAIN_COLOR, VALIDATION_COLOR = "#4c72b0", "#dd8452"
+from recipe import figures
+from recipe.comparison import example_scores, labels_of
+from recipe.config import UserError
+from recipe.figures import Interval, Lengths, Picture, make_picture
+from recipe.judge_summary import WITH_VALUE
+from recipe.provenance import write_whole
+from recipe.verdict import (
+    MEASURES,
+    PERCENT,
+    cautions,
+    direction,
+    findings,
+    headline_metric,
+    judge_scale,
+    refuse_nan,
+    scale,
+    title,
+    verdict,
+)
+
+HERE = Path(__file__).parent
+DIRECTIONS = {"better": "better", "worse": "worse", "unclear": "not shown", "neutral": "", "missing": "missing"}
+FILES = {
+    "predictions.jsonl": "every response",
+    "metrics.json": "every score",
+    "judge.jsonl": "every judgement",
+    "evaluation.json": "what was asked of whom",
+    "deltas.png": "differences",
+    "outcomes.png": "better, equal, worse",
+    "lengths.png": "response lengths",
+    "loss.png": "loss curve",
+}
+# invisible, or able to reorder what stands around them: C0 but tab and newline, C1, soft hyphen, zero width, bidi marks
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]"
+)
 
 
-def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw training and validation loss over optimizer steps, with the tokens seen on a second axis.
+def write_report(
+    output_dir: Path,
+    predictions: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    judge_rows: list[dict[str, Any]] | None = None,
+    log_history: list[dict[str, Any]] | None = None,
+    chosen_step: int | None = None,
+) -> None:
+    """Write `report.html` with its figures inside, and the figures as PNGs beside it.
 
     Args:
-        log_history: `trainer.state.log_history`.
-        path: the PNG to write.
+        output_dir: where `report.html`, `deltas.png` (with a baseline), `outcomes.png` (likewise), `lengths.png` and
+            `loss.png` (with a history) go; the page links the files of the evaluation that lie there.
+        predictions: the lines of `predictions.jsonl`.
+        metrics: the content of `metrics.json`.
+        judge_rows: the lines of `judge.jsonl`.
+        log_history: of the tuned model's training, as in its `trainer_state.json`.
+        chosen_step: the step whose weights were evaluated.
+
+    Raises:
+        UserError: scores and predictions, or judgements and predictions, do not belong together; a score is NaN.
+
+    Example::
+
+        write_report(Path("outputs/demo-eval"), predictions, metrics, log_history=trainer.state.log_history)
     """
-    train = [entry for entry in log_history if "loss" in entry]
-    if not train:  # a run shorter than logging_steps has its mean only
-        train = [{**entry, "loss": entry["train_loss"]} for entry in log_history if "train_loss" in entry]
-    validation = [entry for entry in log_history if "eval_loss" in entry]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    marker = "o" if len(train) == 1 else None
-    axes.plot(
-        [e["step"] for e in train], [e["loss"] for e in train], color=TRAIN_COLOR, marker=marker, label="training"
+    output_dir = Path(output_dir)
+    judge_rows = judge_rows or []
+    check_inputs(predictions, metrics, judge_rows)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    labels = labels_of(predictions)
+    first = next(iter(metrics["splits"]))
+    headline_predictions = [prediction for prediction in predictions if prediction["split"] == first]
+    pictures = draw_pictures(output_dir, headline_predictions, labels, metrics, log_history, chosen_step)
+    others = [label for label in labels if label not in ("baseline", "tuned")]
+    said = verdict(metrics)
+    lead, colon, rest = said.sentence.partition(": ")
+    provenance = metrics.get("provenance") or {}
+    context = {
+        "verdict": said,
+        "lead": lead + colon if colon else "",
+        "rest": nonbreaking(rest or lead),
+        "other_verdicts": [verdict(metrics, split) for split in list(metrics["splits"])[1:]],
+        "compared": "baseline" in labels,
+        "better": findings(metrics, "better"),
+        "worse": findings(metrics, "worse"),
+        "first_split": first,
+        "turned": metrics["splits"][first]["outcomes"].get("exact_match"),
+        "cautions": cautions(metrics, headline_predictions, labels),
+        "names": model_names(labels),
+        "sections": [split_section(split, metrics, labels) for split in metrics["splits"]],
+        "others": others,
+        "pictures": pictures,
+        "judge": metrics["judge"],
+        "judge_rows": judge_table(metrics["judge"], judge_rows, others),
+        "pairs": pairs_sentence((metrics["judge"] or {}).get("pairwise")),
+        "provenance": provenance,
+        "models": provenance.get("models") or {},
+        "facts": list(provenance_facts(provenance)),
+        "files": {name: what for name, what in FILES.items() if (output_dir / name).is_file()},
+        "count": len(predictions),
+        "splits": list(metrics["splits"]),
+        "families": list(dict.fromkeys(p["family"] for p in predictions if p.get("family") is not None)),
+        "measures": MEASURES,
+        "examples": embed_json(example_columns(predictions, labels, judge_rows, metrics)),
+    }
+    write_whole(output_dir / "report.html", render(context))
+
+
+def check_inputs(
+    predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], judge_rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse inputs of different evaluations, before a page shows them as one."""
+    refuse_nan(metrics)
+    counts = {split: part["n"] for split, part in metrics["splits"].items()}
+    found: dict[str, int] = dict.fromkeys(counts, 0)
+    for prediction in predictions:
+        found[prediction["split"]] = found.get(prediction["split"], 0) + 1
+    if found != counts:
+        raise UserError(f"metrics.json is over {counts}, but predictions.jsonl holds {found} records: score again")
+    ids = {prediction["id"] for prediction in predictions}
+    strangers = [row["id"] for row in judge_rows if row["id"] not in ids]
+    if strangers:
+        raise UserError(
+            f"judge.jsonl has {len(strangers)} rows of ids that are not in predictions.jsonl, {strangers[0]!r} first: "
+            "judge again, or remove the file"
+        )
+
+
+# --- the parts of the page --------------------------------------------------------------------------------------------
+
+
+def model_names(labels: Sequence[str]) -> dict[str, str]:
+    """How the page calls each model: Base, Tuned, and others by their label."""
+    return {label: {"baseline": "Base", "tuned": "Tuned"}.get(label, label) for label in labels}
+
+
+def split_section(split: str, metrics: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """The tables of one split, as text."""
+    part = metrics["splits"][split]
+    others = [
+        (metrics.get("other_models") or {}).get(label, {}).get(split)
+        for label in labels
+        if label not in ("baseline", "tuned")
+    ]
+    headline = headline_metric(part["metrics"])
+    return {
+        "name": split,
+        "n": part["n"],
+        "headline": title(headline) if headline else None,
+        **{
+            kind: [score_row(name, score, [(o or {}).get(kind) for o in others]) for name, score in part[kind].items()]
+            for kind in ("metrics", "behaviour")
+        },
+        "families": [
+            {
+                **score_row(
+                    headline,
+                    entry["metrics"].get(headline),
+                    [((o or {}).get("families", {}).get(family) or {}).get("metrics") for o in others],
+                ),
+                "title": family,
+                "n": entry["n"],
+            }
+            for family, entry in weakest_first(part["families"], headline)
+            if headline
+        ],
+    }  # fmt: skip
+
+
+def weakest_first(families: Mapping[str, Any], headline: str | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Families by the difference of the headline score, or by that score where there is no difference."""
+    if headline is None:
+        return []
+
+    def strength(entry: Mapping[str, Any]) -> tuple[bool, float]:
+        score = entry["metrics"].get(headline) or {}
+        value = score.get("delta") if score.get("delta") is not None else score.get("tuned")
+        return value is None, 0 if value is None else value if score["better"] == "higher" else -value
+
+    return sorted(families.items(), key=lambda item: strength(item[1]))
+
+
+def score_row(
+    name: str, score: Mapping[str, Any] | None, others: Iterable[Mapping[str, Any] | None] = ()
+) -> dict[str, Any]:
+    """One line of a table: the score of each model, the difference, its interval and its direction, as text."""
+    units = scale(name)
+    score = score or {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better": None}
+    interval = "–"
+    if score["ci95"] is not None:
+        show = units.value if score["delta"] is None else units.change
+        interval = " to ".join(map(show, score["ci95"]))
+    way = direction(score)  # type: ignore[arg-type]
+    return {
+        "name": name,
+        "title": title(name),
+        "unit": units.unit,
+        "baseline": units.value(score["baseline"]),
+        "tuned": units.value(score["tuned"]),
+        "others": [
+            {
+                "value": units.value(entry["tuned"]) if entry else "–",
+                "change": units.change(entry["delta"]) if entry and entry["delta"] is not None else "",
+            }
+            for entry in ((other or {}).get(name) for other in others)
+        ],
+        "change": units.change(score["delta"]),
+        "interval": interval,
+        "direction": way,
+        "word": "no interval" if way == "unclear" and score["ci95"] is None else DIRECTIONS[way],
+    }
+
+
+def provenance_facts(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is known of data, settings and machine, in words, under names."""
+    data = provenance.get("data")
+    if data:
+        yield "Data", ", ".join(f"{k}: {v}" for k, v in data.items()) if isinstance(data, Mapping) else str(data)
+    if provenance.get("data_hash"):
+        yield "Data hash", provenance["data_hash"]
+    groups = {"splits": "Records", "generation": "Generation", "versions": "Versions"}
+    for key, name in groups.items():
+        if provenance.get(key):
+            yield name, ", ".join(f"{k} {v}" for k, v in provenance[key].items() if v is not None)
+    if provenance.get("hardware"):
+        yield "Hardware", provenance["hardware"]
+
+
+def judge_table(
+    judge: Mapping[str, Any] | None, judge_rows: Sequence[Mapping[str, Any]], others: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One line a prompt: mean scores, their difference, and how far missing scores could move the means."""
+    table = []
+    for prompt, score in ((judge or {}).get("scores") or {}).items():
+        units = judge_scale(score)
+        show = units.value if score["delta"] is None else units.change
+        way = direction({**score, "better": "higher"})
+        parts = []
+        for model in score["scored"]:
+            statuses = Counter(
+                row["status"] for row in judge_rows if (row["prompt"], row.get("model")) == (prompt, model)
+            )
+            missing = ", ".join(f"{n:,} {status}" for status, n in statuses.items() if status not in WITH_VALUE)
+            parts.append(
+                {
+                    "model": model,
+                    "scored": f"{score['scored'][model]:,} of {score['n']:,}",
+                    "empty": f"{score['empty'].get(model, 0):,}",
+                    "bounds": " to ".join(map(units.value, score["bounds"][model])),
+                    "missing": missing,
+                }
+            )
+        table.append(
+            {
+                "title": prompt,
+                "scale": f"{score['scale'][0]} to {score['scale'][1]}",
+                "baseline": units.value(score["baseline"]),
+                "tuned": units.value(score["tuned"]),
+                "others": [units.value(score["other_models"].get(label)) for label in others],
+                "change": units.change(score["delta"]),
+                "interval": "–" if score["ci95"] is None else " to ".join(map(show, score["ci95"])),
+                "direction": way,
+                "word": DIRECTIONS[way],
+                "parts": parts,
+            }
+        )
+    return table
+
+
+def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
+    """What the judge said of both responses side by side."""
+    if pairs is None:
+        return None
+    sentences = [
+        f"Side by side, asked in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, "
+        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}."
+    ]
+    if pairs["win_rate"] is not None:
+        interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
+        sentences.append(f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, a tie counting half.")
+    if pairs["flip_rate"] is not None:
+        asked = pairs["judged"] - pairs["decided"]
+        rate = PERCENT.value(pairs["flip_rate"])
+        sentences.append(f"Of the {asked:,} that needed asking, {pairs['flips']:,} changed with the order ({rate}).")
+    return " ".join(sentences)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw_pictures(
+    output_dir: Path,
+    predictions: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    metrics: Mapping[str, Any],
+    log_history: Sequence[Mapping[str, Any]] | None,
+    chosen_step: int | None,
+) -> dict[str, Picture]:
+    """The figures of the first split that there is something to draw for, by name; each also as `{name}.png`."""
+    part = next(iter(metrics["splits"].values()))
+    drawings = {}
+    groups = forest_rows(part)
+    if any(groups.values()):
+        count = sum(map(len, groups.values()))
+        alt = (
+            f"Forest plot of {count} differences, tuned minus base, with 95 % intervals; the tables hold their values."
+        )
+        drawings["deltas"] = partial(figures.draw_deltas, groups), alt
+    outcomes = outcome_counts(part, metrics["judge"])
+    if outcomes:
+        alt = "; ".join(
+            f"{name}: tuned better on {won:,}, equal on {tied:,}, worse on {lost:,}"
+            for name, (won, tied, lost) in outcomes.items()
+        )
+        drawings["outcomes"] = partial(figures.draw_outcomes, outcomes), f"Bars of outcomes per example. {alt}."
+    lengths, unit = response_lengths(predictions, labels, part)
+    alt = "; ".join(f"{row.label}: {row.note}" for row in lengths)
+    drawings["lengths"] = partial(figures.draw_lengths, lengths, unit), f"Histograms of {unit} per response. {alt}."
+    if log_history and any("loss" in entry or "train_loss" in entry for entry in log_history):
+        chosen = "" if chosen_step is None else f" Step {chosen_step:,} was chosen."
+        drawings["loss"] = (
+            partial(figures.draw_loss, log_history, chosen_step),
+            f"Training and validation loss over optimizer steps.{chosen}",
+        )
+    return {name: make_picture(draw, alt, output_dir / f"{name}.png") for name, (draw, alt) in drawings.items()}
+
+
+def forest_rows(part: Mapping[str, Any]) -> dict[str, list[Interval]]:
+    """Differences in points by group: all scores that are fractions, and the headline score by family."""
+
+    def rows(named: Iterable[tuple[str, str, Mapping[str, Any] | None]]) -> list[Interval]:
+        return [
+            Interval(
+                one_line(label),
+                100 * s["delta"],
+                100 * s["ci95"][0],
+                100 * s["ci95"][1],
+                1 if s["better"] == "higher" else -1,
+            )
+            for name, label, s in named
+            if s is not None and s["delta"] is not None and s["ci95"] is not None and scale(name) is PERCENT
+        ]
+
+    headline = headline_metric(part["metrics"])
+    groups = {"Scores": rows((name, title(name), score) for name, score in part["metrics"].items())}
+    if headline:
+        ranked = weakest_first(part["families"], headline)
+        families = rows((headline, family, entry["metrics"].get(headline)) for family, entry in ranked)
+        if len(families) > figures.MAX_FAMILIES:  # the extremes are what one looks for
+            families = families[: figures.MAX_FAMILIES // 2] + families[-figures.MAX_FAMILIES // 2 :]
+            groups["Extreme families"] = families
+        elif families:
+            groups["Families"] = families
+    return groups
+
+
+def outcome_counts(part: Mapping[str, Any], judge: Mapping[str, Any] | None) -> dict[str, tuple[int, int, int]]:
+    """(better, equal, worse) counts of examples for each score, and by the judge's pairwise verdicts."""
+    counts = {title(name): (o["win"], o["tie"], o["loss"]) for name, o in part["outcomes"].items()}
+    pairs = (judge or {}).get("pairwise")
+    if pairs:
+        counts["Judge, pairs"] = (pairs["win"], pairs["tie"], pairs["loss"])
+    return counts
+
+
+def response_lengths(
+    predictions: Sequence[Mapping[str, Any]], labels: Sequence[str], part: Mapping[str, Any]
+) -> tuple[list[Lengths], str]:
+    """Lengths of the references and of each model's responses, all in tokens, or all in words if a count is unknown."""
+    answers = {label: [prediction[label] for prediction in predictions] for label in labels}
+    # a count of reference tokens holds the end-of-text token, a count of response tokens does not
+    reference = [answer.get("reference_tokens") for answer in answers["tuned"]]
+    everything = [*reference, *(answer.get("tokens") for row in answers.values() for answer in row)]
+    if None in everything:
+        unit = "words"
+        reference = [len(prediction["output"].split()) for prediction in predictions]
+        counts = {label: [len(answer["text"].split()) for answer in row] for label, row in answers.items()}
+    else:
+        unit = "tokens"
+        reference = [count - 1 for count in reference]
+        counts = {label: [answer["tokens"] for answer in row] for label, row in answers.items()}
+    rows = [Lengths("References", "reference", reference, f"median {median(reference):g}")]
+    stop_rate = part["behaviour"].get("stop_rate") or {}
+    for label, values in counts.items():
+        rate = stop_rate.get(label)
+        note = f"median {median(values):g}" + ("" if rate is None else f", stop rate {PERCENT.value(rate)}")
+        role = label if label in ("baseline", "tuned") else "other"
+        rows.append(Lengths(one_line({"baseline": "Base", "tuned": "Tuned"}.get(label, label)), role, values, note))
+    return rows, unit
+
+
+def one_line(text: str, limit: int = 28) -> str:
+    """A label short enough for a figure, with nothing unseen in it."""
+    shown = visible(" ".join(text.split()))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+# --- the example browser ----------------------------------------------------------------------------------------------
+
+
+def example_columns(
+    predictions: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    judge_rows: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All examples by column, as report.js takes them: names once, not once an example."""
+    row_of = {prediction["id"]: index for index, prediction in enumerate(predictions)}
+    n = len(predictions)
+    scores = {label: {k: rounded(v) for k, v in example_scores(predictions, label).items()} for label in labels}
+    judged: dict[str, dict[str, list]] = {label: {} for label in labels}  # label → prompt → per row
+    pairwise: list[list | None] = [None] * n
+    for row in judge_rows:
+        index = row_of[row["id"]]
+        if row["prompt"] == "pairwise":
+            entry = [row["order"], row["status"], row["winner"], row.get("reason")]
+            pairwise[index] = [*(pairwise[index] or []), entry]
+        else:
+            column = judged[row["model"]].setdefault(row["prompt"], [None] * n)
+            column[index] = [row["status"], row["score"], row.get("reason")]
+    prompts = dict.fromkeys(prompt for columns in judged.values() for prompt in columns)
+    scales = {prompt: s["scale"] for prompt, s in ((metrics["judge"] or {}).get("scores") or {}).items()}
+    return {
+        "models": list(model_names(labels).items()),
+        "scores": {name: title(name) for name in next(iter(scores.values()), {})},
+        "judge_scales": {prompt: scales.get(prompt, [0, 100]) for prompt in prompts},
+        **{key: [prediction.get(key) for prediction in predictions] for key in ("id", "split", "family")},
+        **{
+            key: [prediction.get(key) or "" for prediction in predictions] for key in ("instruction", "input", "output")
+        },
+        "answers": {
+            label: {
+                "text": [prediction[label]["text"] for prediction in predictions],
+                "tokens": [prediction[label].get("tokens") for prediction in predictions],
+                "stop_reason": [prediction[label].get("stop_reason") for prediction in predictions],
+                "scores": scores[label],
+                "judge": judged[label],
+            }
+            for label in labels
+        },
+        "pairwise": pairwise if any(pairwise) else None,
+    }
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """Six decimals, and 1 rather than 1.0: fewer characters."""
+    return [int(value) if value in (0, 1) else round(float(value), 6) for value in values]
+
+
+def embed_json(content: Any) -> Markup:
+    """JSON that can stand in a script element: nothing in it can end the element or start a comment.
+
+    >>> print(embed_json({"text": "</script><!--"}))
+    {"text":"\\u003c/script\\u003e\\u003c!--"}
+    """
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    # half of a surrogate pair can stand in JSON, but in no file
+    return Markup(re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text))
+
+
+# --- rendering --------------------------------------------------------------------------------------------------------
+
+
+def render(context: Mapping[str, Any]) -> str:
+    """The page; its policy allows the one style and the one script that are written into it, and no network."""
+    style, script = ((HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    if validation:
-        steps, losses = [e["step"] for e in validation], [e["eval_loss"] for e in validation]
-        axes.plot(steps, losses, color=VALIDATION_COLOR, marker="o", markersize=4, label="validation")
-    highest = max((e.get("loss", e.get("eval_loss")) for e in [*train, *validation]), default=1.0)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, 1.05 * highest))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    if train and "num_input_tokens_seen" in train[-1]:
-        tokens_per_step = train[-1]["num_input_tokens_seen"] / train[-1]["step"]
-        top = axes.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
-        top.xaxis.set_major_formatter(EngFormatter())
-        top.set_xlabel("tokens seen")
-    figure.savefig(path, dpi=150)
+    policy = f"default-src 'none'; img-src data:; style-src {csp_hash(style)}; script-src {csp_hash(script)}"
+    environment.filters.update(nonbreaking=nonbreaking, percent=PERCENT.value, fragment=fragment)
+    return environment.get_template("report.html.jinja").render(
+        **context,
+        style=Markup(style),
+        script=Markup(script),
+        policy=Markup(policy + "; base-uri 'none'; form-action 'none'"),
+    )
+
+
+def nonbreaking(text: str) -> str:
+    """A sentence whose numbers stay on one line with their signs and units."""
+    return re.sub(r" (?=[%→]|points\b|to [+−0-9])|(?<=→) |(?<=to) (?=[+−0-9])", "\N{NO-BREAK SPACE}", text)
+
+
+def fragment(text: str) -> str:
+    """A value as it stands in the fragment of an address."""
+    return quote(text, errors="replace")
+
+
+def csp_hash(text: str) -> str:
+    """The source expression by which a content security policy allows exactly this inline text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def visible(text: str) -> str:
+    """A text with its unseen characters shown: control characters by their picture, others by their code point.
+
+    >>> visible("a\\x00b\\u202ec")
+    'a␀b⟨U+202E⟩c'
+    """
+    return UNSEEN.sub(lambda found: _picture(ord(found[0])), text)
+
+
+def _picture(code: int) -> str:
+    if code == 0x7F:
+        return "␡"
+    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
