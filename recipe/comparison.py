@@ -66,10 +66,10 @@ def compare(
             outcomes[name] = {outcome: int((np.sign(gains) == sign).sum()) for outcome, sign in signs.items()}
 
     families = {}
-    named = np.array([prediction.get("family") or "" for prediction in predictions], dtype=object)
+    named = [prediction.get("family") or "" for prediction in predictions]
     for family in dict.fromkeys(named):
         if family:
-            rows = named == family
+            rows = np.array([name == family for name in named])
             ours = {name: tuned[name][rows] for name in METRICS}
             theirs = {name: base[name][rows] for name in METRICS} if base else None
             families[family] = {"n": int(rows.sum()), "metrics": paired_scores(METRICS, ours, theirs)}
