@@ -9,18 +9,17 @@ Related work: Prefix Grouper (arXiv:2506.05433), Tree Training (arXiv:2511.00413
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
+MATMUL_LIMIT = 512 * 512  # queries times keys of a row
 
 Segments = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -50,42 +49,113 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    repeats = query.shape[1] // key.shape[1]  # grouped-query attention
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    attend = partial(functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    # (time, heads, head size): the rows of a batch of one
+    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
     outputs, start = [], 0
     for prefix, rests in segments:
         length = prefix + sum(rests)
-        group = [states[:, :, start : start + length] for states in (query, key, value)]
+        group = [states[start : start + length] for states in rows] if len(segments) > 1 else rows
         start += length
-        if prefix:
-            outputs.append(attend(*(states[:, :, :prefix] for states in group), is_causal=True))
-        outputs.append(_attend_rests(attend, group, prefix, rests))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(_attend_group(group, prefix, rests, dropout, scaling))
+    return torch.cat(outputs)[None], None
 
 
-def _attend_rests(
-    attend: Callable[..., torch.Tensor], group: list[torch.Tensor], prefix: int, rests: tuple[int, ...]
+def _attend_group(
+    group: list[torch.Tensor], prefix: int, rests: tuple[int, ...], dropout: float, scaling: float | None
 ) -> torch.Tensor:
-    """The rests of one group, padded to (examples, heads, longest, head size), each behind the group's prefix.
+    """A prefix to itself, and each rest, behind the prefix, to both: (time, heads, head size).
 
-    Only attention sees the padding, and causality keeps it from real tokens, because it comes last.
+    The rests are padded to the longest. Only attention sees the padding, and causality keeps it from real tokens,
+    because it comes last.
     """
-    rows = [_pad(states[0, :, prefix:], rests) for states in group]
-    mask = None
+    if not any(rests):  # the same example, several times
+        query, key, value = (states[None] for states in group)
+        return _attend(query, key, value, dropout, scaling)[0]
+    sizes = [prefix, sum(rests)]
+    shared, own = zip(*(states.split(sizes) for states in group), strict=True)
+    gather, scatter = _padding(rests, group[0].device)
+    query, key, value = (_Pad.apply(states, gather, scatter).unflatten(0, (len(rests), -1)) for states in own)
     if prefix:
-        shared = [states[:, :, :prefix].expand(len(rests), -1, -1, -1) for states in group[1:]]
-        rows[1:] = [torch.cat(pair, dim=2) for pair in zip(shared, rows[1:], strict=True)]
-        longest = max(rests)
-        mask = torch.ones(longest, prefix + longest, dtype=torch.bool, device=rows[0].device).tril(prefix)
-    output = attend(*rows, attn_mask=mask, is_causal=mask is None)
-    return torch.cat([row[:, :length] for row, length in zip(output, rests, strict=True)], dim=1)[None]
+        before = (states.expand(len(rests), *states.shape) for states in shared[1:])
+        key, value = (torch.cat(pair, dim=1) for pair in zip(before, (key, value), strict=True))
+    output = _Unpad.apply(_attend(query, key, value, dropout, scaling).flatten(0, 1), gather, scatter)
+    if prefix:
+        query, key, value = (states[None] for states in shared)
+        output = torch.cat([_attend(query, key, value, dropout, scaling)[0], output])
+    return output
 
 
-def _pad(states: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """(heads, time, head size) cut into `lengths`, as (examples, heads, longest, head size)."""
-    parts = states.transpose(0, 1).split(lengths)
-    return pad_sequence(parts, batch_first=True).transpose(1, 2)
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None
+) -> torch.Tensor:
+    """Causal attention of the last tokens of each row, (batch, time, heads, head size), to all of its keys."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    repeats = query.shape[1] // key.shape[1]  # grouped-query attention
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    time, keys = query.shape[2], key.shape[2]
+    mask = _causal(time, keys, query.device)
+    if query.device.type == "cpu" and time * keys <= MATMUL_LIMIT:
+        # for short rows four times as fast in bfloat16 as the CPU kernel behind SDPA; softmax sums in float32 by itself
+        with torch.autocast("cpu", enabled=False):
+            scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+            output = functional.dropout(weights, dropout) @ value
+    else:
+        output = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+    return output.transpose(1, 2)
+
+
+class _Pad(torch.autograd.Function):
+    """(time, ...) to (slots, ...). Its transpose is `_Unpad`, so that no gradient is added up row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scatter)
+        return rows.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (scatter,) = ctx.saved_tensors
+        return gradient.index_select(0, scatter), None, None  # no real token sees a padded one: its gradient is zero
+
+
+class _Unpad(torch.autograd.Function):
+    """(slots, ...) to (time, ...), the transpose of `_Pad`."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scatter)
+        ctx.slots = len(gather)
+        return slots.index_select(0, scatter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (scatter,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.slots, *gradient.shape[1:]).index_copy_(0, scatter, gradient), None, None
+
+
+@lru_cache(maxsize=8)  # every layer of a step asks for the same
+@torch.inference_mode(False)  # what evaluation made first, training may save for its backward pass
+def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token each slot of a padded batch holds, (examples * longest,), and the slot of each token, (time,).
+
+    A slot of padding holds its example's first token.
+    """
+    each = torch.tensor(lengths)
+    slots = torch.arange(int(each.max()))
+    real = slots < each[:, None]  # (examples, longest)
+    first = (each.cumsum(0) - each).clamp(max=int(each.sum()) - 1)  # an empty rest has none of its own
+    gather = torch.where(real, first[:, None] + slots, first[:, None])
+    return gather.flatten().to(device), real.flatten().nonzero().flatten().to(device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _causal(time: int, keys: int, device: torch.device) -> torch.Tensor:
+    """Which of its keys each of the last `time` tokens may see, (time, keys) bool."""
+    return torch.ones(time, keys, dtype=torch.bool, device=device).tril(keys - time)
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:

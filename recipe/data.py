@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -192,8 +194,8 @@ def encode_batch(
     max_length: int,
     overflow: str,
     ending: int,
-) -> dict[str, list]:
-    """Encode a batch of records for `datasets.map`.
+) -> pa.Table:
+    """Encode a batch of records for `datasets.map`, straight into Arrow: no number becomes an object twice.
 
     A record longer than `max_length` is left out with `overflow="drop"` (and `"error"`, which the caller reports). With
     `"truncate"` the prompt gives way first, before its last `ending` tokens (the response header) and down to half of
@@ -203,28 +205,46 @@ def encode_batch(
         {"instruction": instruction, "input": text}
         for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
     ]
-    prompts = template.prompts(records)
-    tokenize = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    prompt_ids = tokenizer(prompts, **tokenize)["input_ids"]
-    response_ids = tokenizer(batch["output"], **tokenize)["input_ids"]
+    prompts = token_ids(tokenizer, template.prompts(records))
+    responses = token_ids(tokenizer, batch["output"])
+    for response in responses:
+        response.append(tokenizer.eos_token_id)
+    lengths = np.array([[len(ids) for ids in rows] for rows in (prompts, responses)])  # (2, records)
+    too_long = lengths.sum(axis=0) > max_length
+    for index in np.flatnonzero(too_long):
+        prompt, response = prompts[index], responses[index]
+        room = max(max_length - len(response), min(len(prompt), max_length // 2))
+        if len(prompt) > room:
+            prompts[index] = prompt = prompt[: room - ending] + prompt[len(prompt) - ending :]
+        responses[index] = response[: max_length - len(prompt)]
+        lengths[:, index] = len(prompts[index]), len(responses[index])
+    kept = np.ones(len(prompts), dtype=bool) if overflow == "truncate" else ~too_long
+    if not kept.all():
+        prompts, responses = (list(itertools.compress(rows, kept)) for rows in (prompts, responses))
 
-    columns: dict[str, list] = {name: [] for name in ENCODED_FEATURES}
-    for prompt, response, row in zip(prompt_ids, response_ids, batch["row"], strict=True):
-        response = [*response, tokenizer.eos_token_id]
-        too_long = len(prompt) + len(response) > max_length
-        if too_long and overflow != "truncate":
-            continue
-        if too_long:
-            room = max(max_length - len(response), min(len(prompt), max_length // 2))
-            if len(prompt) > room:
-                prompt = prompt[: room - ending] + prompt[len(prompt) - ending :]
-            response = response[: max_length - len(prompt)]
-        columns["input_ids"].append(prompt + response)
-        columns["labels"].append([IGNORE_INDEX] * len(prompt) + response if mask_prompt else prompt + response)
-        columns["length"].append(len(prompt) + len(response))
-        columns["row"].append(row)
-        columns["truncated"].append(too_long)
-    return columns
+    lengths, both = lengths[:, kept], itertools.chain.from_iterable(zip(prompts, responses, strict=True))
+    tokens = np.fromiter(itertools.chain.from_iterable(both), dtype=np.int32, count=lengths.sum())
+    labels = tokens.copy()
+    if mask_prompt:
+        is_prompt = np.tile([True, False], lengths.shape[1])
+        labels[np.repeat(is_prompt, lengths.T.ravel())] = IGNORE_INDEX
+    offsets = np.concatenate([[0], lengths.sum(axis=0).cumsum()]).astype(np.int32)
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(offsets, tokens),
+        "labels": pa.ListArray.from_arrays(offsets, labels),
+        "length": np.diff(offsets),
+        "row": np.array(batch["row"])[kept],
+        "truncated": too_long[kept],
+    }
+    return pa.table(columns, schema=ENCODED_FEATURES.arrow_schema)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, without special ones; `Tokenizer.encode_batch_fast` leaves out what nobody asks for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # Python tokenizers have none
+    if backend is not None and backend.truncation is None and backend.padding is None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def resolve_max_length(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -255,7 +275,8 @@ def _fingerprint(records: str, tokenizer: PreTrainedTokenizerBase, arguments: Ma
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     settings = [str(value) for _, value in sorted(arguments.items())]
-    parts = [records, inspect.getsource(encode_batch), vocabulary, str(tokenizer.special_tokens_map), *settings]
+    code = inspect.getsource(encode_batch) + inspect.getsource(token_ids)
+    parts = [records, code, vocabulary, str(tokenizer.special_tokens_map), *settings]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

@@ -199,6 +199,18 @@ def test_the_prefix_ends_where_targets_differ():
     assert batch["logits_to_keep"].tolist() == [0, 1, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["mask", "segments"])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_example_and_copies_of_it(kind, copies):
+    features = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORE_INDEX, IGNORE_INDEX, 7, 8]}] * copies
+    batch = DataCollatorWithSharedPrefix(0, kind)(features)
+    assert batch["input_ids"].shape == (1, 3) and batch["labels"].shape == (1, 2 * copies)
+    model, other = make_model("gpt2", "padded"), make_model("gpt2", kind)
+    with torch.inference_mode():
+        other(**batch)
+    assert_same(model, other, features, kind)
+
+
 def test_batches_without_targets_and_bad_arguments_are_told():
     collate = DataCollatorWithSharedPrefix(0)
     with pytest.raises(ValueError, match="nothing to learn"):
