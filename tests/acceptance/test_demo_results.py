@@ -38,3 +38,34 @@ def test_training_left_its_picture_and_its_record():
     run = json.loads((ROOT / "outputs" / "demo" / "run.json").read_text(encoding="utf-8"))
     assert run["result"]["eval"]["eval_loss"] < 0.2
     assert (ROOT / "outputs" / "demo" / "loss.png").stat().st_size > 10_000
+
+
+def test_the_demo_ends_with_a_report_that_opens_without_a_network_or_an_error():
+    from playwright.sync_api import sync_playwright
+
+    said, asked = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium",
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((METRICS.parent / "report.html").as_uri())
+        page.wait_for_selector(".example")
+        assert "The tuned model is better: exact match" in page.locator("h1").text_content()
+        assert page.locator(".example").count() == 25
+        browser.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_every_answer_of_both_models_is_kept():
+    lines = (METRICS.parent / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    assert len(rows) == len({row["id"] for row in rows}) == 600
+    assert all(
+        row[label]["seconds"] > 0 and row[label]["tokens"] >= 0 for row in rows for label in ("baseline", "tuned")
+    )
