@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import errno
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from datasets import DatasetDict
@@ -24,6 +26,14 @@ from recipe.sources import FORMATS
 
 RECORD_FIELDS = ("instruction", "input", "output", "family")
 ECHO = "echo"
+STOP_REASONS = ("eos", "length", "context", None)
+ANSWER_FIELDS: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "tokens": (int, NoneType),
+    "seconds": (int, float, NoneType),
+    "reference_loss": (int, float, NoneType),
+    "reference_tokens": (int, NoneType),
+}
 
 
 def as_predictions(records: DatasetDict, merged: bool = False) -> list[dict[str, Any]]:
@@ -50,14 +60,45 @@ def read_answers(path: Path, strict: bool = False) -> dict[str, dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            joined.setdefault(row["id"], {}).update(row)
+            earlier = joined.setdefault(row["id"], {})
         except (ValueError, TypeError, KeyError) as error:
             if strict:
                 raise UserError(
                     f"{path} line {number + 1}: not a prediction ({error!r}); run the generate stage again, which asks "
                     "for what is missing"
                 ) from error
+            continue
+        if strict:
+            check_prediction(row, f"{path} line {number + 1}")
+            if "split" in row and "split" in earlier:
+                raise UserError(f"{path} line {number + 1}: the id {row['id']!r} stands above, too; remove one of them")
+        earlier.update(row)
     return joined
+
+
+def check_prediction(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a line that is no prediction, as an edited file or another program's may hold.
+
+    Raises:
+        UserError: a field of the wrong kind, with `where`, its name and its value.
+    """
+    problems = [
+        f"{name!r} is {row[name]!r}, not text"
+        for name in ("id", "split", "instruction", "output")
+        if name in row and not isinstance(row[name], str)
+    ]
+    for label, answer in row.items():
+        if isinstance(answer, Mapping):
+            for name, kinds in ANSWER_FIELDS.items():
+                value = answer.get(name, "" if name == "text" else None)
+                if not isinstance(value, kinds) or isinstance(value, bool):
+                    problems.append(f"{name!r} of {label!r} is {value!r}")
+            if answer.get("stop_reason") not in STOP_REASONS:
+                problems.append(
+                    f"'stop_reason' of {label!r} is {answer['stop_reason']!r}, none of eos, length, context"
+                )
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}; mend or remove it")
 
 
 def append_answers(path: Path, ids: Iterable[str], label: str, answers: Iterable[Mapping[str, Any]]) -> None:
@@ -101,6 +142,7 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     column = next((name for name in ("model_response", "tuned") if name in dataset.column_names), None)
     if column is None:
         raise UserError(f"{path}: neither a 'model_response' nor a 'tuned' column; found {dataset.column_names}")
+    ours = column == "tuned" and {"id", "split"} <= set(dataset.column_names)
     predictions, answers = [], []
     for row in dataset:
         answer = row[column] if isinstance(row[column], dict) else {"text": row[column]}
@@ -108,10 +150,17 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
             raise UserError(
                 f"{path} row {row['row']}: {column!r} is {answer.get('text')!r}, not text; answer it or remove the row"
             )
+        check_prediction({"tuned": answer}, f"{path} row {row['row']}")
         answers.append(answer)
-        ours = column == "tuned"
-        split = row["split"] if ours else "all"
-        predictions.append({"id": row["id"] if ours else f"{split}/{row['row']}", "split": split, **_kept(row)})
+        names = {"id": row["id"], "split": row["split"]} if ours else {"id": f"all/{row['row']}", "split": "all"}
+        predictions.append({**names, **_kept(row)})
+        check_prediction(predictions[-1], f"{path} row {row['row']}")
+    ids = Counter(prediction["id"] for prediction in predictions)
+    twice = [id_ for id_, count in ids.items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{path}: the id {twice[0]!r} stands {ids[twice[0]]} times ({len(twice)} such ids); keep one each"
+        )
     return splits, predictions, answers
 
 
@@ -147,4 +196,7 @@ def _content(record: Mapping[str, Any]) -> tuple:
 
 
 def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] or "" for name in RECORD_FIELDS if name in record}
+    kept = {name: record[name] or "" for name in ("instruction", "input", "output") if name in record}
+    if record.get("family") is not None:
+        kept["family"] = str(record["family"])
+    return kept

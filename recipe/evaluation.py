@@ -31,6 +31,11 @@ from recipe.provenance import (
 from recipe.templates import Template, load_template
 
 STAGES = ("generate", "score", "judge", "report")
+RESERVED = ("baseline", "tuned", "base", "id", "split", *answers.RECORD_FIELDS)  # no further model's name
+WRITTEN = (  # by an evaluation, but for judge_cache.jsonl, whose replies are good for any
+    "predictions.jsonl", "evaluation.json", "metrics.json", "model-index.yml", "judge.jsonl", "report.html",
+    "deltas.png", "outcomes.png", "lengths.png", "loss.png",
+)  # fmt: skip
 
 
 @dataclass
@@ -46,7 +51,10 @@ class EvalArguments:
     )
     baseline: str | None = field(default=None, metadata={"help": "What to compare with, in the same forms."})
     split: list[str] = field(
-        default_factory=lambda: ["test"], metadata={"help": "Splits to score, each apart; or `all` records as one."}
+        default_factory=list,
+        metadata={
+            "help": "Splits to score, each apart; or `all` records as one. Default: test, and all of recorded answers."
+        },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where answers, scores and report go."})
     overwrite_output_dir: bool = field(
@@ -86,6 +94,16 @@ class EvalArguments:
             raise UserError("say where the results go: --output_dir")
         if not self.model and "generate" in self.stages:
             raise UserError("say what to score: --model")
+        if self.stages == ["generate"] and self.gate:
+            raise UserError("--gate needs scores: add the score stage")
+        files = [name for name in [*self.model, self.baseline or ""] if answers.is_answer_file(name)]
+        if self.overwrite_output_dir and any(
+            Path(name).resolve().parent == Path(self.output_dir).resolve() for name in files
+        ):
+            raise UserError(
+                f"--overwrite_output_dir would remove {', '.join(files)}, which is to be scored; name another "
+                "--output_dir"
+            )
         if self.dtype == "auto":
             gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             self.dtype = "bfloat16" if gpu else "float32"
@@ -95,12 +113,12 @@ def generate(args: EvalArguments, data_args: DataArguments, run: dict | None, st
     """Append every answer that is not there yet to predictions.jsonl, then join its lines by record."""
     with state.main_process_first():  # the others read its cache
         records, predictions = select_records(args, data_args, run)
-    models = name_models(args)
+    models = {label: resolve(name, args) for label, name in name_models(args).items()}
     template = load_template(data_args.template)
     output_dir, decoding = Path(args.output_dir or ""), decoding_of(args)
     evaluation: dict[str, Any] = {
         "models": {label: {"name": public_name(name), "weights": identify(name)} for label, name in models.items()},
-        "data": data_args.data,
+        "data": data_args.data or args.model[0],
         "data_hash": data_hash(records),
         "splits": {name: sum(p["split"] == name for p in predictions) for name in split_names(predictions)},
         "template_name": template.name,
@@ -112,12 +130,12 @@ def generate(args: EvalArguments, data_args: DataArguments, run: dict | None, st
     }
     path = output_dir / "predictions.jsonl"
     if not args.overwrite_output_dir:
-        evaluation = go_on(output_dir, evaluation)
+        evaluation = go_on(output_dir, evaluation, [p["id"] for p in predictions])
     state.wait_for_everyone()  # all have looked
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if args.overwrite_output_dir:
-            for name in ("predictions.jsonl", "metrics.json", "judge.jsonl", "report.html"):
+            for name in WRITTEN:
                 (output_dir / name).unlink(missing_ok=True)
         write_json(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
@@ -144,7 +162,9 @@ def select_records(
     files = [name for name in args.model if answers.is_answer_file(name)]
     if data_args.data is None and files:  # recorded answers bring their records along
         records, predictions, _ = answers.read_answer_file(files[0])
-        return records, predictions
+        names = split_names(predictions) if args.split in ([], ["all"]) else args.split
+        check_split(args.split, split_names(predictions))
+        return records, [prediction for prediction in predictions if prediction["split"] in names]
     records, _ = load_records(data_args)
     if run and run["config"]["data"]["data"] == data_args.data and run["data_hash"] != data_hash(records):
         print(
@@ -152,14 +172,26 @@ def select_records(
             file=sys.stderr,
         )
     if args.split != ["all"]:
-        unknown = [name for name in args.split if name not in records]
-        if unknown:
-            raise UserError(f"--split {' '.join(unknown)}: the data has {', '.join(records)}; name one, or all")
-        records = DatasetDict({name: records[name] for name in args.split})
+        names = args.split or ["test"]
+        check_split(names, list(records))
+        records = DatasetDict({name: records[name] for name in names})
     empty = [name for name in records if not len(records[name])]
     if empty:
         raise UserError(f"--split {' '.join(empty)}: no records in it; name another, or give a larger --test_ratio")
     return records, answers.as_predictions(records, merged=args.split == ["all"])
+
+
+def check_split(names: list[str], known: list[str]) -> None:
+    unknown = [name for name in names if name not in known and names != ["all"]]
+    if unknown:
+        raise UserError(f"--split {' '.join(unknown)}: the data has {', '.join(known)}; name one, or all")
+
+
+def resolve(name: str, args: EvalArguments) -> str:
+    """A model's name; of an endpoint that lists one model, with that model, which is asked and written down."""
+    if not endpoints.is_endpoint(name) or "#" in name:
+        return name
+    return f"{name}#{endpoints.resolve_model(endpoints.parse_endpoint(name), args.endpoint_timeout).model}"
 
 
 def public_name(name: str) -> str:
@@ -174,33 +206,39 @@ def identify(name: str) -> str | None:
     return file_hash(name) if answers.is_answer_file(name) else weights_hash(name)
 
 
-def go_on(output_dir: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """This evaluation with the models that the folder already holds answers of.
+def go_on(output_dir: Path, evaluation: dict[str, Any], ids: list[str]) -> dict[str, Any]:
+    """This evaluation with the other models of which the folder holds all answers.
 
     Raises:
         UserError: the folder holds answers to other questions, or of other models under the same names.
     """
     advice = "add --overwrite_output_dir to start over, or name another --output_dir"
     path = output_dir / "evaluation.json"
-    if not path.is_file():
-        if (output_dir / "predictions.jsonl").exists():
-            raise UserError(f"{output_dir} holds answers, but no evaluation.json that says of what; {advice}")
+    answered = answers.read_answers(output_dir / "predictions.jsonl")
+    if not answered:
         return evaluation
-    earlier = read_json(path)
+    if not path.is_file():
+        raise UserError(f"{output_dir} holds answers, but no evaluation.json that says of what; {advice}")
+    earlier, models = read_json(path), evaluation["models"]
     try:
         changed = [key for key in ("data_hash", "template", "generation") if earlier[key] != evaluation[key]]
-        changed += [
-            f"model {label!r}"
-            for label, model in evaluation["models"].items()
-            if earlier["models"].get(label, model) != model
-        ]
-        models = {**evaluation["models"], **earlier["models"]}
+        kept = dict(models)
+        for label, model in earlier["models"].items():
+            count = sum(label in answered.get(id_, {}) for id_ in ids)
+            if label in models and model != models[label] and count:
+                changed.append(f"model {label!r}")
+            elif label not in models and count == len(ids):
+                kept[label] = model
+            elif label not in models and count:
+                print(f"{count} of {len(ids)} answers of {label}, which is not asked now, are left out")
+        commands = earlier["command"].split("\n")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
     if changed:
         raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
-    order = sorted(models, key=lambda label: ("baseline", "tuned", label).index(label))
-    return {**evaluation, "models": {label: models[label] for label in order}}
+    order = sorted(kept, key=lambda label: ("baseline", "tuned", label).index(label))
+    command = "\n".join(dict.fromkeys([*commands, evaluation["command"]]))
+    return {**evaluation, "models": {label: kept[label] for label in order}, "command": command}
 
 
 def ask(
@@ -225,7 +263,12 @@ def ask(
             ask_endpoint(label, name, predictions, path, args)
     else:
         with state.split_between_processes(predictions) as mine:
-            ask_weights(label, name, mine, path, args, template, state)
+            try:
+                ask_weights(label, name, mine, path, args, template, state)
+            except UserError as error:
+                if not state.is_main_process:  # the main process says its own
+                    print(f"error: process {state.process_index}: {error}", file=sys.stderr, flush=True)
+                raise
 
 
 def ask_weights(
@@ -294,7 +337,7 @@ def ask_endpoint(label: str, name: str, predictions: list[dict[str, Any]], path:
         raise UserError(
             f"{endpoint} left {len(failed)} of {len(predictions)} prompts without an answer "
             f"({', '.join(f'{status} {count}' for status, count in reasons.items())}); the first:\n{first}\n"
-            "the others are kept: the same command asks for these again"
+            f"the others are kept: {again(args)} asks for these"
         )
 
 
@@ -302,17 +345,22 @@ def decoding_of(args: EvalArguments) -> Decoding:
     return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
+def again(args: EvalArguments) -> str:
+    """The command that goes on where this one stopped, in words."""
+    return "the same command" + (" without --overwrite_output_dir" if args.overwrite_output_dir else "")
+
+
 def name_models(args: EvalArguments) -> dict[str, str]:
-    """What each model is called in the results: baseline, tuned, and the others by their folder."""
+    """What each model is called in the results: baseline, tuned, and the others by their folder, file or endpoint."""
     labels = {"baseline": args.baseline} if args.baseline else {}
     labels |= {"tuned": args.model[0]}
     for name in args.model[1:]:
-        path = Path(name)
+        path = Path(public_name(name).rpartition("#")[2])
         label = path.stem if answers.is_answer_file(name) else path.name
-        if label in (*labels, *answers.RECORD_FIELDS, "id", "split"):
+        if label in (*labels, *RESERVED):
             label = f"{path.parent.name}/{label}"
         if label in labels or args.model.count(name) > 1:
-            raise UserError(f"--model {name}: named twice, or like another one")
+            raise UserError(f"--model {public_name(name)}: named twice, or like another one")
         labels[label] = name
     return labels
 

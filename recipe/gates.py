@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ from recipe.config import UserError
 from recipe.measures import BEHAVIOUR, METRICS
 
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-FIELDS = ("tuned", "baseline", "delta", "low", "high")  # low and high are the ends of the 95 % interval
+# low and high are the ends of the 95 % interval: of the delta, or without a baseline of the tuned score
+FIELDS = ("tuned", "baseline", "delta", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def parse_gate(text: str) -> Gate:
     Raises:
         UserError: not a condition, or a metric that does not exist.
     """
-    match = re.fullmatch(r"\s*(?:([\w.-]+):)?(judge\.)?(\w+)(?:\.(\w+))?\s*([<>]=?)\s*(-?[\d.]+)\s*", text)
+    match = re.fullmatch(r"\s*(?:([\w.-]+):)?(judge\.)?([\w-]+)(?:\.(\w+))?\s*([<>]=?)\s*(\S+)\s*", text)
     if match is None:
         raise UserError(f"--gate {text!r}: write NAME>=NUMBER, for example exact_match>=0.8 or token_f1.delta>0")
     split, judge, metric, field, comparison, bound = match.groups()
@@ -49,19 +51,26 @@ def parse_gate(text: str) -> Gate:
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"--gate {text!r}: unknown metric {metric!r}; {hint}there are {', '.join(known)}")
+    if judge and split is not None:
+        raise UserError(f"--gate {text!r}: the judge is asked about the first split only; leave out {split + ':'!r}")
     if field is not None and field not in FIELDS:
         raise UserError(f"--gate {text!r}: unknown field {field!r}; there are {', '.join(FIELDS)}")
     try:
         number = float(bound)
-    except ValueError as error:
-        raise UserError(f"--gate {text!r}: {bound!r} is not a number") from error
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--gate {text!r}: {bound!r} is not a number")
     return Gate(text, split, judge + metric if judge else metric, field or "tuned", comparison, number)
 
 
 def measure(gate: Gate, metrics: Mapping[str, Any]) -> float | None:
     """The figure a gate asks for, from what `metrics.json` holds; None where it was not measured."""
     if gate.metric.startswith("judge."):
-        scores = ((metrics["judge"] or {}).get("scores") or {}).get(gate.metric.removeprefix("judge."))
+        judge, name = metrics["judge"] or {}, gate.metric.removeprefix("judge.")
+        scores = (judge.get("scores") or {}).get(name)
+        if name == "pairwise" and judge.get("pairwise"):
+            scores = {**dict.fromkeys(FIELDS), "ci95": None, "tuned": judge["pairwise"]["win_rate"]}
     else:
         split = metrics if gate.split is None else metrics["splits"].get(gate.split)
         scores = split and (split["metrics"].get(gate.metric) or split["behaviour"].get(gate.metric))
@@ -80,5 +89,5 @@ def failures(gates: list[Gate], metrics: Mapping[str, Any]) -> list[str]:
         if value is None:
             lines.append(f"gate {gate.text}: not measured")
         elif not COMPARISONS[gate.comparison](value, gate.bound):
-            lines.append(f"gate {gate.text}: it is {value:.4g}")
+            lines.append(f"gate {gate.text}: it is {value:.8g}")
     return lines

@@ -84,7 +84,10 @@ def run_judge(
     Returns:
         `endpoint`, `model`; `complete`: whether every row has a score or a winner; `usage` in tokens, of all replies
         this result rests on; `scores` by prompt, `pairwise` (see `summarize_scores` and `summarize_pairs`); `error`:
-        why nothing could be asked, else None.
+        why nothing more could be asked, else None; `labels` and `answers`: whose answers were judged, and their hash.
+
+    Raises:
+        UserError: nothing could be asked, nothing is known, and an earlier `judge.jsonl` would be lost.
     """
     endpoint, prompts = parse_endpoint(args.judge or ""), load_judge_prompts(args.judge_prompts)
     headline = [p for p in predictions if p.get("split") == predictions[0].get("split")]
@@ -101,7 +104,10 @@ def run_judge(
         error = str(raised)
     finally:
         rows = [_as_row(question, outcomes.get(_key(endpoint, question)), error) for question in questions]
-        write_json_lines(Path(output_dir) / "judge.jsonl", rows)
+        path = Path(output_dir) / "judge.jsonl"
+        if error and not outcomes and path.exists():  # a judge that is down takes nothing back
+            raise UserError(f"{error}; the earlier {path} stays")
+        write_json_lines(path, rows)
     used = {key for key in (_key(endpoint, question) for question in questions) if key in outcomes}
     usages = [reply.usage or {} for key in used if isinstance(reply := outcomes[key], Reply)]
     pairs = [row for row in rows if "order" in row]
@@ -119,7 +125,22 @@ def run_judge(
         },
         "pairwise": summarize_pairs(pairs, args.judge_allow_missing) if pairs else None,
         "error": error,
+        "labels": labels_of(headline),
+        "answers": answers_hash(headline, labels_of(headline)),
     }
+
+
+def answers_hash(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
+    """What a judgement is about, as a hash: the records of the first split and the texts of these models."""
+    first = [p for p in predictions if p.get("split") == predictions[0].get("split")]
+    texts = [
+        [
+            *(p.get(name) for name in ("id", "instruction", "input", "output")),
+            *(p.get(n, {}).get("text") for n in labels),
+        ]
+        for p in first
+    ]
+    return hashlib.sha256(json.dumps([*labels, texts]).encode()).hexdigest()[:16]
 
 
 def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Question]:

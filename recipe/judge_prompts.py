@@ -159,6 +159,8 @@ def _load(name: str) -> JudgePrompt:
             raise UserError(
                 f"unknown judge prompt {name!r}: {hint}give one of {', '.join(names)} or the path of a .jinja file"
             )
+        if path.stem in names:
+            raise UserError(f"judge prompt {name}: {path.stem!r} is the name of a built-in one; rename the file")
     try:
         text = path.read_text(encoding="utf-8")
         template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)

@@ -19,7 +19,7 @@ from recipe.config import DataArguments, UserError, parse_arguments
 from recipe.console import print_examples, print_scores
 from recipe.evaluation import EvalArguments, generate, split_names
 from recipe.gates import failures, parse_gate
-from recipe.judge import JudgeArguments, run_judge
+from recipe.judge import JudgeArguments, answers_hash, run_judge
 from recipe.model import check_folder
 from recipe.model_index import write_model_index
 from recipe.provenance import read_json, read_json_lines, read_run, write_json
@@ -70,14 +70,14 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     if run:
         defaults = {**run["config"]["data"], **defaults}
     args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
-    if args.split == ["all"] and not run:  # nothing was held out: every record counts
+    if args.split == ["all"]:  # every record counts, held out or not
         data_args.validation_ratio = data_args.test_ratio = 0.0
     return args, data_args, judge_args, run
 
 
 def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
-    """Write metrics.json (tuned beside baseline by split, then each further model; an earlier judge's word stays), and
-    model-index.yml, the same for a model card."""
+    """Write metrics.json (tuned beside baseline by split, then each further model; the word of a judge on these
+    answers stays), and model-index.yml, the same for a model card."""
     by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
     splits = {name: compare(rows) for name, rows in by_split.items()}
     others = {
@@ -86,10 +86,10 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
         if label not in ("baseline", "tuned")
     }
     path = output_dir / "metrics.json"
-    earlier = read_json(path) if path.is_file() else {}
+    judged = read_metrics(output_dir)["judge"] if path.is_file() else None
     metrics = {
         **next(iter(splits.values())),
-        "judge": earlier.get("judge"),
+        "judge": judged if judged and judged["answers"] == answers_hash(predictions, judged["labels"]) else None,
         "splits": splits,
         "other_models": others,
         "provenance": read_json(output_dir / "evaluation.json"),
@@ -101,7 +101,10 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
 def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_dir: Path) -> list[str]:
     """Ask the judge about the first split, and add what it says to metrics.json; what is missing of it, in words."""
     metrics = read_metrics(output_dir)
-    judged = run_judge(predictions, judge_args, output_dir)
+    try:
+        judged = run_judge(predictions, judge_args, output_dir)
+    except UserError as error:
+        return [f"the judge was not asked: {error}"]
     write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
     if judged["error"]:
         return [f"the judge was not asked: {judged['error']}"]
@@ -119,7 +122,8 @@ def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_di
     tuned = metrics["provenance"]["models"]["tuned"]["name"]
     run, path = read_run(tuned), Path(tuned) / "trainer_state.json"
     state = read_json(path) if run and path.is_file() else {}
-    best = run and run["config"]["training"]["load_best_model_at_end"]
+    is_checkpoint = Path(tuned).name.startswith("checkpoint-")
+    best = run and run["config"]["training"]["load_best_model_at_end"] and not is_checkpoint
     step = state.get("best_global_step" if best else "global_step")
     write_report(output_dir, predictions, metrics, judge_rows, state.get("log_history"), step)
 
@@ -143,7 +147,10 @@ def read_metrics(output_dir: Path) -> dict[str, Any]:
     path = output_dir / "metrics.json"
     if not path.is_file():
         raise UserError(f"{output_dir} holds no scores; run the score stage first")
-    return read_json(path)
+    metrics = read_json(path)
+    if not isinstance(metrics, dict) or not {"splits", "judge", "other_models", "provenance"} <= metrics.keys():
+        raise UserError(f"{path}: not what the score stage writes; remove it and run the score stage")
+    return metrics
 
 
 if __name__ == "__main__":
@@ -152,4 +159,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted: what was answered is kept; the same command goes on")
+        again = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
+        sys.exit(f"interrupted: what was answered is kept; the same command{again} goes on")

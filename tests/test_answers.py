@@ -144,3 +144,52 @@ def test_answers_pair_by_record_and_not_by_place(tmp_path):
 
 def test_echo_answers_with_the_input_or_the_instruction():
     assert [echo(prediction)["text"] for prediction in as_predictions(RECORDS)] == ["cat", "Name a colour."]
+
+
+def test_a_family_is_text_and_a_missing_one_is_left_out():
+    rows = [{"instruction": "a", "input": "", "output": "b", "row": n, "family": f} for n, f in enumerate([0, None, 3])]
+    records = DatasetDict(test=Dataset.from_list(rows))
+    assert [prediction.get("family") for prediction in as_predictions(records)] == ["0", None, "3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "test/0"}, r"the id 'test/0' stands 2 times"),
+        ({"split": None}, "row 1: 'split' is None, not text"),
+        ({"tuned": {**answer("x"), "stop_reason": "stop"}}, "row 1: 'stop_reason' of 'tuned' is 'stop', none of eos"),
+    ],
+)
+def test_recorded_predictions_are_checked(tmp_path, change, message):
+    rows = [
+        {"id": f"test/{n}", "split": "test", "instruction": f"Do {n}.", "output": "x", "tuned": answer("x")}
+        for n in range(2)
+    ]
+    rows[1] |= change
+    with pytest.raises(UserError, match=message):
+        read_answer_file(write(tmp_path / "a.jsonl", rows))
+
+
+def test_answers_as_plain_text_are_taken_with_ids_of_their_own(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"instruction": "Do it.", "output": "x", "tuned": "y"}])
+    _, predictions, answers = read_answer_file(path)
+    assert (predictions[0]["id"], answers) == ("all/0", [{"text": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tuned": {"text": None}}, "'text' of 'tuned' is None"),
+        ({"tuned": {"text": "x", "reference_loss": "abc"}}, "'reference_loss' of 'tuned' is 'abc'"),
+        ({"id": "test/0"}, "the id 'test/0' stands above"),
+        ({"split": 3}, "'split' is 3, not text"),
+    ],
+)
+def test_an_edited_file_is_checked_before_it_is_scored(tmp_path, change, message):
+    rows = [
+        {"id": f"test/{n}", "split": "test", "instruction": "Do.", "output": "x", "tuned": answer("x")}
+        for n in range(2)
+    ]
+    path = write(tmp_path / "predictions.jsonl", [rows[0], rows[1] | change])
+    with pytest.raises(UserError, match=rf"line 2: .*{message}"):
+        read_answers(Path(path), strict=True)

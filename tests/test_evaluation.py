@@ -155,13 +155,13 @@ def test_a_further_model_is_added_and_the_others_are_not_asked_again(tmp_path, e
     evaluate("--model", other_model, DEMO / "base", "echo", *flags)
     assert "8 of 8 answers of tuned are there already" in capsys.readouterr().out
     second = rows_of(folder)
-    assert [list(row)[-4:] for row in second] == [["baseline", "tuned", "base", "echo"]] * 8
+    assert [list(row)[-4:] for row in second] == [["baseline", "tuned", "demo/base", "echo"]] * 8
     assert all(row["tuned"] == earlier["tuned"] for row, earlier in zip(second, first, strict=True))
-    assert [row["base"]["text"] for row in second] == [row["baseline"]["text"] for row in second]
+    assert [row["demo/base"]["text"] for row in second] == [row["baseline"]["text"] for row in second]
     assert [row["echo"]["text"] for row in second] == [row["input"] or row["instruction"] for row in second]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["other_models"].keys() == {"base", "echo"}
-    same = metrics["other_models"]["base"]["test"]["metrics"]["chrf"]
+    assert metrics["other_models"].keys() == {"demo/base", "echo"}
+    same = metrics["other_models"]["demo/base"]["test"]["metrics"]["chrf"]
     assert same["delta"] == 0 and same["ci95"] == [0, 0]
     assert metrics["other_models"]["echo"]["test"]["metrics"]["perplexity"]["tuned"] is None
 
@@ -233,6 +233,7 @@ def test_gates_decide_the_exit(tmp_path, evaluate, few):
         (("--model", "echo", "echo"), "--model echo: named twice"),
         (("--model", "http://127.0.0.1:9/v1#m", "--endpoint_timeout", "2"), "connection"),
         (("--baseline", "echo"), "say what to score: --model"),
+        (("--model", "echo", "--stages", "generate", "--gate", "chrf>0"), "--gate needs scores"),
     ],
 )
 def test_bad_flags_are_told_and_nothing_is_scored(tmp_path, evaluate, few, flags, message):
@@ -317,3 +318,79 @@ def test_a_judge_that_fails_loses_nothing_and_is_asked_again_for_what_is_missing
     with pytest.raises(UserError, match="the judge was not asked: endpoint"):
         evaluate("--stages", "judge", "--output_dir", folder, "--judge", "http://127.0.0.1:9/v1#m")
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"] == metrics["metrics"]
+
+
+def test_answers_are_not_removed_by_the_run_that_is_to_score_them(tmp_path, evaluate, few):
+    folder = tmp_path / "e"
+    evaluate("--model", "echo", "--data", few, "--output_dir", folder, "--stages", "generate")
+    before = (folder / "predictions.jsonl").read_bytes()
+    with pytest.raises(UserError, match="--overwrite_output_dir would remove"):
+        evaluate("--model", folder / "predictions.jsonl", "--output_dir", folder, "--overwrite_output_dir")
+    assert (folder / "predictions.jsonl").read_bytes() == before
+
+
+def test_a_baseline_that_never_answered_may_be_dropped_or_mended(tmp_path, evaluate, few):
+    flags = ("--model", "echo", "--data", few, "--output_dir", tmp_path / "e", "--endpoint_timeout", "2")
+    with pytest.raises(UserError, match="connection"):
+        evaluate(*flags, "--baseline", "http://127.0.0.1:9/v1#m")
+    evaluate(*flags)
+    with serve_stub({"": [Say("An answer.")]}) as stub:
+        evaluate(*flags, "--baseline", f"{stub.url}#m")
+    assert [row["baseline"]["text"] for row in rows_of(tmp_path / "e")] == ["An answer."] * 8
+    evaluation = json.loads((tmp_path / "e" / "evaluation.json").read_text(encoding="utf-8"))
+    assert len(evaluation["command"].splitlines()) >= 1 and list(evaluation["models"]) == ["baseline", "tuned"]
+
+
+def test_a_served_model_is_written_down_by_name_and_another_is_refused(tmp_path, evaluate, few):
+    flags = ("--data", few, "--output_dir", tmp_path / "e", "--stages", "generate")
+    with serve_stub({"": [Say("An answer.")]}, models=["first"]) as stub:
+        address = stub.url.replace("http://", "http://me:SECRET1@")
+        evaluate("--model", address, *flags)
+        stub.models = ["second"]
+        with pytest.raises(UserError, match="with another model 'tuned'"):
+            evaluate("--model", address, *flags)
+        evaluate("--model", f"{address}#first", f"{address.replace('SECRET1', 'SECRET2')}#third", *flags)
+    assert [list(row)[-2:] for row in rows_of(tmp_path / "e")] == [["tuned", "third"]] * 8
+    for path in (tmp_path / "e").iterdir():
+        assert b"SECRET" not in path.read_bytes(), path
+
+
+def test_names_of_roles_are_not_given_to_further_models(tmp_path, evaluate, few, other_model):
+    (tmp_path / "a" / "baseline").mkdir(parents=True)
+    for path in other_model.iterdir():
+        (tmp_path / "a" / "baseline" / path.name).write_bytes(path.read_bytes())
+    flags = ("--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "2", "--stages", "generate")
+    evaluate("--model", "echo", tmp_path / "a" / "baseline", *flags)
+    assert list(rows_of(tmp_path / "e")[0])[-2:] == ["tuned", "a/baseline"]
+
+
+def test_a_judgement_of_other_answers_is_dropped_and_one_of_these_is_kept(tmp_path, evaluate, few):
+    folder = tmp_path / "e"
+    with serve_stub({"": [Say("50")]}) as stub:
+        evaluate("--model", "echo", "--data", few, "--output_dir", folder, "--judge", f"{stub.url}#m")
+    with pytest.raises(UserError, match="the judge was not asked"):
+        evaluate("--stages", "judge", "report", "--output_dir", folder, "--judge", "http://127.0.0.1:9/v1")
+    assert json.loads((folder / "judge.jsonl").read_text(encoding="utf-8").split("\n")[0])["score"] == 50
+    evaluate("--stages", "score", "report", "--output_dir", folder, "--gate", "judge.score_0_100>=50")
+    rows = rows_of(folder)
+    rows[0]["tuned"]["text"] = "edited"
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"gate judge.score_0_100>=50: not measured"):
+        evaluate("--stages", "score", "report", "--output_dir", folder, "--gate", "judge.score_0_100>=50")
+
+
+def test_the_page_of_a_checkpoint_marks_its_own_step(tmp_path, evaluate, few, monkeypatch):
+    """Of a run that kept its best step, the folder itself is that step, a checkpoint its own."""
+    import eval_script
+
+    run, steps = tmp_path / "run", []
+    monkeypatch.setattr(eval_script, "write_report", lambda *arguments: steps.append(arguments[-1]))
+    for folder in (run, run / "checkpoint-40"):
+        folder.mkdir()
+        state = {"log_history": [], "best_global_step": 20, "global_step": 60 if folder == run else 40}
+        (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    config = {"data": {"data": "x"}, "training": {"load_best_model_at_end": True}}
+    (run / "run.json").write_text(json.dumps({"config": config, "data_hash": "x"}), encoding="utf-8")
+    for name in (str(run), str(run / "checkpoint-40")):
+        eval_script.report([], {"provenance": {"models": {"tuned": {"name": name}}}}, tmp_path)
+    assert steps == [20, 40]
