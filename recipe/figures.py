@@ -81,7 +81,7 @@ class Interval:
     delta: float
     low: float
     high: float
-    sign: int  # 1: more is better, -1: less is better
+    direction: str  # better or worse; anything else: not shown
 
 
 def draw_deltas(groups: Mapping[str, Sequence[Interval]]) -> Figure:
@@ -100,11 +100,9 @@ def draw_deltas(groups: Mapping[str, Sequence[Interval]]) -> Figure:
         )  # fmt: skip
         for row in intervals:
             position += 1
-            shown = row.low > 0 or row.high < 0
-            color = MUTED if not shown else TUNED_COLOR if row.sign * row.delta > 0 else WORSE_COLOR
+            color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(row.direction, MUTED)
             axes.plot([row.low, row.high], [position, position], color=color, linewidth=2, solid_capstyle="butt")
-            # hollow where the interval holds zero: the sign is not shown
-            face = color if shown else "none"
+            face = "none" if color == MUTED else color  # hollow: which way it went is not shown
             axes.plot(row.delta, position, "o", markersize=5, color=color, markerfacecolor=face)
             labels[position] = row.label
         position += 1.35

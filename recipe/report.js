@@ -62,7 +62,7 @@ function make(tag, className, text) {
   return element;
 }
 
-/** Adds a text with its unseen characters shown, as `visible` does in recipe/report.py. */
+/** Adds a text with its unseen characters shown, as `visible` does in recipe/console.py. */
 function addText(parent, text) {
   let end = 0;
   for (const found of text.matchAll(UNSEEN)) {
@@ -140,6 +140,7 @@ function diffWords(reference, response) {
 // --- the example browser ----------------------------------------------------------------------------------------------
 
 function startBrowser(data) {
+  data.family = data.family.map(family => String(family ?? "").trim() ? String(family) : null);
   const form = document.getElementById("controls");
   const list = document.getElementById("list");
   const names = new Map(data.models);

@@ -20,17 +20,23 @@ from markupsafe import Markup
 from recipe import figures
 from recipe.comparison import example_scores, labels_of
 from recipe.config import UserError
+from recipe.console import visible
 from recipe.figures import Interval, Lengths, Picture, make_picture
 from recipe.judge_summary import WITH_VALUE
 from recipe.provenance import write_whole
 from recipe.verdict import (
+    ENOUGH_TO_JUDGE,
     MEASURES,
     PERCENT,
     cautions,
+    counted,
     direction,
     findings,
     headline_metric,
+    is_too_few,
     judge_scale,
+    judged,
+    model_name,
     refuse_nan,
     scale,
     title,
@@ -44,15 +50,13 @@ FILES = {
     "metrics.json": "every score",
     "judge.jsonl": "every judgement",
     "evaluation.json": "what was asked of whom",
+}
+DRAWINGS = {
     "deltas.png": "differences",
     "outcomes.png": "better, equal, worse",
     "lengths.png": "response lengths",
     "loss.png": "loss curve",
 }
-# invisible, or able to reorder what stands around them: C0 but tab and newline, C1, soft hyphen, zero width, bidi marks
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]"
-)
 
 
 def write_report(
@@ -67,10 +71,11 @@ def write_report(
 
     Args:
         output_dir: where `report.html`, `deltas.png` (with a baseline), `outcomes.png` (likewise), `lengths.png` and
-            `loss.png` (with a history) go; the page links the files of the evaluation that lie there.
+            `loss.png` (with a history) go; such a figure of an earlier report is removed where there is nothing to
+            draw. The page links the files of the evaluation that lie there.
         predictions: the lines of `predictions.jsonl`.
         metrics: the content of `metrics.json`.
-        judge_rows: the lines of `judge.jsonl`.
+        judge_rows: the lines of `judge.jsonl`; those of what `metrics` has no word of are left out.
         log_history: of the tuned model's training, as in its `trainer_state.json`.
         chosen_step: the step whose weights were evaluated.
 
@@ -82,7 +87,7 @@ def write_report(
         write_report(Path("outputs/demo-eval"), predictions, metrics, log_history=trainer.state.log_history)
     """
     output_dir = Path(output_dir)
-    judge_rows = judge_rows or []
+    judge_rows = rows_of_judge(metrics["judge"], judge_rows or [])
     check_inputs(predictions, metrics, judge_rows)
     output_dir.mkdir(parents=True, exist_ok=True)
     labels = labels_of(predictions)
@@ -104,7 +109,6 @@ def write_report(
         "first_split": first,
         "turned": metrics["splits"][first]["outcomes"].get("exact_match"),
         "cautions": cautions(metrics, headline_predictions, labels),
-        "names": model_names(labels),
         "sections": [split_section(split, metrics, labels) for split in metrics["splits"]],
         "others": others,
         "pictures": pictures,
@@ -114,11 +118,12 @@ def write_report(
         "provenance": provenance,
         "models": provenance.get("models") or {},
         "facts": list(provenance_facts(provenance)),
-        "files": {name: what for name, what in FILES.items() if (output_dir / name).is_file()},
+        "files": files_beside(output_dir, metrics["judge"], pictures),
         "count": len(predictions),
         "splits": list(metrics["splits"]),
-        "families": list(dict.fromkeys(p["family"] for p in predictions if p.get("family") is not None)),
+        "families": list(dict.fromkeys(filter(None, map(family_of, predictions)))),
         "measures": MEASURES,
+        "enough": ENOUGH_TO_JUDGE,
         "examples": embed_json(example_columns(predictions, labels, judge_rows, metrics)),
     }
     write_whole(output_dir / "report.html", render(context))
@@ -147,9 +152,30 @@ def check_inputs(
 # --- the parts of the page --------------------------------------------------------------------------------------------
 
 
-def model_names(labels: Sequence[str]) -> dict[str, str]:
-    """How the page calls each model: Base, Tuned, and others by their label."""
-    return {label: {"baseline": "Base", "tuned": "Tuned"}.get(label, label) for label in labels}
+def rows_of_judge(judge: Mapping[str, Any] | None, judge_rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that the judge's word in `metrics.json` is of: others have no known scale, or are of another judge."""
+    prompts, pairs = ((judge or {}).get(key) or {} for key in ("scores", "pairwise"))
+    return [row for row in judge_rows if (pairs if is_pair(row) else row["prompt"] in prompts)]
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of two responses side by side, whatever its prompt is called."""
+    return "order" in row
+
+
+def files_beside(output_dir: Path, judge: Mapping[str, Any] | None, pictures: Iterable[str]) -> dict[str, str]:
+    """The files of this evaluation and what is in them, by name; drawings of an earlier report are removed."""
+    drawn = {f"{name}.png" for name in pictures}
+    for name in DRAWINGS.keys() - drawn:
+        (output_dir / name).unlink(missing_ok=True)
+    files = {name: what for name, what in FILES.items() if name != "judge.jsonl" or judge is not None}
+    return {name: what for name, what in (files | DRAWINGS).items() if (output_dir / name).is_file()}
+
+
+def family_of(prediction: Mapping[str, Any]) -> str | None:
+    """The family as text, None where there is none or a blank one."""
+    family = prediction.get("family")
+    return None if family is None else str(family) if str(family).strip() else None
 
 
 def split_section(split: str, metrics: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
@@ -166,7 +192,10 @@ def split_section(split: str, metrics: Mapping[str, Any], labels: Sequence[str])
         "n": part["n"],
         "headline": title(headline) if headline else None,
         **{
-            kind: [score_row(name, score, [(o or {}).get(kind) for o in others]) for name, score in part[kind].items()]
+            kind: [
+                score_row(name, score, part["n"], [(o or {}).get(kind) for o in others])
+                for name, score in part[kind].items()
+            ]
             for kind in ("metrics", "behaviour")
         },
         "families": [
@@ -174,10 +203,10 @@ def split_section(split: str, metrics: Mapping[str, Any], labels: Sequence[str])
                 **score_row(
                     headline,
                     entry["metrics"].get(headline),
+                    entry["n"],
                     [((o or {}).get("families", {}).get(family) or {}).get("metrics") for o in others],
                 ),
-                "title": family,
-                "n": entry["n"],
+                "title": str(family),
             }
             for family, entry in weakest_first(part["families"], headline)
             if headline
@@ -199,17 +228,22 @@ def weakest_first(families: Mapping[str, Any], headline: str | None) -> list[tup
 
 
 def score_row(
-    name: str, score: Mapping[str, Any] | None, others: Iterable[Mapping[str, Any] | None] = ()
+    name: str, score: Mapping[str, Any] | None, n: int, others: Iterable[Mapping[str, Any] | None] = ()
 ) -> dict[str, Any]:
-    """One line of a table: the score of each model, the difference, its interval and its direction, as text."""
+    """One line of a table: the score of each model, the difference, its interval and its direction, as text.
+
+    `n` are the records; `over` says of how many of them the score is, where that is not all.
+    """
     units = scale(name)
-    score = score or {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better": None}
+    score = score or {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better": None, "n": 0}
     interval = "–"
     if score["ci95"] is not None:
         show = units.value if score["delta"] is None else units.change
         interval = " to ".join(map(show, score["ci95"]))
-    way = direction(score)  # type: ignore[arg-type]
+    way, part = direction(score), counted(score, n)
     return {
+        "n": f"{n:,}",
+        "over": "" if part is None else f"{part:,} of {n:,}",
         "name": name,
         "title": title(name),
         "unit": units.unit,
@@ -219,14 +253,23 @@ def score_row(
             {
                 "value": units.value(entry["tuned"]) if entry else "–",
                 "change": units.change(entry["delta"]) if entry and entry["delta"] is not None else "",
+                "over": "" if counted(entry, n) in (None, part) else f"n {counted(entry, n):,}",
             }
             for entry in ((other or {}).get(name) for other in others)
         ],
         "change": units.change(score["delta"]),
         "interval": interval,
         "direction": way,
-        "word": "no interval" if way == "unclear" and score["ci95"] is None else DIRECTIONS[way],
+        "word": direction_word(score),
     }
+
+
+def direction_word(score: Mapping[str, Any]) -> str:
+    """The direction of a difference as a table says it, or why there is none."""
+    way = direction(score)
+    if way == "unclear" and (is_too_few(score) or score["ci95"] is None):
+        return "too few" if is_too_few(score) else "no interval"
+    return DIRECTIONS[way]
 
 
 def provenance_facts(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -252,16 +295,18 @@ def judge_table(
     for prompt, score in ((judge or {}).get("scores") or {}).items():
         units = judge_scale(score)
         show = units.value if score["delta"] is None else units.change
-        way = direction({**score, "better": "higher"})
         parts = []
         for model in score["scored"]:
             statuses = Counter(
-                row["status"] for row in judge_rows if (row["prompt"], row.get("model")) == (prompt, model)
+                row["status"]
+                for row in judge_rows
+                if not is_pair(row) and (row["prompt"], row["model"]) == (prompt, model)
             )
             missing = ", ".join(f"{n:,} {status}" for status, n in statuses.items() if status not in WITH_VALUE)
             parts.append(
                 {
                     "model": model,
+                    "name": model_name(model),
                     "scored": f"{score['scored'][model]:,} of {score['n']:,}",
                     "empty": f"{score['empty'].get(model, 0):,}",
                     "bounds": " to ".join(map(units.value, score["bounds"][model])),
@@ -277,8 +322,8 @@ def judge_table(
                 "others": [units.value(score["other_models"].get(label)) for label in others],
                 "change": units.change(score["delta"]),
                 "interval": "–" if score["ci95"] is None else " to ".join(map(show, score["ci95"])),
-                "direction": way,
-                "word": DIRECTIONS[way],
+                "direction": direction(judged(score)),
+                "word": direction_word(judged(score)),
                 "parts": parts,
             }
         )
@@ -349,11 +394,11 @@ def forest_rows(part: Mapping[str, Any]) -> dict[str, list[Interval]]:
     def rows(named: Iterable[tuple[str, str, Mapping[str, Any] | None]]) -> list[Interval]:
         return [
             Interval(
-                one_line(label),
+                one_line(str(label)),
                 100 * s["delta"],
                 100 * s["ci95"][0],
                 100 * s["ci95"][1],
-                1 if s["better"] == "higher" else -1,
+                direction(s),
             )
             for name, label, s in named
             if s is not None and s["delta"] is not None and s["ci95"] is not None and scale(name) is PERCENT
@@ -403,7 +448,7 @@ def response_lengths(
         rate = stop_rate.get(label)
         note = f"median {median(values):g}" + ("" if rate is None else f", stop rate {PERCENT.value(rate)}")
         role = label if label in ("baseline", "tuned") else "other"
-        rows.append(Lengths(one_line({"baseline": "Base", "tuned": "Tuned"}.get(label, label)), role, values, note))
+        rows.append(Lengths(one_line(model_name(label)), role, values, note))
     return rows, unit
 
 
@@ -426,23 +471,23 @@ def example_columns(
     row_of = {prediction["id"]: index for index, prediction in enumerate(predictions)}
     n = len(predictions)
     scores = {label: {k: rounded(v) for k, v in example_scores(predictions, label).items()} for label in labels}
-    judged: dict[str, dict[str, list]] = {label: {} for label in labels}  # label → prompt → per row
+    judgements: dict[str, dict[str, list]] = {label: {} for label in labels}  # label → prompt → per row
     pairwise: list[list | None] = [None] * n
     for row in judge_rows:
         index = row_of[row["id"]]
-        if row["prompt"] == "pairwise":
+        if is_pair(row):
             entry = [row["order"], row["status"], row["winner"], row.get("reason")]
             pairwise[index] = [*(pairwise[index] or []), entry]
         else:
-            column = judged[row["model"]].setdefault(row["prompt"], [None] * n)
+            column = judgements[row["model"]].setdefault(row["prompt"], [None] * n)
             column[index] = [row["status"], row["score"], row.get("reason")]
-    prompts = dict.fromkeys(prompt for columns in judged.values() for prompt in columns)
-    scales = {prompt: s["scale"] for prompt, s in ((metrics["judge"] or {}).get("scores") or {}).items()}
+    prompts = dict.fromkeys(prompt for columns in judgements.values() for prompt in columns)
     return {
-        "models": list(model_names(labels).items()),
+        "models": [[label, model_name(label)] for label in labels],
         "scores": {name: title(name) for name in next(iter(scores.values()), {})},
-        "judge_scales": {prompt: scales.get(prompt, [0, 100]) for prompt in prompts},
-        **{key: [prediction.get(key) for prediction in predictions] for key in ("id", "split", "family")},
+        "judge_scales": {prompt: metrics["judge"]["scores"][prompt]["scale"] for prompt in prompts},
+        **{key: [prediction[key] for prediction in predictions] for key in ("id", "split")},
+        "family": [family_of(prediction) for prediction in predictions],
         **{
             key: [prediction.get(key) or "" for prediction in predictions] for key in ("instruction", "input", "output")
         },
@@ -452,7 +497,7 @@ def example_columns(
                 "tokens": [prediction[label].get("tokens") for prediction in predictions],
                 "stop_reason": [prediction[label].get("stop_reason") for prediction in predictions],
                 "scores": scores[label],
-                "judge": judged[label],
+                "judge": judgements[label],
             }
             for label in labels
         },
@@ -493,7 +538,7 @@ def render(context: Mapping[str, Any]) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     policy = f"default-src 'none'; img-src data:; style-src {csp_hash(style)}; script-src {csp_hash(script)}"
-    environment.filters.update(nonbreaking=nonbreaking, percent=PERCENT.value, fragment=fragment)
+    environment.filters.update(nonbreaking=nonbreaking, percent=PERCENT.value, fragment=fragment, name=model_name)
     return environment.get_template("report.html.jinja").render(
         **context,
         style=Markup(style),
@@ -515,18 +560,3 @@ def fragment(text: str) -> str:
 def csp_hash(text: str) -> str:
     """The source expression by which a content security policy allows exactly this inline text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def visible(text: str) -> str:
-    """A text with its unseen characters shown: control characters by their picture, others by their code point.
-
-    >>> visible("a\\x00b\\u202ec")
-    'a␀b⟨U+202E⟩c'
-    """
-    return UNSEEN.sub(lambda found: _picture(ord(found[0])), text)
-
-
-def _picture(code: int) -> str:
-    if code == 0x7F:
-        return "␡"
-    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from recipe import answers, endpoints
 from recipe.comparison import compare, labels_of
 from recipe.config import DataArguments, UserError, parse_arguments
-from recipe.console import print_examples, print_scores
+from recipe.console import print_examples, print_scores, visible
 from recipe.evaluation import EvalArguments, generate, split_names
 from recipe.gates import failures, parse_gate
 from recipe.judge import JudgeArguments, answers_hash, run_judge
@@ -132,7 +132,7 @@ def conclude(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_
     """Print the scores, a few answers and the verdict, and where everything is."""
     print_scores(metrics)
     print_examples([p for p in predictions if p["split"] == predictions[0]["split"]])
-    print(f"\n{verdict(metrics).sentence}")
+    print(f"\n{visible(verdict(metrics).sentence)}")
     print(f"Report: {output_dir / 'report.html'}   Every answer: {output_dir / 'predictions.jsonl'}")
 
 

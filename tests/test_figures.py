@@ -13,8 +13,8 @@ from recipe import figures
 from recipe.figures import DARK, Interval, Lengths, draw_deltas, draw_lengths, draw_loss, draw_outcomes, make_picture
 
 GROUPS = {
-    "Scores": [Interval("Exact match", 40, 30, 50, 1), Interval("chrF", -1, -3, 1, 1)],
-    "Families": [Interval("plural", -20, -35, -5, 1)],
+    "Scores": [Interval("Exact match", 40, 30, 50, "better"), Interval("chrF", -1, -3, 1, "unclear")],
+    "Families": [Interval("plural", -20, -35, -5, "worse")],
 }
 GROUNDS = {"light": "#ffffff", "dark": "#14171a"}  # --ground of report.css
 
@@ -80,7 +80,7 @@ def test_text_and_graphics_stand_out_from_their_ground():
             assert contrast(colors[graphic][theme], colors["ground"][theme]) >= 3, (graphic, theme)
 
 
-def test_a_difference_is_coloured_only_where_its_interval_excludes_zero():
+def test_a_difference_is_coloured_by_its_direction_and_hollow_without_one():
     figure = draw_deltas(GROUPS)
     markers = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert [m.get_color() for m in markers] == [figures.TUNED_COLOR, figures.MUTED, figures.WORSE_COLOR]
@@ -90,14 +90,17 @@ def test_a_difference_is_coloured_only_where_its_interval_excludes_zero():
     assert low < -35 and high > 50
 
 
-def test_less_is_better_where_the_score_says_so():
-    _, marker, _ = draw_deltas({"Scores": [Interval("loss", -2, -3, -1, -1)]}).axes[0].lines
-    assert marker.get_color() == figures.TUNED_COLOR
+def test_the_sign_of_a_difference_does_not_colour_it():
+    """Less may be better, and a difference of few records is none."""
+    rows = [Interval("loss", -2, -3, -1, "better"), Interval("two records", 100, 100, 100, "unclear")]
+    _, better, _, unclear, _ = draw_deltas({"Scores": rows}).axes[0].lines
+    assert better.get_color() == figures.TUNED_COLOR
+    assert (unclear.get_color(), unclear.get_markerfacecolor()) == (figures.MUTED, "none")
 
 
 @pytest.mark.parametrize("interval", [(0, 0, 0), (100, 100, 100), (-100, -100, -100)])
 def test_zero_stays_in_the_picture(interval):
-    low, high = draw_deltas({"Scores": [Interval("x", *interval, 1)]}).axes[0].get_xlim()
+    low, high = draw_deltas({"Scores": [Interval("x", *interval, "unclear")]}).axes[0].get_xlim()
     assert low < 0 < high
 
 
@@ -124,7 +127,7 @@ def test_lengths_of_nothing_but_empty_responses_are_drawn(tmp_path):
 
 def test_names_are_text_and_not_mathematics_nor_markup(tmp_path):
     names = ["$x_1^2$", "<script>alert(1)</script>", "a--b -->", "#4c72b0"]
-    groups = {"Families": [Interval(name, 1, 0.5, 2, 1) for name in names]}
+    groups = {"Families": [Interval(name, 1, 0.5, 2, "better") for name in names]}
     picture = make_picture(lambda: draw_deltas(groups), "", tmp_path / "deltas.png")
     for svg in (svg_of(picture.light), svg_of(picture.dark)):
         assert set(names) <= set(words_of(svg))

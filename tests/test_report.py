@@ -18,7 +18,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import recipe.report
 from recipe.comparison import example_scores
 from recipe.config import UserError
-from recipe.report import embed_json, visible, write_report
+from recipe.console import visible
+from recipe.judge_summary import summarize_pairs
+from recipe.report import embed_json, forest_rows, write_report
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -520,6 +522,139 @@ def test_answers_from_a_file_and_a_judge_that_failed(browser, tmp_path):
         assert page.locator(".badge").count() == 0
 
 
+def test_scores_over_a_part_of_the_records_have_their_number(browser, tmp_path):
+    predictions = make_predictions(150, models=MODELS)
+    for number, prediction in enumerate(predictions):
+        if number >= 50:
+            prediction["tuned"]["reference_loss"] = None
+        if number == 0:
+            prediction["checkpoint-300"]["reference_loss"] = None
+    metrics = make_metrics(predictions)
+    write_report(tmp_path, predictions, metrics)
+    with opened(browser, tmp_path / "report.html") as page:
+        table = page.locator("#scores .split").first.locator("table").first
+        loss, chrf = (table.locator("tbody tr", has_text=name) for name in ("Reference loss", "chrF"))
+        assert loss.locator("th .over").text_content() == "n 40 of 120"
+        assert loss.locator("td .over").text_content() == "n 119"
+        assert chrf.locator(".over").count() == 0
+        assert "Reference loss and Perplexity are over 40 of 120 records of test; the others are longer than " in (
+            page.locator(".cautions").text_content().replace("\N{NO-BREAK SPACE}", " ")
+        )
+    # by family where the score in the headline is such a one
+    for prediction in predictions:
+        for label in MODELS:
+            prediction[label]["text"] = ""
+    write_report(tmp_path, predictions, make_metrics(predictions))
+    with opened(browser, tmp_path / "report.html") as page:
+        counts = page.locator("#scores .split").first.locator("table").nth(2).locator("tbody td:nth-child(2)")
+        assert counts.count() == 4
+        parts = [text.split(" of ") for text in counts.all_text_contents()]
+        assert sum(int(n) for n, _ in parts) == 40 and sum(int(of) for _, of in parts) == 120
+
+
+def test_few_records_show_no_difference(browser, tmp_path):
+    predictions = make_predictions(30)
+    for prediction in predictions:
+        prediction["tuned"]["text"], prediction["baseline"]["text"] = prediction["output"], "no"
+    judge = make_judge(make_judge_rows(predictions[:3]))
+    write_report(tmp_path, predictions, make_metrics(predictions, judge))
+    with opened(browser, tmp_path / "report.html") as page:
+        test, unseen = page.locator("#scores .split").all()  # 24 and 6 records
+        assert test.locator("table").first.locator("tbody tr").first.locator(".word").text_content() == "▲ better"
+        words = unseen.locator("table").first.locator(".word").all_text_contents()[1:]
+        assert words == ["○ too few"] * 7
+        assert set(page.locator("#scores table").nth(2).locator("td.word").all_text_contents()) == {"○ too few"}
+        assert page.locator("#judge td.word").first.text_content() == "○ too few"
+        said = page.locator(".verdict").text_content().replace("\N{NO-BREAK SPACE}", " ")
+        assert "on only 6 test_unseen records" in said and "fewer than 20 cannot show one." in said
+        assert "No family got measurably better." in page.locator(".card.better").text_content()
+    [*_, families] = forest_rows(make_metrics(predictions)["splits"]["test"]).values()
+    assert {(row.low > 0, row.direction) for row in families} == {(True, "unclear")}
+
+
+def test_a_model_in_a_folder_called_base_is_told_from_the_base(browser, tmp_path):
+    models = ("baseline", "tuned", "base", "Tuned")
+    predictions = make_predictions(30, models=models)
+    rows = make_judge_rows(predictions)
+    rows += [{**row, "model": "base"} for row in rows if row.get("model") == "baseline"]
+    write_report(tmp_path, predictions, make_metrics(predictions, make_judge(rows)), rows)
+    with opened(browser, tmp_path / "report.html") as page:
+        heads = page.locator("#scores table").first.locator("thead th").all_text_contents()
+        assert [head for head in heads if "ase" in head or "uned" in head] == ["Base", "Tuned", "“base”", "“Tuned”"]
+        names = page.locator(".example").first.locator("h4 bdi").all_text_contents()
+        assert names == ["Base", "Tuned", "“base”", "“Tuned”"]
+        assert page.locator("select[name=model] option").all_text_contents() == ["Tuned", "“base”", "“Tuned”"]
+        assert page.locator("#judge .which").all_text_contents() == ["Base", "Tuned", "“base”"]
+        alt = page.locator("#figure-lengths img").first.get_attribute("alt")
+        assert "Base: " in alt and "“base”: " in alt
+
+
+def test_families_need_not_be_text(browser, tmp_path):
+    predictions = make_predictions(40)
+    kinds = [3, None, "", " ", "x", True]
+    for number, prediction in enumerate(predictions):
+        prediction["family"] = kinds[number % len(kinds)]
+    metrics = make_metrics(predictions)
+    write_report(tmp_path, predictions, metrics)
+    with opened(browser, tmp_path / "report.html", "#family=3") as page:
+        options = page.locator("select[name=family] option").all_text_contents()
+        assert options == ["all families", "3", "x", "True"]
+        assert shown_ids(page) == [p["id"] for p in predictions if p["family"] == 3]
+        assert page.locator(".example .family").first.text_content() == "3"
+    # the script by itself
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    head, begin, rest = text.partition('<script type="application/json" id="data">')
+    data, end, tail = rest.partition("</script>")
+    content = {**json.loads(data), "family": [kinds[number % len(kinds)] for number in range(40)]}
+    (tmp_path / "report.html").write_text(head + begin + str(embed_json(content)) + end + tail, encoding="utf-8")
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator("select[name=family] option").all_text_contents() == ["all families", "3", "x", "true"]
+        assert page.locator("#shown").text_content() == "40 examples"
+
+
+def test_rows_are_pairs_by_their_order_and_not_by_the_name_of_the_prompt(browser, tmp_path):
+    predictions = make_predictions(30)
+    rows = make_judge_rows(predictions)
+    judge = make_judge(rows)
+    judge["scores"] = {"pairwise": judge["scores"][PROMPT]}
+    for row in rows:
+        row["prompt"] = "side by side" if "order" in row else "pairwise"
+    write_report(tmp_path, predictions, make_metrics(predictions, judge), rows)
+    with opened(browser, tmp_path / "report.html") as page:
+        example = page.locator(".example").first
+        assert f"pairwise {rows[0]['score']} of 100" in example.locator("[data-label=baseline] .judged").text_content()
+        assert example.locator(".pair p").count() == 2
+
+
+def test_judgements_that_the_scores_have_no_word_of_are_left_out(browser, tmp_path):
+    predictions = make_predictions(30)
+    rows = make_judge_rows(predictions)
+    (tmp_path / "judge.jsonl").write_text("an earlier judge's", encoding="utf-8")
+    write_report(tmp_path, predictions, make_metrics(predictions), [*rows, {**rows[0], "id": "of other records"}])
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator(".judged, #judge, #show input[value=unscored]").count() == 0
+        assert page.locator("select[name=score] option").count() == 4
+        assert page.locator(".files a").all_text_contents() == ["deltas.png", "outcomes.png", "lengths.png"]
+    other = [{**row, "prompt": "rubric_1_5", "score": 3} for row in rows if "model" in row]
+    write_report(tmp_path, predictions, make_metrics(predictions, make_judge(rows)), [*rows, *other])
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator(".example").first.locator("[data-label=tuned] .judged").count() == 1
+        assert page.locator(".example").first.locator(".pair p").count() == 2
+        assert "judge.jsonl" in page.locator(".files a").all_text_contents()
+
+
+def test_drawings_of_an_earlier_report_are_removed(browser, tmp_path):
+    predictions = make_predictions(30)
+    write_report(tmp_path, predictions, make_metrics(predictions), log_history=LOG_HISTORY)
+    for prediction in predictions:
+        del prediction["baseline"]
+    (tmp_path / "mine.png").write_bytes(b"")
+    write_report(tmp_path, predictions, make_metrics(predictions))
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "lengths.png", "mine.png"}
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator(".files a").all_text_contents() == ["lengths.png"]
+
+
 def test_the_real_predictions_are_reported(browser, tmp_path):
     path = SHARED / "data" / "gpt2-medium-responses.json"
     if not path.is_file():
@@ -698,7 +833,8 @@ def hostile(tmp_path_factory):
     metrics = make_metrics(predictions)
     metrics["judge"] = {
         "endpoint": everything, "model": everything, "complete": False, "usage": None, "error": everything,
-        "scores": dict.fromkeys(PAYLOADS, entry), "pairwise": None,
+        "scores": dict.fromkeys(PAYLOADS, entry),
+        "pairwise": summarize_pairs([row for row in rows if "order" in row], allow_missing=True),
     }  # fmt: skip
     metrics["provenance"] = {
         "models": {name: {"name": everything, "weights": everything} for name in ("baseline", "tuned", label)},
@@ -776,7 +912,7 @@ def test_hostile_texts_run_nothing_and_appear_as_they_are(browser, hostile, bypa
         assert shown == {
             "id": visible(prediction["id"]), "family": payload, "instruction": payload, "input": payload,
             "output": f"reference {payload}", "baseline": payload, "tuned": f"tuned {payload}", "other": payload,
-            "name": visible(label), "reasons": [payload] * 5,
+            "name": visible(f"“{label}”"), "reasons": [payload] * 5,
         }  # fmt: skip
     everything = visible("\n".join(PAYLOADS))
     for selector in ("#command", "#provenance details pre", ".error", ".lead bdi >> nth=0", "#provenance dd >> nth=4"):

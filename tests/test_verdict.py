@@ -6,7 +6,19 @@ import pytest
 from evaluation_samples import PROMPT, make_judge, make_judge_rows, make_metrics, make_predictions
 
 from recipe.config import UserError
-from recipe.verdict import PERCENT, cautions, direction, findings, refuse_nan, scale, verdict
+from recipe.verdict import (
+    ENOUGH_TO_JUDGE,
+    PERCENT,
+    cautions,
+    counted,
+    direction,
+    findings,
+    judged,
+    model_name,
+    refuse_nan,
+    scale,
+    verdict,
+)
 
 
 def make_score(baseline, tuned, ci95, better="higher", n=400):
@@ -39,9 +51,15 @@ MISSING = {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better
             "worse",
         ),
         (
-            {"exact_match": make_score(0.5, 0.5625, [-0.0625, 0.1875], n=1)},
-            "No difference was shown: exact match 50.0 % → 56.2 % on 1 test record "
+            {"exact_match": make_score(0.5, 0.5625, [-0.0625, 0.1875], n=20)},
+            "No difference was shown: exact match 50.0 % → 56.2 % on 20 test records "
             "(+6.2 points, 95 % interval −6.2 to +18.8).",
+            "unclear",
+        ),
+        (  # of so few, intervals that exclude zero are common without any difference
+            {"exact_match": make_score(0.0, 1.0, [1.0, 1.0], n=2)},
+            "No difference was shown: exact match 0.0 % → 100.0 % on only 2 test records "
+            "(+100.0 points, 95 % interval +100.0 to +100.0); fewer than 20 cannot show one.",
             "unclear",
         ),
         (  # an interval that touches zero does not exclude it
@@ -52,7 +70,8 @@ MISSING = {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better
         ),
         (
             {"exact_match": make_score(0.0, 1.0, None, n=1)},
-            "No difference was shown: exact match 0.0 % → 100.0 % on 1 test record (+100.0 points, no interval).",
+            "No difference was shown: exact match 0.0 % → 100.0 % on only 1 test record (+100.0 points, no interval); "
+            "fewer than 20 cannot show one.",
             "unclear",
         ),
         (
@@ -118,7 +137,32 @@ def test_direction_respects_which_way_is_better(ci95, better, way):
     assert direction(make_score(0.1, 0.2, ci95, better)) == way
 
 
+@pytest.mark.parametrize(("n", "way"), [(2, "unclear"), (ENOUGH_TO_JUDGE - 1, "unclear"), (ENOUGH_TO_JUDGE, "better")])
+def test_few_records_have_no_direction(n, way):
+    score = make_score(0.0, 1.0, [1.0, 1.0], n=n)
+    assert direction(score) == way
+    family = {"plural": {"n": n, "metrics": {"exact_match": score}}}
+    found = findings(metrics_of(exact_match=make_score(0.5, 0.75, [0.125, 0.375]), families=family), "better")
+    assert ("plural" in [finding.label for finding in found]) == (way == "better")
+
+
+def test_a_judge_s_direction_is_over_the_records_that_both_models_surely_have_scores_of():
+    score = {"scale": [0, 100], **make_score(10.0, 90.0, [70.0, 90.0], n=40)}
+    assert judged({**score, "scored": {"baseline": 30, "tuned": 30, "other": 0}})["n"] == 20
+    assert direction(judged({**score, "scored": {"baseline": 30, "tuned": 30}})) == "better"
+    assert direction(judged({**score, "scored": {"baseline": 30, "tuned": 29}})) == "unclear"
+    assert judged({**score, "scored": {"baseline": 1, "tuned": 1}})["n"] == 0
+
+
+def test_only_the_two_roles_are_called_base_and_tuned():
+    names = [model_name(label) for label in ("baseline", "tuned", "base", "Base", "Tuned", "checkpoint-300")]
+    assert names == ["Base", "Tuned", "“base”", "“Base”", "“Tuned”", "“checkpoint-300”"]
+
+
 def test_findings_list_scores_families_and_judge_by_direction():
+    judge_score = {
+        "scale": [0, 100], "scored": {"baseline": 400, "tuned": 400}, **make_score(60.0, 50.0, [-12.5, -7.5]),
+    }  # fmt: skip
     metrics = metrics_of(
         exact_match=make_score(0.25, 0.5, [0.125, 0.375]),
         bleu=make_score(0.5, 0.25, [-0.375, -0.125]),
@@ -128,7 +172,7 @@ def test_findings_list_scores_families_and_judge_by_direction():
             "plural": {"n": 9, "metrics": {"exact_match": make_score(0.0, 1.0, [1.0, 1.0])}},
             "tense": {"n": 9, "metrics": {"exact_match": make_score(1.0, 0.0, [-1.0, -1.0])}},
         },
-        judge={"scores": {PROMPT: {"scale": [0, 100], **make_score(60.0, 50.0, [-12.5, -7.5])}}},
+        judge={"scores": {PROMPT: judge_score}},
     )
     better, worse = findings(metrics, "better"), findings(metrics, "worse")
     assert [(f.kind, f.label, f.changes) for f in better] == [
@@ -162,10 +206,41 @@ def test_cautions_name_thin_splits_cut_and_unknown_ends():
         prediction["baseline"]["stop_reason"] = "length" if number < 12 else "eos"
         prediction["tuned"]["stop_reason"] = "context" if number == 0 else None if number < 4 else "eos"
     said = cautions(make_metrics(predictions), predictions, ["baseline", "tuned"])
-    assert [s for s in said if "Only 48 test records" in s]
+    assert [s for s in said if "Only 48 test records: intervals" in s]
     assert "The base model ran into the cap of 128 tokens in 12 of 48 responses (25.0 %)." in said
     assert "The tuned model ran out of context in 1 of 48 responses." in said
     assert "How 3 of 48 responses of the tuned model ended is unknown: some may have been cut off." in said
+
+
+def test_cautions_name_scores_over_a_part_of_the_records():
+    predictions = make_predictions(500, models=("baseline", "tuned", "base"))
+    for number, prediction in enumerate(predictions):
+        if prediction["split"] == "test" and number >= 50:
+            prediction["tuned"]["reference_loss"] = prediction["tuned"]["reference_tokens"] = None
+        if prediction["split"] == "test_unseen" and number < 50:
+            prediction["base"]["reference_loss"] = None
+    metrics = make_metrics(predictions)
+    said = [s for s in cautions(metrics, predictions, ["tuned"]) if " over " in s]
+    fate = "the others are longer than the model's context or lack what it needs."
+    assert said == [
+        f"Reference loss and Perplexity are over 40 of 400 records of test; {fate}",
+        f"Reference loss and Perplexity of “base” are over 90 of 100 records of test_unseen; {fate}",
+    ]
+    assert counted(metrics["splits"]["test"]["metrics"]["perplexity"], 400) == 40
+    assert counted(metrics["splits"]["test"]["metrics"]["chrf"], 400) is None
+    assert counted(MISSING, 400) is None
+
+
+def test_a_model_in_a_folder_called_base_is_not_the_base():
+    predictions = make_predictions(500, models=("baseline", "tuned", "base"))
+    for prediction in predictions:
+        for label in ("baseline", "base"):
+            prediction[label]["stop_reason"] = "context"
+    said = cautions(make_metrics(predictions), predictions, ["baseline", "base"])
+    assert said == [
+        "The base model ran out of context in 500 of 500 responses.",
+        "The model “base” ran out of context in 500 of 500 responses.",
+    ]
 
 
 def test_cautions_name_what_was_not_measured():
@@ -177,6 +252,12 @@ def test_cautions_name_what_was_not_measured():
     said = " ".join(cautions(make_metrics(predictions), predictions, ["baseline", "tuned"]))
     assert "Measured for the tuned model only on test: Reference loss, Perplexity." in said
     assert "Not measured on test_unseen: Reference loss, Perplexity." in said
+
+
+def test_cautions_name_a_split_too_thin_for_any_verdict():
+    predictions = make_predictions(23)  # 19 of test, 4 of test_unseen
+    said = cautions(make_metrics(predictions), predictions, [])
+    assert "Only 19 test records: fewer than 20 cannot show a difference; aim for 100 or more." in said
 
 
 def test_cautions_tell_an_incomplete_judge_with_its_worst_case():
