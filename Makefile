@@ -6,7 +6,7 @@ DEMO := outputs/demo
 # `accelerate launch` gives a process on a CPU one thread unless it is told otherwise
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint bench
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,16 @@ demo: setup
 
 test: setup
 	$(RUN)/python -m pytest
+
+# a quarter of an hour on two cores; docs/performance.md has the command for all of it
+bench: $(VENV)/.installed-bench
+	$(RUN)/python scripts/benchmark.py --output outputs/benchmark/quick.json --minutes 15 --rounds 1 --steps 4 \
+		--only batch_8 batch_32 startup preprocessing generation --records 20000 \
+		--contenders recipe_shared_prefix recipe_padded trainer_by_length trl_by_length plain_loop
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
 
 lint: setup
 	$(RUN)/ruff format --check .

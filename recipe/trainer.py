@@ -47,7 +47,8 @@ class InstructionTrainer(Trainer):
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
       tokens, so that none depends on the batch size; no logits are kept, so memory does not grow with the split.
     - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding), `shared`
-      (share of the tokens that were not computed, because a shared prefix stands once) and `num_input_tokens_seen`, summed on the device and fetched when something is logged, never in between.
+      (share of the tokens that were not computed, because a shared prefix stands once) and `num_input_tokens_seen`,
+      summed on the device and fetched when something is logged, never in between.
     - Generation: at each evaluation it answers `generation_records`, if given, and adds `eval_exact_match`,
       `eval_token_f1`, `eval_rouge_l`, `eval_chrf`, `eval_bleu`, `eval_stop_rate` and others to the metrics, so that
       `metric_for_best_model` may name one of them.
