@@ -122,7 +122,10 @@ def test_one_endless_response_does_not_flatten_the_others():
 
 
 def test_lengths_of_nothing_but_empty_responses_are_drawn(tmp_path):
-    make_picture(lambda: draw_lengths([Lengths("Tuned", "tuned", [0, 0], "")], "words"), "", tmp_path / "lengths.png")
+    rows = [Lengths("Tuned", "tuned", [0, 0], "")]
+    picture = make_picture(lambda: draw_lengths(rows, "words"), "", tmp_path / "lengths.png")
+    assert "Tuned" in words_of(svg_of(picture.light))
+    assert sum(bar.get_height() for bar in draw_lengths(rows, "words").axes[0].patches) == pytest.approx(1)
 
 
 def test_names_are_text_and_not_mathematics_nor_markup(tmp_path):
