@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
+from recipe.provenance import write_whole
+
 # the page's colours, as report.css has them: safe for the colour-blind, 3:1 at least against the ground
 TEXT, MUTED, LINE = "#1f2328", "#59636e", "#d9dde2"
 BASELINE_COLOR, TUNED_COLOR, WORSE_COLOR = "#7a838e", "#4c72b0", "#c05f26"
@@ -56,7 +58,7 @@ def make_picture(draw: Callable[[], Figure], alt: str, png: Path) -> Picture:
     """Draw a figure, write it to a PNG on white, and give it in SVG on nothing, in the colours of both themes."""
     with matplotlib.rc_context(STYLE):
         figure = draw()
-        figure.savefig(png, dpi=200)
+        save_png(figure, png, dpi=200)
         figure.set_layout_engine("none")  # it is laid out now; a second time takes as long as all else
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -64,6 +66,13 @@ def make_picture(draw: Callable[[], Figure], alt: str, png: Path) -> Picture:
     dark = re.sub("(?<=: )#[0-9a-f]{6}", lambda found: DARK.get(found[0], found[0]), light)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return Picture(_data_uri(light), _data_uri(dark), alt, width, height)
+
+
+def save_png(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    write_whole(path, buffer.getvalue())
 
 
 def _data_uri(svg: str) -> str:
@@ -207,7 +216,7 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: the PNG to write.
     """
     with matplotlib.rc_context(STYLE):
-        draw_loss(log_history, size=(7, 4)).savefig(path, dpi=150)
+        save_png(draw_loss(log_history, size=(7, 4)), path, dpi=150)
 
 
 def draw_loss(

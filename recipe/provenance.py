@@ -74,13 +74,19 @@ def command_line() -> str:
     return shlex.join([Path(sys.executable).name, *words])
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, whatever happens on the way."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whatever happens on the way; text in UTF-8.
+
+    Raises:
+        OSError: it cannot be written; with the file's name, also when the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         draft.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
 

@@ -156,8 +156,10 @@ def read_metrics(output_dir: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
-    except KeyboardInterrupt:
+    except (UserError, OSError, KeyboardInterrupt) as error:
         again = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
-        sys.exit(f"interrupted: what was answered is kept; the same command{again} goes on")
+        kept = f"what was answered is kept; the same command{again} goes on"
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(f"interrupted: {kept}")
+        advice = f"; {kept} once that is mended" if isinstance(error, OSError) else ""
+        sys.exit(f"error: {error}{advice}" if PartialState().is_main_process else 1)

@@ -706,9 +706,8 @@ def test_twenty_thousand_examples_open_and_are_searched(browser, report, tmp_pat
     print(
         f"20,040 examples, {path.stat().st_size / 1e6:.1f} MB: open {min(opening):.2f} s, search {min(searching):.2f} s"
     )
-    # measured 0.6 to 1.2 s and 0.2 s on two cores; the bounds only tell a page that hangs
-    assert min(opening) < 10
-    assert min(searching) < 5
+    assert min(opening) < 2  # measured 0.4 to 1.2 s, and 0.2 s, while two cores did other work as well
+    assert min(searching) < 0.5
 
 
 @pytest.mark.parametrize(
