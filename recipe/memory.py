@@ -13,6 +13,9 @@ from recipe.config import UserError
 
 Result = TypeVar("Result")
 
+# all that oneDNN says when no memory is left for its generated code; should_reduce_batch_size does not know it
+ONEDNN_FAILURE = "could not create a primitive"
+
 
 def halve_if_out_of_memory(
     batches: Iterable[list[int]], compute: Callable[[list[int]], Result]
@@ -35,22 +38,31 @@ def halve_if_out_of_memory(
         if limit is not None and len(batch) > limit:
             queue.extendleft(batch[i : i + limit] for i in range(0, len(batch), limit)[::-1])
             continue
-        done, result = _try(compute, batch)
-        if done:
-            yield batch, result
+        outcome = _try(compute, batch)
+        if not isinstance(outcome, _OutOfMemory):
+            yield batch, outcome
             continue
         if len(batch) == 1:
-            raise UserError("not even one prompt fits in memory; use fewer --max_new_tokens or --dtype bfloat16")
+            raise UserError(
+                f"not even one prompt fits in memory ({outcome}); use fewer --max_new_tokens or --dtype bfloat16"
+            )
         limit = len(batch) // 2
         tqdm.write(f"out of memory: going on with batches of {limit}")
         clear_device_cache(garbage_collection=True)
         queue.appendleft(batch)
 
 
-def _try(compute: Callable[[list[int]], Result], batch: list[int]) -> tuple[bool, Result]:
+class _OutOfMemory(str):
+    """What the library said."""
+
+
+def _try(compute: Callable[[list[int]], Result], batch: list[int]) -> Result | _OutOfMemory:
     try:
-        return True, compute(batch)
+        return compute(batch)
+    except MemoryError:
+        said = "MemoryError"
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        said = str(error)
+        if not should_reduce_batch_size(error) and ONEDNN_FAILURE not in said:
             raise
-    return False, None  # type: ignore[return-value]  # outside of the except block, which holds on to the tensors
+    return _OutOfMemory(said.partition("\n")[0])  # outside of the except block, which holds on to the tensors
