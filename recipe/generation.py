@@ -1,15 +1,25 @@
-"""Answers of a model to prompts: batched, left-padded, KV-cached, greedy or sampled with a seed."""
+"""Answers of a model to prompts: batched, left-padded, KV-cached, greedy or sampled with a seed.
+
+What all prompts start with (a template's preamble, a system prompt) is computed once for all of them, the cache grows
+in blocks, and rows that have ended leave their batch. None of it changes a response.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,6 +31,9 @@ from transformers import (
 
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
+
+CACHE_BLOCK = 64  # tokens by which a full cache grows
+STEPS = 16  # tokens to generate before the rows that have ended leave the batch
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ def generate_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = 64,
     description: str | None = None,
 ) -> list[Response]:
     """The model's greedy response to each prompt, in the order of the prompts.
@@ -86,15 +99,15 @@ def iter_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     decoding: Decoding,
-    batch_size: int = 16,
+    batch_size: int = 64,
     description: str | None = None,
 ) -> Iterator[tuple[list[int], list[Response]]]:
     """The responses batch by batch, as they are finished: indices into `prompts`, and the response to each.
 
     Prompts are sorted by length and padded on the left, where padding cannot come between prompt and response; the
-    tokenizer's own padding settings are neither used nor changed. A prompt that leaves no position for a response gets
-    an empty one with the stop reason `context`. A batch that does not fit in memory is halved, and so are those after
-    it.
+    tokenizer's own padding settings are neither used nor changed. Keys and values of the tokens that all prompts start
+    with are computed once. A prompt that leaves no position for a response gets an empty one with the stop reason
+    `context`. A batch that does not fit in memory is halved, and so are those after it.
 
     Raises:
         UserError: not even one prompt fits in memory.
@@ -109,12 +122,20 @@ def iter_responses(
     model.generation_config = GenerationConfig()  # what it holds would fill in whatever is not said below
     positions = context_length(model.config)
     batches = _batches([len(ids) for ids in prompt_ids], decoding.max_new_tokens, batch_size, positions)
+    prefix = _shared_prefix([ids for ids in prompt_ids if positions is None or len(ids) < positions])
+
+    @functools.cache  # at the first batch, so that running out of memory is told
+    def prefix_cache() -> list[BlockwiseLayer] | None:
+        return compute_cache(model, prefix)
 
     def answer(indices: list[int]) -> list[Response]:
         batch, start = [prompt_ids[index] for index in indices], time.perf_counter()
         room = decoding.max_new_tokens if positions is None else positions - max(map(len, batch))
         cap, hit_cap = min((decoding.max_new_tokens, "length"), (room, "context"))
-        generated = _generate_batch(model, tokenizer, batch, cap, decoding) if cap > 0 else [[] for _ in batch]
+        if cap > 0:
+            generated = _generate_batch(model, tokenizer, batch, cap, decoding, prefix_cache())
+        else:
+            generated = [[] for _ in batch]
         seconds = (time.perf_counter() - start) / len(batch)
         return [_as_response(token_ids, tokenizer, hit_cap, seconds) for token_ids in generated]
 
@@ -142,34 +163,132 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, positions
     yield from (roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size))
 
 
+def _shared_prefix(prompt_ids: list[list[int]]) -> list[int]:
+    """The longest common start of the prompts, in tokens; of a single one, none."""
+    if len(prompt_ids) < 2:
+        return []
+    first, last = min(prompt_ids), max(prompt_ids)  # in lexicographic order, all others share what these two share
+    pairs = enumerate(zip(first, last, strict=False))
+    return first[: next((index for index, (one, other) in pairs if one != other), len(first))]
+
+
 def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch: list[list[int]],
     max_new_tokens: int,
     decoding: Decoding,
+    prefix_cache: list[BlockwiseLayer] | None,
 ) -> list[list[int]]:
-    width = max(map(len, batch))
-    pad_token_id = tokenizer.eos_token_id
-    input_ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in batch], device=model.device)
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-    sampling = LogitsProcessorList()
+    """The tokens of each response, with padding behind those that end first."""
+    width, eos = max(map(len, batch)), tokenizer.eos_token_id
+    padding = torch.tensor([width - len(row) for row in batch])
+    input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in batch], device=model.device)
+    attention_mask = (torch.arange(width) >= padding[:, None]).long().to(model.device)  # (batch, width)
+    sampling, noise = LogitsProcessorList(), SeededGumbelNoise(batch, decoding.seed, model.device)
     if decoding.temperature > 0:
-        sampling += [TemperatureLogitsWarper(decoding.temperature), TopPLogitsWarper(decoding.top_p)]
-        sampling += [SeededGumbelNoise(batch, decoding.seed, model.device)]
-    output = model.generate(  # type: ignore[operator]
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        logits_processor=sampling,
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad_token_id,
-            use_cache=True,
-        ),
-    )
-    return output[:, width:].tolist()
+        sampling += [TemperatureLogitsWarper(decoding.temperature), TopPLogitsWarper(decoding.top_p), noise]
+    cache = None if prefix_cache is None else expand_cache(prefix_cache, padding, width - 1)
+    steps = max_new_tokens if cache is None else STEPS
+    responses: list[list[int]] = [[] for _ in batch]
+    rows = list(range(len(batch)))  # still being generated
+    for done in range(0, max_new_tokens, steps):
+        input_ids = model.generate(  # type: ignore[operator]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            logits_processor=sampling,
+            generation_config=GenerationConfig(
+                max_new_tokens=min(steps, max_new_tokens - done),
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=eos,
+                use_cache=True,
+            ),
+        )
+        for row, token_ids in zip(rows, input_ids[:, width + done :].tolist(), strict=True):
+            responses[row] += token_ids
+        going = [index for index, row in enumerate(rows) if eos not in responses[row]]
+        if not going or done + steps >= max_new_tokens or cache is None:
+            break
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, steps), value=1)
+        if len(going) < len(rows):
+            rows = [rows[index] for index in going]
+            noise.generators = [noise.generators[index] for index in going]
+            input_ids, attention_mask = input_ids[going], attention_mask[going]
+            cache.batch_select_indices(torch.tensor(going, device=model.device))
+    return responses
+
+
+class BlockwiseLayer(DynamicLayer):
+    """A layer's keys and values, (batch, heads, time, head size), with room for those to come.
+
+    `DynamicLayer` copies all of them for each new token.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new, start = (key_states, value_states), self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if start == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.blocks = [states[:, :, :0] for states in new]
+        if self.blocks[0].shape[-2] < end:
+            full = self.blocks
+            self.blocks = [s.new_empty(*s.shape[:2], end + CACHE_BLOCK, s.shape[-1]) for s in new]
+            for block, states in zip(self.blocks, full, strict=True):
+                block[:, :, :start] = states[:, :, :start]
+        for block, states in zip(self.blocks, new, strict=True):
+            block[:, :, start:end] = states
+        return self._show(end)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        length = self.get_seq_length()
+        self.blocks = [block[indices.to(block.device)] for block in self.blocks]
+        self._show(length)
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = keys, values = [block[:, :, :length] for block in self.blocks]
+        return keys, values
+
+
+def compute_cache(model: PreTrainedModel, token_ids: list[int]) -> list[BlockwiseLayer] | None:
+    """Keys and values of one row of tokens, possibly of none, layer by layer.
+
+    None for a model that keeps something else, or does not keep all of it: Mamba, sliding windows.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if "past_key_values" not in inspect.signature(model.forward).parameters or {*map(type, layers)} != {DynamicLayer}:
+        return None
+    cache = [BlockwiseLayer() for _ in layers]
+    if token_ids:  # the base model: no vocabulary head
+        input_ids = torch.tensor([token_ids], device=model.device)
+        model.base_model(input_ids, past_key_values=Cache(layers=[*cache]), use_cache=True)
+    return cache
+
+
+def expand_cache(prefix: list[BlockwiseLayer], padding: torch.Tensor, limit: int) -> Cache:
+    """The first columns, at most `limit`, of a left-padded batch whose rows all start with `prefix`.
+
+    Row i has `padding[i]` columns of padding, which the attention mask hides, and then of the prefix what the columns
+    have room for; the rest of it is computed again, beside what the longer rows have there of their own. So the batch
+    is laid out as without a cache::
+
+        columns     0  1  2  3 | 4  5        cached | to be computed
+        padding 0   a  b  c  d | e  f        prefix a b c d
+        padding 2   .  .  a  b | c  d
+    """
+    expanded = [BlockwiseLayer() for _ in prefix]
+    width = min(prefix[0].get_seq_length(), limit)
+    if width > 0:
+        columns = (torch.arange(width) - padding[:, None]).clamp(min=0)  # (batch, width) positions in the prefix
+        for layer, source in zip(expanded, prefix, strict=True):
+            key_states, value_states = (
+                block[0][:, columns.to(block.device)].transpose(0, 1) for block in source.blocks
+            )
+            layer.update(key_states, value_states)
+    return Cache(layers=[*expanded])
 
 
 class SeededGumbelNoise(LogitsProcessor):

@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 import torch
 from conftest import DEMO, ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicLayer
 
+import recipe.attention  # registers "shared_prefix"
 from recipe.config import UserError
-from recipe.generation import Decoding, generate_responses, iter_responses
+from recipe.generation import CACHE_BLOCK, STEPS, BlockwiseLayer, Decoding, generate_responses, iter_responses
 from recipe.templates import load_template
 
 PROMPTS = load_template("alpaca").prompts(
@@ -66,6 +67,144 @@ def test_model_and_tokenizer_are_left_as_they_were(demo_model, tokenizer):
     demo_model.train()
     generate_responses(demo_model, tokenizer, PROMPTS[:1], max_new_tokens=1)
     assert demo_model.training
+
+
+SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+POSITIONS = 160
+ROTARY = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
+ARCHITECTURES = {
+    "gpt2": {**SIZES, "max_position_embeddings": POSITIONS},
+    "llama": ROTARY,
+    "qwen2": ROTARY,
+    "mistral": {**ROTARY, "sliding_window": 6},
+    "mamba": {"num_hidden_layers": 2, "hidden_size": 32, "state_size": 4},
+}
+SYSTEM = "You are kind. " + "The river is long and the road is short. " * 4
+PROMPT_SETS = {
+    "a long system prompt": [
+        f"{SYSTEM}Anna walks to the {place}" for place in ("park", "old green park", "sea and back.")
+    ],
+    "nothing in common": ["Name a colour.", "Anna walks", "The road is short."],
+    "one is what the others start with": [SYSTEM, SYSTEM + "Anna walks to the park", SYSTEM + " cat"],
+    "all the same": [SYSTEM] * 3,
+    "one prompt": [SYSTEM],
+    "the preamble of a template": PROMPTS,
+}
+
+
+def random_model(architecture: str, tokenizer, attention: str | None = None):
+    """Weights large enough that responses differ from prompt to prompt."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, vocab_size=len(tokenizer), **ARCHITECTURES[architecture])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def computed_shapes(model) -> list[tuple[int, ...]]:
+    """Filled with the shape of the tokens of each call that the model computes."""
+    shapes: list[tuple[int, ...]] = []
+
+    def record(module, args, kwargs):
+        shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape))
+
+    model.base_model.register_forward_pre_hook(record, with_kwargs=True)
+    return shapes
+
+
+@pytest.mark.parametrize("prompts", PROMPT_SETS.values(), ids=PROMPT_SETS)
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [("gpt2", "sdpa"), ("gpt2", "eager"), ("gpt2", recipe.attention.NAME), ("llama", "sdpa"), ("llama", "eager"),
+     ("qwen2", "sdpa")],
+)  # fmt: skip
+def test_a_shared_prefix_computed_once_changes_no_token(architecture, attention, prompts, tokenizer):
+    model, count = random_model(architecture, tokenizer, attention), STEPS + 4
+    expected = [argmax_without_cache(model, tokenizer, prompt, count) for prompt in prompts]
+    assert max(map(len, expected)) == count
+    for batch_size in (1, 2, len(prompts)):
+        responses = generate_responses(model, tokenizer, prompts, max_new_tokens=count, batch_size=batch_size)
+        assert [response.token_ids for response in responses] == expected
+
+
+def test_a_shared_prefix_is_computed_once_for_all_batches(tokenizer):
+    model, prompts = random_model("gpt2", tokenizer), PROMPT_SETS["a long system prompt"]
+    lengths = sorted((len(ids) for ids in tokenizer(prompts)["input_ids"]), reverse=True)
+    prefix = len(tokenizer(SYSTEM + "Anna walks to the")["input_ids"])
+    shapes = computed_shapes(model)
+    generate_responses(model, tokenizer, prompts, max_new_tokens=1, batch_size=2)
+    assert shapes == [(1, prefix), (2, lengths[0] - prefix), (1, lengths[2] - prefix)]
+    shapes.clear()
+    generate_responses(model, tokenizer, [SYSTEM, SYSTEM], max_new_tokens=1)
+    assert shapes == [(1, len(tokenizer(SYSTEM)["input_ids"])), (2, 1)]  # one token is left, to give the next one
+    shapes.clear()
+    generate_responses(model, tokenizer, PROMPT_SETS["nothing in common"], max_new_tokens=1)
+    generate_responses(model, tokenizer, [SYSTEM], max_new_tokens=1)
+    assert len(shapes) == 2
+
+
+def test_a_shared_prefix_up_to_the_end_of_the_context(tokenizer):
+    """A prefix that leaves 4, 1 and no positions to prompts that share all of it."""
+    for architecture in ("gpt2", "llama"):
+        model, word = random_model(architecture, tokenizer), " the"
+        prompts = [word * (POSITIONS - room) for room in (0, 1, 4, 40)]
+        assert [len(ids) for ids in tokenizer(prompts)["input_ids"]] == [POSITIONS - room for room in (0, 1, 4, 40)]
+        responses = generate_responses(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
+        assert [len(response.token_ids) for response in responses] == [0, 1, 4, 6]
+        assert [response.stop_reason for response in responses] == ["context", "context", "context", "length"]
+        for prompt, response in zip(prompts, responses, strict=True):
+            assert response.token_ids == argmax_without_cache(model, tokenizer, prompt, len(response.token_ids))
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "mamba"])
+def test_models_that_keep_something_else_share_no_prefix(architecture, tokenizer):
+    """A sliding window shorter than the prompts, and a state instead of keys and values."""
+    model, prompts = random_model(architecture, tokenizer), PROMPT_SETS["a long system prompt"]
+    expected = [argmax_without_cache(model, tokenizer, prompt, STEPS + 4) for prompt in prompts]
+    shapes = computed_shapes(model)
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=STEPS + 4, batch_size=1)
+    assert [response.token_ids for response in responses] == expected
+    assert shapes[0] == (1, max(len(ids) for ids in tokenizer(prompts)["input_ids"]))
+
+
+def test_rows_that_have_ended_leave_their_batch(tokenizer):
+    """A model for which the end-of-text token is likely: sampled responses end at different lengths."""
+    model, eos = random_model("gpt2", tokenizer), tokenizer.eos_token_id
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(0.1)
+        model.transformer.ln_f.bias.copy_(4 * model.lm_head.weight[eos] / model.lm_head.weight[eos].square().sum())
+    prompts = [f"{SYSTEM}Anna walks {number}" for number in range(24)]
+    decoding = Decoding(max_new_tokens=3 * STEPS, temperature=1.0)
+    expected = [next(iter_responses(model, tokenizer, [prompt], decoding))[1][0] for prompt in prompts]
+    lengths = [len(response.token_ids) for response in expected]
+    assert min(lengths) < STEPS < sorted(lengths)[-3] and {r.stop_reason for r in expected} >= {"eos"}
+    shapes = computed_shapes(model)
+    [(indices, responses)] = iter_responses(model, tokenizer, prompts, decoding, batch_size=24)
+    assert [response.token_ids for response in responses] == [expected[index].token_ids for index in indices]
+    assert [response.stop_reason for response in responses] == [expected[index].stop_reason for index in indices]
+    going = [sum(length >= done for length in lengths) for done in (0, STEPS, 2 * STEPS)]
+    rows = [shape[0] for shape in shapes[1:]]  # behind the prefix
+    assert rows == [count for count in going for _ in range(STEPS)][: len(rows)] and rows[-1] == going[-1] < 24
+
+
+def test_the_cache_in_blocks_holds_what_the_usual_one_holds():
+    """Over several blocks, with rows that leave, and keys of another size than values."""
+    torch.manual_seed(0)
+    blockwise, usual, rows = BlockwiseLayer(), DynamicLayer(), 4
+    for time in (5, 1, CACHE_BLOCK - 1, 1, 1, 2 * CACHE_BLOCK, 1, 1):
+        key_states, value_states = torch.randn(rows, 2, time, 8), torch.randn(rows, 2, time, 6)
+        found, expected = (layer.update(key_states, value_states) for layer in (blockwise, usual))
+        assert all(map(torch.equal, found, expected))
+        if time > 5:
+            rows -= 1
+            for layer in (blockwise, usual):
+                layer.batch_select_indices(torch.arange(rows))
+            assert torch.equal(blockwise.keys, usual.keys) and torch.equal(blockwise.values, usual.values)
+    room = blockwise.keys.untyped_storage()
+    blockwise.update(torch.randn(rows, 2, 1, 8), torch.randn(rows, 2, 1, 6))
+    assert blockwise.keys.untyped_storage().data_ptr() == room.data_ptr()
 
 
 def test_stop_reasons_and_padding_are_told_apart(demo_model, tokenizer):
