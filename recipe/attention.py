@@ -2,18 +2,24 @@
 
 Importing this module registers it with transformers. On batches of `recipe.collator.DataCollatorWithSharedPrefix`
 (`attention="segments"`) each example attends to its group's prefix and to itself; all others (generation, padded
-batches) go to SDPA as with `attn_implementation="sdpa"`.
+batches, rows with a mask) go to SDPA as with `attn_implementation="sdpa"`.
+
+Where FlashAttention runs (CUDA, half precision, no attention dropout) a layer is one call for all segments of the row;
+elsewhere it is two for each group, over its rests padded to the longest.
 
 Related work: Prefix Grouper (arXiv:2506.05433), Tree Training (arXiv:2511.00413).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -49,8 +55,11 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings make float32 of them under autocast
     # (time, heads, head size): the rows of a batch of one
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+    if dropout == 0 and _flash_runs(query, key, value):
+        return _attend_varlen(rows, segments, scaling, varlen_attn)[None], None
     outputs, start = [], 0
     for prefix, rests in segments:
         length = prefix + sum(rests)
@@ -58,6 +67,38 @@ def shared_prefix_attention(
         start += length
         outputs.append(_attend_group(group, prefix, rests, dropout, scaling))
     return torch.cat(outputs)[None], None
+
+
+def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether FlashAttention knows device, dtype and head size; torch pads other head sizes for SDPA alone."""
+    grouped = query.shape[1] != key.shape[1]
+    return (
+        query.is_cuda
+        and query.shape[-1] % 8 == 0
+        and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, grouped))
+    )
+
+
+def _attend_varlen(
+    rows: list[torch.Tensor], segments: Segments, scaling: float | None, kernel: Callable[..., Any]
+) -> torch.Tensor:
+    """All segments of the row in one call: (time, heads, head size).
+
+    The queries are the row as it is. The keys of a rest are its prefix's and its own, and its queries are the last of
+    them: that is how FlashAttention aligns causality where there are more keys than queries.
+
+    Args:
+        rows: query, key and value, (time, heads, head size) each.
+        kernel: `torch.nn.attention.varlen.varlen_attn`, or another of its signature.
+    """
+    query, *shared = rows
+    gather, query_starts, key_starts, most_queries, most_keys = _packing(segments, query.device)
+    key, value = (_Repeat.apply(states, gather) for states in shared)
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}  # torch 2.11 has no such argument
+    return kernel(
+        query, key, value, query_starts, key_starts, most_queries, most_keys,
+        scale=scaling, window_size=(-1, 0), **grouped,
+    )  # fmt: skip
 
 
 def _attend_group(
@@ -107,6 +148,22 @@ def _attend(
     return output.transpose(1, 2)
 
 
+class _Repeat(torch.autograd.Function):
+    """(time, ...) to (keys, ...), prefixes once for each example. Sums gradients in float32, whatever the dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gather)
+        ctx.time = len(rows)
+        return rows.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (gather,) = ctx.saved_tensors
+        total = gradient.new_zeros(ctx.time, *gradient.shape[1:], dtype=torch.float32)
+        return total.index_add_(0, gather, gradient.float()).to(gradient.dtype), None
+
+
 class _Pad(torch.autograd.Function):
     """(time, ...) to (slots, ...). Its transpose is `_Unpad`, so that no gradient is added up row by row."""
 
@@ -138,6 +195,29 @@ class _Unpad(torch.autograd.Function):
 
 @lru_cache(maxsize=8)  # every layer of a step asks for the same
 @torch.inference_mode(False)  # what evaluation made first, training may save for its backward pass
+def _packing(segments: Segments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+    """Which keys the segments of a row see, and where each segment starts; empty segments are left out.
+
+    Returns:
+        The token of each key, (keys,); where the queries of each segment start and where the last end, and the same
+        of its keys, (segments + 1,) int32; the most queries and the most keys of a segment.
+    """
+    gather, queries, keys, start = [], [0], [0], 0
+    for prefix, rests in segments:
+        shared = torch.arange(start, start + prefix)
+        for length, before in ((prefix, shared[:0]), *((rest, shared) for rest in rests)):
+            if length:
+                gather += [before, torch.arange(start, start + length)]
+                queries.append(length)
+                keys.append(len(before) + length)
+            start += length
+    query_starts, key_starts = (torch.tensor(lengths).cumsum(0, dtype=torch.int32) for lengths in (queries, keys))
+    index, query_starts, key_starts = (_move(each, device) for each in (torch.cat(gather), query_starts, key_starts))
+    return index, query_starts, key_starts, max(queries), max(keys)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The token each slot of a padded batch holds, (examples * longest,), and the slot of each token, (time,).
 
@@ -148,7 +228,7 @@ def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tens
     real = slots < each[:, None]  # (examples, longest)
     first = (each.cumsum(0) - each).clamp(max=int(each.sum()) - 1)  # an empty rest has none of its own
     gather = torch.where(real, first[:, None] + slots, first[:, None])
-    return gather.flatten().to(device), real.flatten().nonzero().flatten().to(device)
+    return _move(gather.flatten(), device), _move(real.flatten().nonzero().flatten(), device)
 
 
 @lru_cache(maxsize=8)
@@ -158,9 +238,18 @@ def _causal(time: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.ones(time, keys, dtype=torch.bool, device=device).tril(keys - time)
 
 
+def _move(index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what it has still to do."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
 def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """SDPA's mask for padded batches; none for a row of segments, which transformers would take for a packed one."""
-    return None if kwargs["attention_mask"] is None else sdpa_mask(**kwargs)
+    """SDPA's mask; none for a row of segments, which transformers would take for a packed one.
+
+    Without padding, generation comes without a mask too, and what it adds behind a cache needs one.
+    """
+    whole = kwargs["q_length"] == kwargs["kv_length"]
+    return None if kwargs["attention_mask"] is None and whole else sdpa_mask(**kwargs)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -22,7 +22,9 @@ class DataCollatorForInstructionTuning:
 
     Works with any causal language model and with the stock `transformers.Trainer`: `labels` and `shift_labels` are the
     same, already shifted tensor, so the loss is computed on it as it is, and the Trainer counts its targets right.
-    Extra keys of the features are left out, but for `row` (the number of the record), which is passed on if there.
+    Extra keys of the features are left out, but for `row` (the number of the record): if there, it is passed on, and
+    `supervised` (targets,) says which of the batch * time positions have a target, so that nobody waits for a GPU to
+    find them.
 
     Args:
         pad_token_id: the id to pad `input_ids` with; for GPT-2 the end-of-text id, 50256.
@@ -95,6 +97,8 @@ class DataCollatorForInstructionTuning:
             tensors["shift_labels"] = tensors["labels"]
         if "row" in features[0]:
             tensors["row"] = torch.tensor([feature["row"] for feature in features])
+            if self.shift:
+                tensors["supervised"] = (tensors["labels"].flatten() != IGNORE_INDEX).nonzero().flatten()
         return tensors
 
 
@@ -121,15 +125,18 @@ class DataCollatorWithSharedPrefix:
     `logits_to_keep`; takes the features of `DataCollatorForInstructionTuning`.
 
     Args:
-        pad_token_id: not needed, for nothing is padded; there so that both collators are made alike.
+        pad_token_id: what stands in the padding, if `pad_to_multiple_of` asks for any.
         attention: "mask" emits a boolean mask, for any model with SDPA attention; "segments" emits lengths instead, for
             models loaded with `attn_implementation="shared_prefix"` (import `recipe.attention` first), which is faster.
+        pad_to_multiple_of: round the row, and the number of targets, up to a multiple of this many, so that shapes
+            repeat, as `torch.compile` likes it. No example sees the padding: it is a group of its own, without examples
+            and without targets. Targets are filled up with -100, taken from position 0 and counted to example 0.
 
     Returns a dict: `input_ids`, `position_ids` (1, time); `labels` and `shift_labels`, the same tensor of targets
-    (1, targets), none of them -100; `logits_to_keep` (targets,), the position of each; and `attention_mask`
-    (1, 1, time, time) bool, or `segments`, a tuple with, for each group, its prefix length and the tuple of its rests.
-    If the features have a `row`: `row` (examples,), `example` (targets,), to which example each target belongs, and
-    `lengths` (examples,) in tokens.
+    (1, targets), none of them -100 but those that pad; `logits_to_keep` (targets,), the position of each; and
+    `attention_mask` (1, 1, time, time) bool, or `segments`, a tuple with, for each group, its prefix length and the
+    tuple of its rests. If the features have a `row`: `row` (examples,), `example` (targets,), to which example each
+    target belongs, and `lengths` (examples,) in tokens.
 
     Raises:
         ValueError: no features, `labels` and `input_ids` of different lengths, or nothing to learn in the batch.
@@ -147,11 +154,17 @@ class DataCollatorWithSharedPrefix:
     (tensor([[   24, 50256, 50256]]), tensor([2, 3, 4]), ((2, (2, 1)),))
     """
 
-    def __init__(self, pad_token_id: int, attention: Literal["mask", "segments"] = "mask") -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        attention: Literal["mask", "segments"] = "mask",
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
         if attention not in ("mask", "segments"):
             raise ValueError(f"attention={attention!r}: give 'mask' or 'segments'")
         self.pad_token_id = pad_token_id
         self.attention = attention
+        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = [_input_target_pairs(index, feature) for index, feature in enumerate(features)]
@@ -167,6 +180,13 @@ class DataCollatorWithSharedPrefix:
             segments += [pairs[examples[0]][:prefix], *(pairs[example][prefix:] for example in examples)]
             starts += [0] + [prefix] * len(examples)
             owners += [examples, *([example] for example in examples)]
+        multiple = self.pad_to_multiple_of or 1
+        padding = -sum(map(len, segments)) % multiple
+        if padding:
+            groups.append(Group([], padding))
+            segments.append(np.array([[self.pad_token_id, IGNORE_INDEX]] * padding, dtype=np.int32))
+            starts.append(0)
+            owners.append([])
         lengths = np.array([len(segment) for segment in segments])
         tokens, targets = np.concatenate(segments).T
         offsets = np.cumsum(lengths) - lengths
@@ -180,14 +200,16 @@ class DataCollatorWithSharedPrefix:
         keep = np.concatenate(kept)
         if len(keep) == 0:
             raise ValueError("no target in the whole batch: all labels are -100, so there is nothing to learn")
+        filling = (0, -len(keep) % multiple)
 
-        labels = torch.from_numpy(targets[keep].astype(np.int64))[None]
+        kept_targets = np.pad(targets[keep].astype(np.int64), filling, constant_values=IGNORE_INDEX)
+        labels = torch.from_numpy(kept_targets)[None]
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(tokens.astype(np.int64))[None],
             "position_ids": torch.from_numpy(positions)[None],
             "labels": labels,
             "shift_labels": labels,
-            "logits_to_keep": torch.from_numpy(keep),
+            "logits_to_keep": torch.from_numpy(np.pad(keep, filling)),
         }
         if self.attention == "mask":
             batch["attention_mask"] = torch.from_numpy(_mask(groups, lengths))[None, None]
@@ -196,7 +218,7 @@ class DataCollatorWithSharedPrefix:
             batch["segments"] = tuple((next(rests), tuple(next(rests) for _ in group.examples)) for group in groups)
         if "row" in features[0]:
             batch["row"] = torch.tensor([feature["row"] for feature in features])
-            batch["example"] = torch.from_numpy(np.concatenate(example))
+            batch["example"] = torch.from_numpy(np.pad(np.concatenate(example), filling))
             batch["lengths"] = torch.tensor([len(pair) for pair in pairs])
         return batch
 

@@ -1,12 +1,13 @@
 """The shared-prefix row against the padded batch: losses, gradients, and no example that sees another."""
 
+import importlib.util
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from conftest import DEMO, ROOT
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from recipe import attention
 from recipe.collator import (
@@ -15,8 +16,9 @@ from recipe.collator import (
     DataCollatorWithSharedPrefix,
     shared_prefixes,
 )
-from recipe.config import DataArguments
+from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
+from recipe.trainer import InstructionTrainer
 
 VOCABULARY = 97
 ARCHITECTURES = {
@@ -31,8 +33,6 @@ ARCHITECTURES = {
 
 def make_model(architecture: str, kind: str) -> PreTrainedModel:
     """The same weights for every kind of attention, with gradients large enough to compare."""
-    from transformers import AutoConfig
-
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **ARCHITECTURES[architecture])
     implementation = attention.NAME if kind == "segments" else "sdpa"
@@ -63,13 +63,13 @@ def loss_and_gradients(model: PreTrainedModel, batch: dict) -> tuple[torch.Tenso
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def assert_same(model, other, features, kind, loss_tolerance=1e-5, gradient_tolerance=1e-4) -> None:
+def assert_same(model, other, features, kind, pad_to_multiple_of=None) -> None:
     padded = DataCollatorForInstructionTuning(0)(features)
     expected, gradients = loss_and_gradients(model, padded)
-    loss, found = loss_and_gradients(other, DataCollatorWithSharedPrefix(0, kind)(features))
-    assert loss == pytest.approx(expected.item(), rel=loss_tolerance)
+    loss, found = loss_and_gradients(other, DataCollatorWithSharedPrefix(0, kind, pad_to_multiple_of)(features))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, gradient in gradients.items():
-        assert (found[name] - gradient).norm() <= gradient_tolerance * gradient.norm() + 1e-9, name
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("kind", ["mask", "segments"])
@@ -79,6 +79,41 @@ def test_random_batches_give_the_losses_and_gradients_of_the_padded_batch(archit
     for seed in range(20):
         generator = np.random.default_rng(seed)
         assert_same(model, other, random_features(generator, mask_prompt=seed % 3 > 0), kind)
+
+
+@pytest.mark.parametrize("kind", ["mask", "segments"])
+def test_padding_to_a_multiple_changes_neither_losses_nor_gradients(kind):
+    model, other = make_model("llama", "padded"), make_model("llama", kind)
+    collate = DataCollatorWithSharedPrefix(0, kind, pad_to_multiple_of=16)
+    for seed in range(10):
+        features = random_features(np.random.default_rng(seed), mask_prompt=seed % 2 > 0)
+        batch = collate(features)
+        assert batch["input_ids"].shape[1] % 16 == batch["labels"].shape[1] % 16 == 0
+        assert_same(model, other, features, kind, pad_to_multiple_of=16)
+
+
+def test_padding_to_a_multiple_by_eye():
+    features = [
+        {"input_ids": [1, 2, 3, 4, 9], "labels": [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 4, 9], "row": 7},
+        {"input_ids": [1, 2, 5, 9], "labels": [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 9], "row": 8},
+    ]
+    batch = DataCollatorWithSharedPrefix(0, pad_to_multiple_of=4)(features)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[4, 9, 9, IGNORE_INDEX]] and batch["logits_to_keep"].tolist() == [2, 3, 4, 0]
+    assert batch["example"].tolist() == [0, 0, 1, 0] and batch["lengths"].tolist() == [4, 3]
+    assert batch["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1, 1],
+    ]
+    segments = DataCollatorWithSharedPrefix(0, "segments", pad_to_multiple_of=4)(features)["segments"]
+    assert segments == ((2, (2, 1)), (3, ()))
 
 
 @pytest.mark.parametrize("kind", ["mask", "segments"])
@@ -273,3 +308,67 @@ def test_generation_with_the_registered_attention_equals_sdpa(demo_tokenizer):
         model = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32, attn_implementation=name)
         responses.append(generate_responses(model, demo_tokenizer, prompts, max_new_tokens=12, batch_size=3))
     assert responses[0] == responses[1]
+
+
+def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp_path):
+    """Twelve batches of different lengths and an evaluation: one graph each for the first shape and for all others."""
+    from torch._dynamo.utils import counters
+
+    generator = np.random.default_rng(4)
+    features = [feature for _ in range(12) for feature in random_features(generator, mask_prompt=True)][:48]
+    rows = [{**feature, "row": row} for row, feature in enumerate(features)]
+    collate = DataCollatorWithSharedPrefix(0, pad_to_multiple_of=32)
+    shapes = {(len(b["input_ids"][0]), len(b["labels"][0])) for b in map(collate, np.array(rows).reshape(12, 4))}
+    assert len(shapes) >= 6
+    results = {}
+    for compiled, collator in ((False, DataCollatorForInstructionTuning(0)), (True, collate)):
+        torch._dynamo.reset()
+        counters.clear()
+        args = InstructionTrainingArguments(
+            str(tmp_path / str(compiled)), max_steps=12, per_device_train_batch_size=4, torch_compile=compiled,
+            per_device_eval_batch_size=3, eval_strategy="steps", eval_steps=12, train_sampling_strategy="sequential",
+            remove_unused_columns=False, use_cpu=True, logging_steps=1, save_strategy="no", report_to="none",
+            disable_tqdm=True, learning_rate=1e-3,
+        )  # fmt: skip
+        trainer = InstructionTrainer(
+            make_model("gpt2", "mask"), args, train_dataset=rows, eval_dataset=rows[:20], data_collator=collator
+        )
+        trainer.train()
+        logged = trainer.state.log_history
+        results[compiled] = [log["loss"] for log in logged if "loss" in log] + [logged[-2]["eval_loss"]]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    assert len(results[True]) == 13 and results[True] == pytest.approx(results[False], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "arguments", "message"),
+    [
+        ("mistral", {"sliding_window": 16}, {}, "MistralForCausalLM attends to a window of 16 tokens"),
+        ("gemma3_text", {"head_dim": 12}, {}, "Gemma3ForCausalLM attends to a window of 4096 tokens"),
+        ("trocr", {"decoder_layers": 1}, {}, "TrOCRForCausalLM does not take logits_to_keep and position_ids"),
+        ("mamba", {"num_hidden_layers": 1}, {}, "MambaForCausalLM does not take position_ids"),
+        ("bloom", {"n_layer": 1}, {}, "BloomForCausalLM does not take position_ids"),
+        (
+            "gpt_neo",
+            {"hidden_size": 48, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]},
+            {},
+            "GPTNeoForCausalLM has no attention that a mask could",
+        ),
+        ("llama", {}, {"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches cuts batches by rows"),
+        ("llama", {}, {}, None),
+    ],
+)
+def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, changes, arguments, message, tmp_path):
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    options = ARCHITECTURES["llama"] if architecture in ("llama", "mistral", "gemma3_text") else {}
+    config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **options | changes)
+    model = AutoModelForCausalLM.from_config(config)
+    data, training = DataArguments(batching="shared_prefix"), InstructionTrainingArguments(str(tmp_path), **arguments)
+    tokenizer = type("Tokenizer", (), {"eos_token_id": 0})
+    if message is None:
+        assert script.make_collator(data, training, model, tokenizer).attention == "mask"
+    else:
+        with pytest.raises(UserError, match=message):
+            script.make_collator(data, training, model, tokenizer)
