@@ -105,7 +105,7 @@ class DataArguments:
 
 @dataclass
 class InstructionTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the defaults instruction tuning needs, and two fields more."""
+    """`transformers.TrainingArguments` with the defaults instruction tuning needs, and a few fields more."""
 
     # The data step hands over only columns that are needed; `row` must reach the trainer to name a bad batch.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
@@ -116,6 +116,14 @@ class InstructionTrainingArguments(TrainingArguments):
     # The Trainer's own default searches the graph at each step for parameters that a causal model does not have.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "For models of which some parameters take no part in the loss."}
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Token budget: each batch of a process takes as many records of like length as fit into this many "
+            "input tokens, padding included. Bounds memory. Replaces per_device_train_batch_size, which then means "
+            "nothing; the loss stays the mean over the supervised tokens of a step."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over in an output_dir that holds another run, replacing it."}
@@ -154,11 +162,32 @@ class InstructionTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if self.max_tokens_per_batch is not None:
+            self._check_token_budget(self.max_tokens_per_batch)
         if not 0 <= self.learning_rate < float("inf"):
             raise UserError(f"--learning_rate {self.learning_rate}: give a number from 0 up")
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if torch.cuda.is_available() and self.dataloader_pin_memory and self.accelerator_config is None:
+            # a copy that waits would wait for the whole step before; so the host makes the next batch meanwhile
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
+
+    def _check_token_budget(self, max_tokens: int) -> None:
+        budget = f"--max_tokens_per_batch {max_tokens}"
+        if max_tokens < 1:
+            raise UserError(f"{budget}: give at least 1")
+        if self.train_sampling_strategy in ("sequential", "batch_rebalance"):
+            raise UserError(
+                f"{budget} makes batches of records of like length, --train_sampling_strategy "
+                f"{self.train_sampling_strategy} others: leave out one of the two"
+            )
+        if self.dataloader_drop_last:
+            raise UserError(f"{budget} leaves no record out: set --dataloader_drop_last false, or use a batch size")
+        if self.auto_find_batch_size:
+            raise UserError(
+                f"{budget} makes batches by tokens, --auto_find_batch_size by records: leave out one of the two"
+            )
 
 
 class _Parser(HfArgumentParser):

@@ -1,0 +1,124 @@
+"""Which records form a batch: similar lengths together, as a pure function of the lengths, a seed and the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+BUCKET = 8  # input tokens: widths that count as the same, so that records change company and few shapes occur
+
+
+class LengthGroupedBatchSampler(Sampler[list[int]]):
+    """Batches of records of similar length: of `batch_size` records, or of as many as a token budget holds.
+
+    Every epoch deals the records of like width out anew and shuffles the order of the batches. What an epoch holds
+    depends on the arguments and the epoch alone, never on a global random state: a resumed run sees the batches that a
+    run without a stop sees, and every process plans the same. transformers' own `LengthGroupedSampler` draws from the
+    global state and does neither.
+
+    The number of batches is the same in every epoch, because only records of like width change places. It is a multiple
+    of `num_processes`, and the batches that the processes take in one step cost alike. Batches are halved until it is
+    one; no record is repeated or left out. (Where every batch holds one record already, accelerate repeats some.)
+
+    `max_tokens` bounds what a batch costs the model when it is padded, rows times width, where the width is the
+    longest row rounded up to a multiple of `BUCKET`. A record of `length` tokens has `length - 1` inputs. In a row with
+    shared prefixes the same batch costs less. The same idea as fairseq's `--max-tokens`
+    (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
+
+    Args:
+        lengths: of each record, in tokens.
+        batch_size: records in a batch of one process.
+        max_tokens: input tokens, with padding, in a batch of one process; instead of `batch_size`.
+        seed: with the epoch, of the shuffling.
+        num_processes: processes that share the batches, batch i going to process i modulo this.
+        drop_last: with `batch_size`: leave out of each epoch the records that fill no batch of all processes.
+
+    Raises:
+        ValueError: not exactly one of `batch_size` and `max_tokens`, or a record longer than `max_tokens`.
+
+    Example: 40 input tokens hold one row of 32, two of 16, or five of 8.
+
+    >>> sampler = LengthGroupedBatchSampler(np.array([7, 33, 9, 14, 5, 6, 17, 8]), max_tokens=40)
+    >>> sorted(sorted(batch) for batch in sampler)
+    [[0, 2, 4, 5, 7], [1], [3, 6]]
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        num_processes: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        self.widths = -(-(np.asarray(lengths) - 1) // BUCKET) * BUCKET  # (records,)
+        self.seed = seed
+        self.num_processes = num_processes
+        self.epoch = 0
+        self.records = len(self.widths)  # of an epoch
+        if batch_size is not None and max_tokens is None:
+            if drop_last:
+                self.records -= self.records % (batch_size * num_processes)
+            sizes = [batch_size] * (self.records // batch_size) + [self.records % batch_size]
+        elif max_tokens is not None and batch_size is None:
+            inputs = np.asarray(lengths) - 1
+            if inputs.max() > max_tokens:
+                raise ValueError(
+                    f"record {inputs.argmax()} has {inputs.max()} input tokens, more than a batch may: {max_tokens}"
+                )
+            sizes = _sizes_within(np.sort(self.widths)[::-1], max_tokens)
+        else:
+            raise ValueError("give either batch_size or max_tokens")
+        self.sizes = _divisible([size for size in sizes if size], num_processes)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch, of all processes."""
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(len(self.widths))[: self.records]
+        order = order[np.argsort(-self.widths[order], kind="stable")]  # longest first, like widths shuffled
+        ends = np.cumsum(self.sizes)
+        steps = -(-len(self.sizes) // self.num_processes)
+        for step in generator.permutation(steps):
+            for index in range(step * self.num_processes, min((step + 1) * self.num_processes, len(self.sizes))):
+                yield order[ends[index] - self.sizes[index] : ends[index]].tolist()
+
+
+def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
+    """The column of lengths in tokens, (records,), out of Arrow as it is: no record is read.
+
+    Raises:
+        ValueError: the dataset has no such column.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(f"no column {column!r} in the training data, whose lengths in tokens would tell what to batch")
+    return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
+
+
+def _sizes_within(widths: np.ndarray, max_tokens: int) -> list[int]:
+    """How many records each batch holds, longest first; `widths` are sorted, longest first."""
+    sizes, start = [], 0
+    while start < len(widths):
+        size = max(1, max_tokens // max(1, int(widths[start])))  # rounded up, a single row may be wider than the budget
+        sizes.append(min(size, len(widths) - start))
+        start += size
+    return sizes
+
+
+def _divisible(sizes: list[int], num_processes: int) -> list[int]:
+    """The sizes with the largest batches halved until their number is a multiple of `num_processes`."""
+    while len(sizes) % num_processes and max(sizes) > 1:
+        largest = int(np.argmax(sizes))
+        half = sizes[largest] // 2
+        sizes[largest : largest + 1] = [sizes[largest] - half, half]
+    return sizes
