@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,22 +18,26 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.collator import IGNORE_INDEX
+from recipe.config import InstructionTrainingArguments
 from recipe.console import one_line
 from recipe.generation import generate_responses
+from recipe.loss import linear_cross_entropy, token_losses
 from recipe.measures import score_responses
 from recipe.provenance import read_json_lines, write_json_lines
+from recipe.sampling import LengthGroupedBatchSampler, record_lengths
 from recipe.templates import Template
 
 ADVICE = (
     "Training stopped, and nothing was saved of it since; look at the rows, lower --learning_rate, or leave half "
     "precision (--fp16) for --bf16 or float32."
 )
-NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths")
+NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "supervised")
 UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait for a look; a look is one host sync
 
 
@@ -84,11 +89,55 @@ class InstructionTrainer(Trainer):
         self._generation_references = [record["output"] for record in records]
         self._max_new_tokens = max_new_tokens
         self.model_accepts_loss_kwargs = True  # compute_loss normalises by itself, whatever forward() takes
+        self._head: nn.Linear | Literal[False] | None = None  # to be computed at supervised positions; None: not looked
+        self._head_checked = False
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
         self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
         self._computed_tokens = 0  # with padding
         self._window_tokens = [0, 0]  # real and computed tokens of all processes, fetched, since the last log
         self._window_start: float | None = None
+
+    # --- batches ----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """`Trainer.get_train_dataloader`; with a token budget or `group_by_length`, batches of records of like length.
+
+        Raises:
+            ValueError: the training data has no column of lengths, or a record is longer than `max_tokens_per_batch`.
+        """
+        args: InstructionTrainingArguments = self.args  # type: ignore[assignment]
+        budget = args.max_tokens_per_batch
+        if budget is None and args.train_sampling_strategy != "group_by_length":
+            return super().get_train_dataloader()
+        sampler = LengthGroupedBatchSampler(
+            record_lengths(self.train_dataset, args.length_column_name),
+            batch_size=None if budget else self._train_batch_size,
+            max_tokens=budget,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            num_processes=args.world_size,
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+        )
+        loader = self.accelerator.prepare(loader)
+        loader.set_sampler(sampler)  # accelerate tells samplers the epoch, but not batch samplers behind its own
+        self._records_per_step = sampler.records / len(sampler) * args.gradient_accumulation_steps * args.world_size
+        return loader
+
+    def get_total_train_batch_size(self, args: InstructionTrainingArguments) -> int:  # type: ignore[override]
+        """Records of an optimizer step, over all processes; with a token budget their mean, for samples per second."""
+        if args.max_tokens_per_batch is None:
+            return super().get_total_train_batch_size(args)
+        return round(self._records_per_step)
 
     # --- loss -------------------------------------------------------------------------------------------------------
 
@@ -117,9 +166,14 @@ class InstructionTrainer(Trainer):
         Without `num_items_in_batch` it is the mean over this micro-batch alone.
         """
         targets = _targets(inputs)  # (batch, time)
-        outputs = model(**_model_inputs(inputs), use_cache=False)
-        logits = outputs.logits  # (batch, time, vocab)
-        loss = _cross_entropy(logits, targets, reduction="sum")
+        outputs = None
+        if not return_outputs and (states := self._supervised_states(model, inputs, targets)) is not None:
+            hidden, head, supervised = states
+            with self.accelerator.autocast():
+                loss = linear_cross_entropy(hidden, head.weight, head.bias, supervised)
+        else:
+            outputs = model(**_model_inputs(inputs), use_cache=False)
+            loss = _cross_entropy(outputs.logits, targets, reduction="sum")
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE_INDEX).sum()
         else:
@@ -127,6 +181,44 @@ class InstructionTrainer(Trainer):
         if model.training:
             self._remember(inputs, loss.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def _supervised_states(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], targets: torch.Tensor
+    ) -> tuple[torch.Tensor, nn.Linear, torch.Tensor] | None:
+        """Hidden states (targets, hidden size), the head to apply to them, and targets (targets,).
+
+        None where the model's logits are not what its head alone makes of its last hidden states: it may scale or cap
+        them, adapt the head (PEFT), or shard it (FSDP, DeepSpeed).
+        """
+        if self._head is None:
+            self._head = self._find_head(model)
+        if not (head := self._head):
+            return None
+        # the model's own head is computed at the last position alone
+        arguments = _model_inputs(inputs) | {"logits_to_keep": 1, "output_hidden_states": True, "use_cache": False}
+        outputs = model(**arguments)
+        hidden = outputs.hidden_states[-1]  # (batch, time, hidden size)
+        if not self._head_checked:  # once: a host sync
+            self._head_checked = True
+            with self.accelerator.autocast(), torch.no_grad():
+                if not torch.equal(head(hidden[:, -1:]).to(outputs.logits.dtype), outputs.logits):
+                    self._head = False
+                    return None
+        if "logits_to_keep" in inputs:
+            return hidden[0, inputs["logits_to_keep"]], head, targets[0]
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        if "supervised" in inputs:
+            hidden, targets = hidden[inputs["supervised"]], targets[inputs["supervised"]]
+        return hidden, head, targets
+
+    def _find_head(self, model: nn.Module) -> nn.Linear | Literal[False]:
+        causal_model = self.accelerator.unwrap_model(model)
+        if hasattr(causal_model, "get_base_model"):  # PEFT's
+            causal_model = causal_model.get_base_model()
+        head = causal_model.get_output_embeddings()
+        takes = inspect.signature(causal_model.forward).parameters
+        usable = type(head) is nn.Linear and "logits_to_keep" in takes
+        return head if usable and not (self.is_fsdp_enabled or self.is_deepspeed_enabled) else False
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -144,16 +236,24 @@ class InstructionTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         targets = _targets(inputs)  # (batch, time)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**_model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
-        losses = _cross_entropy(logits, targets, reduction="none")
-        correct = (logits.argmax(-1) == targets).flatten()  # never at -100, which is no token
-        counted = (targets != IGNORE_INDEX).flatten()
-        sums = torch.stack([losses, correct, counted], dim=1)  # (batch * time, 3)
-        if "example" in inputs:  # one row holds all examples
-            rows = len(inputs["row"])
-            sums = sums.new_zeros(rows, 3).index_add(0, inputs["example"], sums)
-        else:
-            sums = sums.view(*targets.shape, 3).sum(1)
+            states = self._supervised_states(model, inputs, targets)
+            if states is not None:
+                hidden, head, supervised = states
+                with self.accelerator.autocast():
+                    losses, correct = token_losses(hidden, head.weight, head.bias, supervised)
+            else:
+                logits = model(**_model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
+                losses = _cross_entropy(logits, targets, reduction="none")
+                supervised = targets.flatten()
+                correct = logits.argmax(-1).flatten() == supervised  # never at -100, which is no token
+        sums = torch.stack([losses, correct, supervised != IGNORE_INDEX], dim=1)  # (targets, 3)
+        example = inputs.get("example")  # to which each target belongs
+        rows = len(targets if example is None else inputs["row"])
+        if example is None:
+            example = torch.arange(targets.numel(), device=targets.device) // targets.shape[1]
+            if states is not None and "supervised" in inputs:
+                example = example[inputs["supervised"]]
+        sums = sums.new_zeros(rows, 3).index_add(0, example, sums)
         return None, sums[:, :2], sums[:, 2:].long()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -240,6 +240,7 @@ def train_recipe(job: dict, rows: Rows, meter: Meter, contender: Contender) -> N
     from recipe import attention
     from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
     from recipe.config import InstructionTrainingArguments
+    from recipe.model import fuse_activations
     from recipe.trainer import InstructionTrainer
 
     shared = contender.options["batching"] == "shared_prefix"
@@ -249,8 +250,10 @@ def train_recipe(job: dict, rows: Rows, meter: Meter, contender: Contender) -> N
         if shared
         else DataCollatorForInstructionTuning(tokenizer.eos_token_id)
     )
+    model = make_model(job, attention.NAME if shared else None)
+    fuse_activations(model)
     trainer = InstructionTrainer(
-        make_model(job, attention.NAME if shared else None),
+        model,
         InstructionTrainingArguments(**trainer_arguments(job, rows)),
         data_collator=collator,
         train_dataset=as_dataset(rows, ["input_ids", "labels", "length", "row"]),
@@ -323,7 +326,9 @@ CONTENDERS = {
     "recipe_shared_prefix": Contender(
         "this recipe, shared prefix", train_recipe, {"batching": "shared_prefix"}, head="supervised", ours=True
     ),
-    "recipe_padded": Contender("this recipe, padded", train_recipe, {"batching": "padded"}, ours=True),
+    "recipe_padded": Contender(
+        "this recipe, padded", train_recipe, {"batching": "padded"}, head="supervised", ours=True
+    ),
     "trainer_shared_mask": Contender(
         "stock Trainer with our shared-prefix collator (mask)",
         train_stock,

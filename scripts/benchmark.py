@@ -41,7 +41,9 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipe" / "demo"
 PROMPTS = 110  # generated for
 FEW_PROMPTS = 8  # of them are generated without a cache; the time is scaled to all
-MEASURED = ("attention", "collator", "config", "data", "generation", "model", "templates", "trainer")  # recipe's
+MEASURED = (  # modules of recipe
+    "attention", "collator", "config", "data", "generation", "loss", "model", "sampling", "templates", "trainer",
+)  # fmt: skip
 TUNING = ("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "MALLOC_", "THP_", "PYTORCH_", "TOKENIZERS_")
 SEED = 123
 

@@ -13,24 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
-from recipe.console import print_token_statistics
-from recipe.data import encode_records, load_records, resolve_max_length, template_overhead, token_statistics
-from recipe.figures import plot_loss
 from recipe.hub import write_model_card
 from recipe.model import context_length, load_config, load_model, load_tokenizer, prepare_for_chat
-from recipe.provenance import command_line, data_hash, versions, write_json
 from recipe.templates import load_template
-from recipe.trainer import InstructionTrainer, SampleGenerations
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from recipe.trainer import InstructionTrainer
 
 
 def main(argv: list[str]) -> None:
@@ -38,6 +38,14 @@ def main(argv: list[str]) -> None:
         [ModelArguments, DataArguments, InstructionTrainingArguments], argv, description=__doc__.split("\n")[0]
     )
     checkpoint = find_checkpoint(training_args)
+
+    # here, because --help and a mistake in the arguments need none of it: datasets, matplotlib and others take a second
+    from recipe.console import print_token_statistics
+    from recipe.data import encode_records, load_records, template_overhead, token_statistics
+    from recipe.figures import plot_loss
+    from recipe.provenance import write_json
+    from recipe.trainer import InstructionTrainer, SampleGenerations
+
     set_seed(training_args.seed)
     say = PartialState().print
 
@@ -62,7 +70,7 @@ def main(argv: list[str]) -> None:
     say_model(origin, model, training_args)
 
     # trainer
-    collator = make_collator(data_args, model, tokenizer)
+    collator = make_collator(data_args, training_args, model, tokenizer)
     try:
         trainer = InstructionTrainer(
             model,
@@ -151,19 +159,51 @@ def check_splits(splits: DatasetDict, data_args: DataArguments, training_args: I
         )
     if training_args.eval_generate and training_args.eval_strategy == "no":
         raise UserError("--eval_generate answers at each evaluation: add --eval_strategy epoch or steps")
+    from recipe.sampling import record_lengths  # see main
+
+    budget = training_args.max_tokens_per_batch
+    if budget is not None and (longest := int(record_lengths(splits["train"]).max()) - 1) > budget:
+        raise UserError(
+            f"--max_tokens_per_batch {budget}: the longest training record alone has {longest} input tokens; "
+            f"give at least {longest}, or a smaller --max_length"
+        )
 
 
 def make_collator(
-    data_args: DataArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    data_args: DataArguments,
+    training_args: InstructionTrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> DataCollatorForInstructionTuning | DataCollatorWithSharedPrefix:
+    """The collator of `--batching`; for `torch.compile` one whose shapes repeat, with 2 to 5 % more tokens for it."""
+    compiled = training_args.torch_compile
     if data_args.batching == "padded":
-        return DataCollatorForInstructionTuning(pad_token_id=tokenizer.eos_token_id)
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise UserError(
-            f"--batching shared_prefix: {type(model).__name__} does not take logits_to_keep; use --batching padded"
-        )
+        return DataCollatorForInstructionTuning(tokenizer.eos_token_id, pad_to_multiple_of=8 if compiled else None)
+    if reason := _why_not_one_row(model, training_args):
+        raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
+    if compiled:  # a row with a mask is one graph for all lengths; segments are Python, and break it into many
+        return DataCollatorWithSharedPrefix(tokenizer.eos_token_id, "mask", pad_to_multiple_of=32)
     kind = "segments" if model.config._attn_implementation == attention.NAME else "mask"
-    return DataCollatorWithSharedPrefix(pad_token_id=tokenizer.eos_token_id, attention=kind)
+    return DataCollatorWithSharedPrefix(tokenizer.eos_token_id, kind)
+
+
+def _why_not_one_row(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:
+    """What keeps all examples of a batch from standing in one row."""
+    config, kind = model.config, type(model).__name__
+    missing = {"logits_to_keep", "position_ids"} - inspect.signature(model.forward).parameters.keys()
+    if missing:
+        return f"{kind} does not take {' and '.join(sorted(missing))}"
+    if not model._supports_sdpa:
+        return f"{kind} has no attention that a mask could keep apart"
+    layers = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in (layers or ()) or (layers is None and window is not None):
+        return f"{kind} attends to a window of {window} tokens, which this layout does not keep to"
+    if args.n_gpu > 1:
+        return f"a row cannot be cut into parts for {args.n_gpu} GPUs of one process; start one process for each GPU"
+    if args.accelerator_config.dispatch_batches:
+        return "--accelerator_config dispatch_batches cuts batches by rows"
+    return None
 
 
 def say_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArguments) -> None:
@@ -177,6 +217,8 @@ def say_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArgu
 
 def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set `max_length` to what tokenizer and model both allow, or check the one that was given."""
+    from recipe.data import resolve_max_length  # see main
+
     positions = context_length(load_config(model_args, tokenizer))
     if positions is None:
         return
@@ -227,6 +269,8 @@ def run_record(
     trainer: InstructionTrainer,
 ) -> dict:
     """What `run.json` holds: enough to repeat the run and to find its test split again."""
+    from recipe.provenance import command_line, data_hash, versions  # see main
+
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
     if training_args.load_best_model_at_end:  # the weights that were saved are those of the best step

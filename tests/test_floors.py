@@ -13,6 +13,8 @@ FLOORS = {
         "sources",
         "records",
         "data",
+        "sampling",
+        "loss",
         "model",
         "generation",
         "metrics",

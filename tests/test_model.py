@@ -1,13 +1,15 @@
 """Where weights come from, and what is said when they cannot."""
 
+import copy
+
 import pytest
 import torch
 from conftest import DEMO
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from recipe.config import ModelArguments, UserError
-from recipe.model import context_length, load_model, load_tokenizer, prepare_for_chat
+from recipe.model import context_length, fuse_activations, load_model, load_tokenizer, prepare_for_chat
 from recipe.templates import load_template
 
 BASE = str(DEMO / "base")
@@ -131,3 +133,19 @@ def test_saved_folder_answers_in_a_pipeline_in_batches(tmp_path, demo_model):
     ]
     assert batched == alone and all(isinstance(text, str) for text in alone)
     assert generator.model.generation_config.do_sample is False
+
+
+def test_the_fused_activation_gives_the_same_logits_and_gradients_and_is_not_saved(demo_model, tmp_path):
+    fused = copy.deepcopy(demo_model)
+    fuse_activations(fused)
+    kinds = {type(layer.mlp.act) for layer in fused.transformer.h}
+    assert kinds == {torch.nn.GELU} and {type(layer.mlp.act) for layer in demo_model.transformer.h} != kinds
+    ids = torch.arange(40)[None]
+    results = []
+    for model in (demo_model, fused):
+        logits = model(ids).logits
+        results.append([logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
+    fused.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.activation_function == "gelu_new"
