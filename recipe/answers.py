@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
-
-from datasets import DatasetDict
+from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, UserError
 from recipe.provenance import write_json_lines
-from recipe.records import read_records
-from recipe.sources import FORMATS
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 RECORD_FIELDS = ("instruction", "input", "output", "family")
 ECHO = "echo"
@@ -123,6 +122,8 @@ def settle(path: Path, predictions: Sequence[Mapping[str, Any]], labels: Sequenc
 
 def is_answer_file(name: str) -> bool:
     """Whether a model's name is a file of recorded answers."""
+    from recipe.sources import FORMATS  # here: datasets takes a second, and --help needs none of it
+
     return Path(name).suffix in FORMATS and Path(name).is_file()
 
 
@@ -135,6 +136,8 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     Raises:
         UserError: no such column, or an answer that is not text.
     """
+    from recipe.records import read_records  # here: datasets takes a second, and --help needs none of it
+
     splits = read_records(DataArguments(data=path))
     if len(splits) != 1:
         raise UserError(f"--model {path}: {len(splits)} splits; name one file")

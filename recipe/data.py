@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -129,12 +129,12 @@ def without_leaks(splits: DatasetDict) -> tuple[DatasetDict, int]:
 
 def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:
     """A 64-bit hash of each record's instruction, input and output, (rows,) uint64; the same on every machine."""
-    hashes = []
+    hashes = bytearray()
     for batch in dataset.select_columns(list(FIELDS)).iter(batch_size=10_000):
         for fields in zip(*(batch[field] for field in FIELDS), strict=True):
             text = json.dumps([field or "" for field in fields])
-            hashes.append(hashlib.blake2b(text.encode(), digest_size=8, key=key.encode()).digest())
-    return np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)
+            hashes += hashlib.blake2b(text.encode(), digest_size=8, key=key.encode()).digest()
+    return np.frombuffer(hashes, dtype=">u8").astype(np.uint64)
 
 
 # --- encode ---------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def encode_batch(
     overflow: str,
     ending: int,
 ) -> pa.Table:
-    """Encode a batch of records for `datasets.map`, straight into Arrow: no number becomes an object twice.
+    """Encode a batch of records for `datasets.map`, from flat arrays straight into Arrow.
 
     A record longer than `max_length` is left out with `overflow="drop"` (and `"error"`, which the caller reports). With
     `"truncate"` the prompt gives way first, before its last `ending` tokens (the response header) and down to half of
@@ -205,30 +205,29 @@ def encode_batch(
         {"instruction": instruction, "input": text}
         for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
     ]
-    prompts = token_ids(tokenizer, template.prompts(records))
-    responses = token_ids(tokenizer, batch["output"])
-    for response in responses:
-        response.append(tokenizer.eos_token_id)
-    lengths = np.array([[len(ids) for ids in rows] for rows in (prompts, responses)])  # (2, records)
-    too_long = lengths.sum(axis=0) > max_length
-    for index in np.flatnonzero(too_long):
-        prompt, response = prompts[index], responses[index]
-        room = max(max_length - len(response), min(len(prompt), max_length // 2))
-        if len(prompt) > room:
-            prompts[index] = prompt = prompt[: room - ending] + prompt[len(prompt) - ending :]
-        responses[index] = response[: max_length - len(prompt)]
-        lengths[:, index] = len(prompts[index]), len(responses[index])
-    kept = np.ones(len(prompts), dtype=bool) if overflow == "truncate" else ~too_long
-    if not kept.all():
-        prompts, responses = (list(itertools.compress(rows, kept)) for rows in (prompts, responses))
-
-    lengths, both = lengths[:, kept], itertools.chain.from_iterable(zip(prompts, responses, strict=True))
-    tokens = np.fromiter(itertools.chain.from_iterable(both), dtype=np.int32, count=lengths.sum())
+    pairs = zip(template.prompts(records), batch["output"], strict=True)
+    tokens, lengths = token_ids(tokenizer, list(itertools.chain.from_iterable(pairs)))
+    tokens = np.insert(tokens, lengths.cumsum()[1::2], tokenizer.eos_token_id)
+    lengths = lengths.reshape(-1, 2) + np.array([0, 1])  # (records, 2): prompt, and response with its end-of-text token
     labels = tokens.copy()
     if mask_prompt:
-        is_prompt = np.tile([True, False], lengths.shape[1])
-        labels[np.repeat(is_prompt, lengths.T.ravel())] = IGNORE_INDEX
-    offsets = np.concatenate([[0], lengths.sum(axis=0).cumsum()]).astype(np.int32)
+        labels[np.repeat(np.tile([True, False], len(lengths)), lengths.ravel())] = IGNORE_INDEX
+
+    totals = lengths.sum(axis=1)
+    too_long = totals > max_length
+    kept = np.ones(len(totals), dtype=bool) if overflow == "truncate" else ~too_long
+    keep = np.repeat(kept, totals)  # (tokens,)
+    ends = totals.cumsum()
+    for index in np.flatnonzero(too_long & kept):
+        prompt, response = lengths[index]
+        room = min(prompt, max(max_length - response, max_length // 2))  # of the prompt
+        boundary = ends[index] - response
+        keep[boundary - prompt : boundary][room - ending : prompt - ending] = False
+        keep[boundary : ends[index]][max_length - room :] = False
+        totals[index] = max_length
+    if too_long.any():
+        tokens, labels, totals = tokens[keep], labels[keep], totals[kept]
+    offsets = np.concatenate([[0], totals.cumsum()]).astype(np.int32)
     columns = {
         "input_ids": pa.ListArray.from_arrays(offsets, tokens),
         "labels": pa.ListArray.from_arrays(offsets, labels),
@@ -239,12 +238,22 @@ def encode_batch(
     return pa.table(columns, schema=ENCODED_FEATURES.arrow_schema)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, without special ones; `Tokenizer.encode_batch_fast` leaves out what nobody asks for."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all texts in a row, without special ones, (tokens,) int32, and how many each has, (texts,) int64.
+
+    Lists of numbers are not kept: thousands of them at a time set off Python's search for cycles again and again.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # Python tokenizers have none
+    rows: Iterable[list[int]]
     if backend is not None and backend.truncation is None and backend.padding is None:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        # leaves out what nobody asks for
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        lengths, rows = [len(encoding) for encoding in encodings], (encoding.ids for encoding in encodings)
+    else:
+        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        lengths = [len(ids) for ids in rows]
+    tokens = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=sum(lengths))
+    return tokens, np.array(lengths)
 
 
 def resolve_max_length(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -289,7 +298,7 @@ def _check_encoded(
             f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
             "raise --max_length, or choose --overflow truncate or drop"
             for name, split in encoded.items()
-            for row in sorted(set(records[name]["row"]) - set(split["row"]))
+            for row in np.setdiff1d(*(rows.with_format("numpy")["row"][:] for rows in (records[name], split)))
         ]
         if problems:
             raise UserError(report(problems))

@@ -6,15 +6,13 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
 
 from recipe import answers, endpoints
 from recipe.config import DataArguments, ModelArguments, UserError
-from recipe.data import load_records
 from recipe.generation import Decoding, Response, iter_responses
 from recipe.likelihood import reference_losses
 from recipe.model import load_model, load_tokenizer
@@ -29,6 +27,9 @@ from recipe.provenance import (
     write_json,
 )
 from recipe.templates import Template, load_template
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 STAGES = ("generate", "score", "judge", "report")
 RESERVED = ("baseline", "tuned", "base", "id", "split", *answers.RECORD_FIELDS)  # no further model's name
@@ -159,6 +160,10 @@ def select_records(
 
     Warns if they are no longer those the model was trained beside.
     """
+    from datasets import DatasetDict  # here: datasets takes a second, and --help needs none of it
+
+    from recipe.data import load_records
+
     files = [name for name in args.model if answers.is_answer_file(name)]
     if data_args.data is None and files:  # recorded answers bring their records along
         records, predictions, _ = answers.read_answer_file(files[0])

@@ -12,15 +12,16 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import UserError
-from recipe.data import content_hashes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
 
@@ -32,6 +33,8 @@ def versions() -> dict[str, str]:
 
 def data_hash(splits: Mapping[str, Dataset]) -> str:
     """A hash of every record of every split, in order: 16 hexadecimal digits."""
+    from recipe.data import content_hashes  # here: datasets takes a second, and --help needs none of it
+
     digest = hashlib.sha256()
     for name in sorted(splits):
         digest.update(name.encode() + content_hashes(splits[name]).tobytes())

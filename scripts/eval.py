@@ -23,7 +23,6 @@ from recipe.judge import JudgeArguments, answers_hash, run_judge
 from recipe.model import check_folder
 from recipe.model_index import write_model_index
 from recipe.provenance import read_json, read_json_lines, read_run, write_json
-from recipe.report import write_report
 from recipe.verdict import verdict
 
 
@@ -117,6 +116,8 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
 
 
 def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
+    from recipe.report import write_report  # here: matplotlib takes half a second, and --help needs none of it
+
     path = output_dir / "judge.jsonl"
     judge_rows = read_json_lines(path) if path.is_file() else None
     tuned = metrics["provenance"]["models"]["tuned"]["name"]

@@ -384,7 +384,7 @@ def test_the_page_of_a_checkpoint_marks_its_own_step(tmp_path, evaluate, few, mo
     import eval_script
 
     run, steps = tmp_path / "run", []
-    monkeypatch.setattr(eval_script, "write_report", lambda *arguments: steps.append(arguments[-1]))
+    monkeypatch.setattr("recipe.report.write_report", lambda *arguments: steps.append(arguments[-1]))
     for folder in (run, run / "checkpoint-40"):
         folder.mkdir()
         state = {"log_history": [], "best_global_step": 20, "global_step": 60 if folder == run else 40}

@@ -98,7 +98,7 @@ def test_weights_named_as_openai_community_gpt2_names_them(tmp_path, demo_model,
     model, _ = load_model(ModelArguments(model_name_or_path=str(tmp_path)), demo_tokenizer)
     ids = torch.tensor([demo_tokenizer("The teacher walks to the park.")["input_ids"]])
     with torch.no_grad():
-        assert torch.equal(model.eval()(ids).logits, demo_model.eval()(ids).logits)
+        torch.testing.assert_close(model.eval()(ids).logits, demo_model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_damaged_weights_and_a_folder_without_a_tokenizer(tmp_path, demo_model, demo_tokenizer):
