@@ -44,7 +44,11 @@ class ModelArguments:
         default="float32", metadata={"help": "Of the weights in memory. Use --bf16 true for mixed precision on top."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2; default: what transformers picks."}
+        default=None,
+        metadata={
+            "help": "sdpa, eager, flash_attention_2, ...; default: what transformers picks; with --batching "
+            "shared_prefix the recipe's own, or sdpa."
+        },
     )
 
 

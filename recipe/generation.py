@@ -1,7 +1,7 @@
 """Answers of a model to prompts: batched, left-padded, KV-cached, greedy or sampled with a seed.
 
 What all prompts start with (a template's preamble, a system prompt) is computed once for all of them, the cache grows
-in blocks, and rows that have ended leave their batch. None of it changes a response.
+in blocks, and rows that have ended leave their batch. None of it changes a response but by rounding.
 """
 
 from __future__ import annotations

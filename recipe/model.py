@@ -73,6 +73,10 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
                     f"model {name!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, ...; they "
                     "would be random: take back what --config_overrides changed of the shape, or use --model_type"
                 )
+    except KeyError as error:  # older models keep a table of their own
+        raise UserError(
+            f"model {name or model_type!r} does not know the attention {error}; give another --attn_implementation"
+        ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"model {name or model_type!r}: {_reason(error)}") from error
     embeddings = model.get_input_embeddings().num_embeddings

@@ -37,7 +37,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         drop_last: with `batch_size`: leave out of each epoch the records that fill no batch of all processes.
 
     Raises:
-        ValueError: not exactly one of `batch_size` and `max_tokens`, or a record longer than `max_tokens`.
+        ValueError: not exactly one of `batch_size` and `max_tokens`, a record longer than `max_tokens`, or no batch.
 
     Example: 40 input tokens hold one row of 32, two of 16, or five of 8.
 
@@ -75,6 +75,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         else:
             raise ValueError("give either batch_size or max_tokens")
         self.sizes = _divisible([size for size in sizes if size], num_processes)
+        if not self.sizes:
+            raise ValueError(f"{len(self.widths)} records fill no batch of {batch_size} on {num_processes} process(es)")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -100,7 +102,7 @@ def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
     Raises:
         ValueError: the dataset has no such column.
     """
-    if column not in dataset.column_names:
+    if column not in (getattr(dataset, "column_names", None) or ()):
         raise ValueError(f"no column {column!r} in the training data, whose lengths in tokens would tell what to batch")
     return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.collator import IGNORE_INDEX
@@ -77,20 +77,29 @@ class InstructionTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *further: Any,
         generation_records: Iterable[dict[str, Any]] = (),
         template: Template | None = None,
         max_new_tokens: int = 128,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        args = args or InstructionTrainingArguments("tmp_trainer")
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: dispatch_batches cuts every tensor of a batch by rows, and not all of ours have "
+                "one entry a row; leave it out"
+            )
+        args.accelerator_config.dispatch_batches = False  # the default of accelerate for streamed data is to dispatch
+        super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
         records = list(generation_records)
         self._generation_prompts = template.prompts(records) if template else []
         self._generation_references = [record["output"] for record in records]
         self._max_new_tokens = max_new_tokens
         self.model_accepts_loss_kwargs = True  # compute_loss normalises by itself, whatever forward() takes
-        self._head: nn.Linear | Literal[False] | None = None  # to be computed at supervised positions; None: not looked
-        self._head_checked = False
+        self._head: nn.Module | None = None  # that was looked at, and whether it may be computed outside of the model
+        self._head_is_all = False
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
         self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
         self._computed_tokens = 0  # with padding
@@ -105,8 +114,7 @@ class InstructionTrainer(Trainer):
         Raises:
             ValueError: the training data has no column of lengths, or a record is longer than `max_tokens_per_batch`.
         """
-        args: InstructionTrainingArguments = self.args  # type: ignore[assignment]
-        budget = args.max_tokens_per_batch
+        args, budget = self.args, _token_budget(self.args)
         if budget is None and args.train_sampling_strategy != "group_by_length":
             return super().get_train_dataloader()
         sampler = LengthGroupedBatchSampler(
@@ -133,9 +141,9 @@ class InstructionTrainer(Trainer):
         self._records_per_step = sampler.records / len(sampler) * args.gradient_accumulation_steps * args.world_size
         return loader
 
-    def get_total_train_batch_size(self, args: InstructionTrainingArguments) -> int:  # type: ignore[override]
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Records of an optimizer step, over all processes; with a token budget their mean, for samples per second."""
-        if args.max_tokens_per_batch is None:
+        if _token_budget(args) is None:
             return super().get_total_train_batch_size(args)
         return round(self._records_per_step)
 
@@ -188,22 +196,29 @@ class InstructionTrainer(Trainer):
         """Hidden states (targets, hidden size), the head to apply to them, and targets (targets,).
 
         None where the model's logits are not what its head alone makes of its last hidden states: it may scale or cap
-        them, adapt the head (PEFT), or shard it (FSDP, DeepSpeed).
+        them, adapt the head (PEFT), or shard it (FSDP, DeepSpeed). So it is where the model is compiled, which could
+        not hand out its hidden states in one graph, and in float16, whose small gradients need their scale before.
         """
-        if self._head is None:
-            self._head = self._find_head(model)
-        if not (head := self._head):
+        causal_model: Any = self.model
+        if hasattr(causal_model, "get_base_model"):  # PEFT's
+            causal_model = causal_model.get_base_model()
+        head = causal_model.get_output_embeddings()
+        known = head is self._head
+        if not known:
+            self._head, self._head_is_all = head, self._may_compute(head, causal_model)
+        if not self._head_is_all:
             return None
-        # the model's own head is computed at the last position alone
-        arguments = _model_inputs(inputs) | {"logits_to_keep": 1, "output_hidden_states": True, "use_cache": False}
+        # of the hidden states the last, and of the logits those of the last position, to compare with
+        arguments = _model_inputs(inputs) | {"logits_to_keep": 1, "output_hidden_states": -1, "use_cache": False}
         outputs = model(**arguments)
-        hidden = outputs.hidden_states[-1]  # (batch, time, hidden size)
-        if not self._head_checked:  # once: a host sync
-            self._head_checked = True
+        # (batch, time, hidden size), without what prompt tuning puts before a row
+        hidden = outputs.hidden_states[-1][:, -inputs["input_ids"].shape[1] :]
+        if not known:  # once: a host sync
             with self.accelerator.autocast(), torch.no_grad():
-                if not torch.equal(head(hidden[:, -1:]).to(outputs.logits.dtype), outputs.logits):
-                    self._head = False
-                    return None
+                found = head(hidden[:, -1:]).to(outputs.logits.dtype)
+            self._head_is_all = torch.allclose(found, outputs.logits, rtol=0, atol=0, equal_nan=True)
+            if not self._head_is_all:
+                return None
         if "logits_to_keep" in inputs:
             return hidden[0, inputs["logits_to_keep"]], head, targets[0]
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
@@ -211,14 +226,11 @@ class InstructionTrainer(Trainer):
             hidden, targets = hidden[inputs["supervised"]], targets[inputs["supervised"]]
         return hidden, head, targets
 
-    def _find_head(self, model: nn.Module) -> nn.Linear | Literal[False]:
-        causal_model = self.accelerator.unwrap_model(model)
-        if hasattr(causal_model, "get_base_model"):  # PEFT's
-            causal_model = causal_model.get_base_model()
-        head = causal_model.get_output_embeddings()
-        takes = inspect.signature(causal_model.forward).parameters
-        usable = type(head) is nn.Linear and "logits_to_keep" in takes
-        return head if usable and not (self.is_fsdp_enabled or self.is_deepspeed_enabled) else False
+    def _may_compute(self, head: nn.Module, causal_model: nn.Module) -> bool:
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        plain = not (self.args.torch_compile or self.args.fp16)
+        takes = inspect.signature(type(causal_model).forward).parameters
+        return type(head) is nn.Linear and "logits_to_keep" in takes and whole and plain
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -416,6 +428,11 @@ def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:
         "perplexity": float(np.exp(loss)),
         "next_token_accuracy": float(correct / targets),
     }
+
+
+def _token_budget(args: TrainingArguments) -> int | None:
+    """`max_tokens_per_batch`, which arguments of transformers alone do not have."""
+    return getattr(args, "max_tokens_per_batch", None)
 
 
 def _targets(inputs: dict[str, torch.Tensor | Any]) -> torch.Tensor:

@@ -237,25 +237,23 @@ def as_dataset(rows: Rows, columns: Sequence[str]) -> Any:
 
 
 def train_recipe(job: dict, rows: Rows, meter: Meter, contender: Contender) -> None:
+    """As `scripts/train.py` does it."""
+    from train import make_collator
+
     from recipe import attention
-    from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
-    from recipe.config import InstructionTrainingArguments
+    from recipe.config import DataArguments, InstructionTrainingArguments
     from recipe.model import fuse_activations
     from recipe.trainer import InstructionTrainer
 
-    shared = contender.options["batching"] == "shared_prefix"
+    batching = contender.options["batching"]
     tokenizer = load_tokenizer(job)
-    collator = (
-        DataCollatorWithSharedPrefix(tokenizer.eos_token_id, attention="segments")
-        if shared
-        else DataCollatorForInstructionTuning(tokenizer.eos_token_id)
-    )
-    model = make_model(job, attention.NAME if shared else None)
+    model = make_model(job, attention.NAME if batching == "shared_prefix" else None)
     fuse_activations(model)
+    arguments = InstructionTrainingArguments(**trainer_arguments(job, rows))
     trainer = InstructionTrainer(
         model,
-        InstructionTrainingArguments(**trainer_arguments(job, rows)),
-        data_collator=collator,
+        arguments,
+        data_collator=make_collator(DataArguments(batching=batching), arguments, model, tokenizer),
         train_dataset=as_dataset(rows, ["input_ids", "labels", "length", "row"]),
         processing_class=tokenizer,
     )
@@ -532,6 +530,10 @@ def measure_startup(job: dict) -> dict:
 
 STARTS = {
     "imports": ("import torch, transformers", ["-c", "import torch, transformers"]),
+    "arguments": (  # what tells the flags of a Trainer imports more of transformers
+        "from transformers import HfArgumentParser, TrainingArguments",
+        ["-c", "from transformers import HfArgumentParser, TrainingArguments"],
+    ),
     "train_help": ("scripts/train.py --help", ["scripts/train.py", "--help"]),
     "eval_help": ("scripts/eval.py --help", ["scripts/eval.py", "--help"]),
 }

@@ -159,10 +159,16 @@ def check_splits(splits: DatasetDict, data_args: DataArguments, training_args: I
         )
     if training_args.eval_generate and training_args.eval_strategy == "no":
         raise UserError("--eval_generate answers at each evaluation: add --eval_strategy epoch or steps")
+    budget, column = training_args.max_tokens_per_batch, training_args.length_column_name
+    if budget is None and training_args.train_sampling_strategy != "group_by_length":
+        return
     from recipe.sampling import record_lengths  # see main
 
-    budget = training_args.max_tokens_per_batch
-    if budget is not None and (longest := int(record_lengths(splits["train"]).max()) - 1) > budget:
+    try:
+        longest = int(record_lengths(splits["train"], column).max()) - 1
+    except ValueError as error:
+        raise UserError(f"--length_column_name {column}: {error}") from error
+    if budget is not None and longest > budget:
         raise UserError(
             f"--max_tokens_per_batch {budget}: the longest training record alone has {longest} input tokens; "
             f"give at least {longest}, or a smaller --max_length"
@@ -178,7 +184,10 @@ def make_collator(
     """The collator of `--batching`; for `torch.compile` one whose shapes repeat, with 2 to 5 % more tokens for it."""
     compiled = training_args.torch_compile
     if data_args.batching == "padded":
-        return DataCollatorForInstructionTuning(tokenizer.eos_token_id, pad_to_multiple_of=8 if compiled else None)
+        fits = (context_length(model.config) or 0) % 8 == 0
+        return DataCollatorForInstructionTuning(
+            tokenizer.eos_token_id, pad_to_multiple_of=8 if compiled and fits else None
+        )
     if reason := _why_not_one_row(model, training_args):
         raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
     if compiled:  # a row with a mask is one graph for all lengths; segments are Python, and break it into many
@@ -201,8 +210,8 @@ def _why_not_one_row(model: PreTrainedModel, args: InstructionTrainingArguments)
         return f"{kind} attends to a window of {window} tokens, which this layout does not keep to"
     if args.n_gpu > 1:
         return f"a row cannot be cut into parts for {args.n_gpu} GPUs of one process; start one process for each GPU"
-    if args.accelerator_config.dispatch_batches:
-        return "--accelerator_config dispatch_batches cuts batches by rows"
+    if config._attn_implementation not in ("sdpa", attention.NAME):
+        return f"--attn_implementation {config._attn_implementation} knows no mask of true and false"
     return None
 
 
@@ -213,6 +222,15 @@ def say_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArgu
     if args.device.type == "cpu" and threads * args.world_size < cores:
         wanted = cores // args.world_size
         say(f"Only {threads} thread(s) a process on {cores} cores: set OMP_NUM_THREADS={wanted} for more")
+    if args.device.type == "cpu" and args.bf16 and not bfloat16_is_fast():
+        say("This CPU has no instructions for bfloat16: --bf16 false is faster")
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether the CPU multiplies in bfloat16 by itself; True where torch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    instructions = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+    return not capabilities or any(capabilities.get(name) for name in instructions)
 
 
 def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:

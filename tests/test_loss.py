@@ -3,10 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from recipe import loss as module
 from recipe.collator import DataCollatorForInstructionTuning
@@ -173,6 +173,56 @@ def test_lora_with_and_without_the_head(targets, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     for one, other in zip(torch.autograd.grad(found, learned), theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_that_prompt_tuning_puts_before_a_row_have_no_targets(tmp_path):
+    model = get_peft_model(tiny_model("gpt2"), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    trainer = trainer_for(model, tmp_path)
+    batch = trainer.data_collator(list(ROWS))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 5:]
+    expected = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(trainer.compute_loss(model, batch), expected, rtol=1e-5, atol=0)
+
+
+def test_a_new_model_is_looked_at_anew(tmp_path):
+    """`model_init` makes one at each `train()`: the head, and the verdict on it, must not be the old one's."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
+    kinds = iter(["gpt2", "llama", "granite"])
+    trainer = InstructionTrainer(
+        args=arguments, model_init=lambda: tiny_model(next(kinds)), data_collator=DataCollatorForInstructionTuning(0),
+        train_dataset=ROWS.remove_columns("row"),
+    )  # fmt: skip
+    for own_head in (False, True):
+        before = trainer.model
+        trainer.train()
+        assert trainer.model is not before
+        batch = trainer.data_collator(list(ROWS))
+        trainer.model.eval()
+        logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        seen = head_positions(trainer.model)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-5, atol=0)
+        assert (seen[-1] > len(ROWS)) == own_head
+
+
+def test_arguments_of_transformers_alone_and_none_at_all_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    collator = DataCollatorForInstructionTuning(0)
+    for arguments in (None, TrainingArguments("stock", use_cpu=True)):
+        trainer = InstructionTrainer(tiny_model("gpt2"), arguments, collator, train_dataset=ROWS)
+        assert len(trainer.get_train_dataloader()) == 1 and trainer.get_total_train_batch_size(trainer.args) == 8
+
+
+def test_batches_that_would_be_cut_by_rows_are_refused_and_streams_are_not_cut(tmp_path):
+    with pytest.raises(ValueError, match="dispatch_batches cuts every tensor of a batch by rows"):
+        trainer_for(tiny_model("gpt2"), tmp_path, accelerator_config={"dispatch_batches": True})
+    losses = []
+    for rows in (ROWS, ROWS.to_iterable_dataset()):
+        trainer = trainer_for(tiny_model("gpt2"), tmp_path, max_steps=1, logging_steps=1, save_strategy="no", seed=1)
+        trainer.train_dataset = rows
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_training_on_the_whole_text_keeps_the_logits_of_a_chunk_only(tmp_path, monkeypatch):

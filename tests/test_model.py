@@ -8,6 +8,7 @@ from conftest import DEMO
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from recipe import attention
 from recipe.config import ModelArguments, UserError
 from recipe.model import context_length, fuse_activations, load_model, load_tokenizer, prepare_for_chat
 from recipe.templates import load_template
@@ -60,6 +61,15 @@ def test_overrides_change_a_trained_models_dropout(demo_tokenizer):
         ({"model_name_or_path": BASE, "config_overrides": "n_embd=96"}, f"model '{BASE}'"),
         ({"model_name_or_path": BASE, "config_overrides": "n_layer=6"}, "they would be random"),
         ({"model_name_or_path": BASE, "attn_implementation": "flash_attention_2"}, "model '"),
+        (
+            {
+                "model_type": "falcon",
+                "tokenizer_name": BASE,
+                "attn_implementation": attention.NAME,
+                "config_overrides": "num_hidden_layers=1,hidden_size=8,num_attention_heads=1",
+            },
+            "model 'falcon' does not know the attention 'shared_prefix'; give another",
+        ),
         (
             {
                 "model_type": "gpt2",

@@ -390,3 +390,10 @@ def test_a_budget_below_the_longest_record_ends_the_script_before_it_touches_any
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "--max_tokens_per_batch 20: the longest training record alone has" in done.stderr
     assert kept.read_text() == "{}"
+
+
+def test_records_that_fill_no_batch_and_data_without_lengths_are_told():
+    with pytest.raises(ValueError, match="5 records fill no batch of 8 on 1 process"):
+        LengthGroupedBatchSampler(np.full(5, 9), batch_size=8, drop_last=True)
+    with pytest.raises(ValueError, match="no column 'length'"):
+        record_lengths([{"input_ids": [1, 2], "length": 2}])

@@ -354,7 +354,8 @@ def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp
             {},
             "GPTNeoForCausalLM has no attention that a mask could",
         ),
-        ("llama", {}, {"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches cuts batches by rows"),
+        ("llama", {"attn_implementation": "eager"}, {}, "--attn_implementation eager knows no mask of true and false"),
+        ("llama", {}, {"n_gpu": 2}, "a row cannot be cut into parts for 2 GPUs of one process"),
         ("llama", {}, {}, None),
     ],
 )
@@ -363,9 +364,12 @@ def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, c
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     options = ARCHITECTURES["llama"] if architecture in ("llama", "mistral", "gemma3_text") else {}
+    implementation = changes.pop("attn_implementation", None)
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **options | changes)
-    model = AutoModelForCausalLM.from_config(config)
-    data, training = DataArguments(batching="shared_prefix"), InstructionTrainingArguments(str(tmp_path), **arguments)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    data, training = DataArguments(batching="shared_prefix"), InstructionTrainingArguments(str(tmp_path))
+    for name, value in arguments.items():
+        setattr(training, f"_{name}", value)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 0})
     if message is None:
         assert script.make_collator(data, training, model, tokenizer).attention == "mask"
