@@ -86,12 +86,13 @@ class InstructionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or InstructionTrainingArguments("tmp_trainer")
-        if args.accelerator_config.dispatch_batches:
+        loading: Any = args.accelerator_config  # transformers has made an AcceleratorConfig of it
+        if loading.dispatch_batches:
             raise ValueError(
                 "accelerator_config: dispatch_batches cuts every tensor of a batch by rows, and not all of ours have "
                 "one entry a row; leave it out"
             )
-        args.accelerator_config.dispatch_batches = False  # the default of accelerate for streamed data is to dispatch
+        loading.dispatch_batches = False  # the default of accelerate for streamed data is to dispatch
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
         records = list(generation_records)
         self._generation_prompts = template.prompts(records) if template else []
