@@ -150,3 +150,17 @@ def test_the_verdict_says_how_many_times_as_fast_and_whether_the_work_was_the_sa
     assert "the same work: 16 records, 800 tokens, 160 targets" in bench_report.same_work(results, "batch_8")[0]
     peer["targets"] = [80, 100, 61]
     assert "not the same work" in bench_report.same_work(results, "batch_8")[0]
+
+
+def test_docs_say_what_the_committed_results_say():
+    """Each table and each comparison of docs/performance.md is what the report makes of the results file."""
+    docs = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "docs" / "results").glob("*.json"))
+    assert files
+    for path in files:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == bench_report.table(results)
+        sections = [bench_report.verdict(bench_report.training_rows(results, part)) for part in bench_report.TITLES]
+        sections += [bench_report.preprocessing(results), bench_report.generation(results)]
+        lines = [line for section in sections for line in section if line.startswith(("- **", "| "))]
+        assert lines and [line for line in lines if line not in docs] == []

@@ -361,6 +361,7 @@ def test_interrupting_keeps_what_was_scored(tmp_path):
     predictions = [prediction(number, tuned=text) for number, text in enumerate(texts)]
     code = f"""
 import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from recipe.judge import JudgeArguments, run_judge
 from stub_endpoint import Hang, Say, serve_stub

@@ -245,15 +245,16 @@ def test_resumed_in_the_middle_of_an_epoch_equals_never_stopped(demo_model, demo
     assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
 
 
-def launch_three_steps(tmp_path, config: str, processes: int) -> tuple[list[dict], Path]:
+def launch_three_steps(tmp_path, config: str, processes: int, batching: str = "padded") -> tuple[list[dict], Path]:
     """Three steps of the demo through `accelerate launch`, 8 rows a step over all processes: log and folder."""
-    output_dir = tmp_path / Path(config).stem
+    output_dir = tmp_path / f"{Path(config).stem}-{batching}"
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
         "scripts/train.py", "configs/demo.yaml", "--output_dir", str(output_dir), "--max_steps", "3",
         "--per_device_train_batch_size", str(8 // processes), "--per_device_eval_batch_size", "7",
         "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "1",
         "--disable_tqdm", "true", "--warmup_steps", "0", "--eval_generate", "true", "--generation_max_new_tokens", "4",
+        "--batching", batching,
     ]  # fmt: skip
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
@@ -267,8 +268,9 @@ def test_two_processes_equal_one(tmp_path):
     expected, folder = launch_three_steps(tmp_path, "accelerate_config.yaml", 1)
     weights = load_file(folder / "model.safetensors")
     assert {"loss", "grad_norm"} <= expected[2].keys() and {"eval_loss", "eval_chrf"} <= expected[3].keys()
-    for config in ("configs/accelerate/two_processes.yaml", "configs/accelerate/fsdp.yaml"):
-        log, folder = launch_three_steps(tmp_path, config, 2)
+    copied, shared = "configs/accelerate/two_processes.yaml", "configs/accelerate/fsdp.yaml"
+    for config, batching in ((copied, "padded"), (shared, "padded"), (shared, "shared_prefix")):
+        log, folder = launch_three_steps(tmp_path, config, 2, batching)
         for key in ("loss", "grad_norm"):
             assert log[0][key] == pytest.approx(expected[0][key], rel=1e-6), (config, key)
         for entry, one in zip(log[:4], expected[:4], strict=True):  # after steps, in which rounding grows
