@@ -119,6 +119,7 @@ def test_on_a_gpu_nothing_waits_for_the_device(dtype):
         output.backward(gradient.to(dtype))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert output.isfinite().all() and all(state.grad.isfinite().all() for state in states)
 
 
 def test_sdpa_is_the_reference_of_the_reference():
