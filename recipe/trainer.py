@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +17,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.collator import IGNORE_INDEX
 from recipe.config import InstructionTrainingArguments
-from recipe.console import one_line
 from recipe.generation import generate_responses
 from recipe.loss import linear_cross_entropy, token_losses
 from recipe.measures import score_responses
-from recipe.provenance import read_json_lines, write_json_lines
 from recipe.sampling import LengthGroupedBatchSampler, record_lengths
 from recipe.templates import Template
 
@@ -52,8 +47,9 @@ class InstructionTrainer(Trainer):
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
       tokens, so that none depends on the batch size; no logits are kept, so memory does not grow with the split.
     - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding), `shared`
-      (share of the tokens that were not computed, because a shared prefix stands once) and `num_input_tokens_seen`,
-      summed on the device and fetched when something is logged, never in between.
+      (share of the tokens that were not computed, because a shared prefix stands once), `supervised` (share of the
+      tokens whose prediction is learned) and `num_input_tokens_seen`, summed on the device and fetched when something
+      is logged, never in between.
     - Generation: at each evaluation it answers `generation_records`, if given, and adds `eval_exact_match`,
       `eval_token_f1`, `eval_rouge_l`, `eval_chrf`, `eval_bleu`, `eval_stop_rate` and others to the metrics, so that
       `metric_for_best_model` may name one of them.
@@ -104,7 +100,8 @@ class InstructionTrainer(Trainer):
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
         self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
         self._computed_tokens = 0  # with padding
-        self._window_tokens = [0, 0]  # real and computed tokens of all processes, fetched, since the last log
+        self._supervised_tokens: torch.Tensor | int = 0  # on the device
+        self._window_tokens = [0, 0, 0]  # these three of all processes, fetched, since the last log
         self._window_start: float | None = None
 
     # --- batches ----------------------------------------------------------------------------------------------------
@@ -160,6 +157,7 @@ class InstructionTrainer(Trainer):
         if not batches:
             return batches, None
         count = torch.stack([(_targets(batch) != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        self._supervised_tokens = self._supervised_tokens + count
         return batches, self.accelerator.reduce(count, reduction="sum")
 
     def compute_loss(
@@ -317,15 +315,16 @@ class InstructionTrainer(Trainer):
     # --- log --------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with throughput and padding beside every training loss."""
+        """`Trainer.log`, with throughput and the make-up of the batches beside every training loss."""
         if "loss" in logs and self._window_start is not None:
             self._fetch()
-            real, computed = self._window_tokens
+            real, computed, supervised = self._window_tokens
             logs["tokens_per_second"] = round(real / (time.perf_counter() - self._window_start), 1)
             logs["padding"] = round(max(0.0, 1 - real / max(1, computed)), 4)
             logs["shared"] = round(max(0.0, 1 - computed / max(1, real)), 4)
+            logs["supervised"] = round(supervised / max(1, real), 4)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-            self._window_tokens, self._window_start = [0, 0], None
+            self._window_tokens, self._window_start = [0, 0, 0], None
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -355,15 +354,15 @@ class InstructionTrainer(Trainer):
         if not self._unchecked:
             return
         finite = torch.stack([loss for _, loss, _ in self._unchecked]).isfinite()
-        counts = [self._real_tokens, self._computed_tokens, (~finite).sum()]
+        counts = [self._real_tokens, self._computed_tokens, self._supervised_tokens, (~finite).sum()]
         summary = torch.stack([torch.as_tensor(count, device=finite.device) for count in counts])
-        real, computed, bad = self.accelerator.reduce(summary, reduction="sum").tolist()
+        *tokens, bad = self.accelerator.reduce(summary, reduction="sum").tolist()
         if bad:
             self._stop_on_bad_loss(finite.tolist())
-        self._unchecked, self._real_tokens, self._computed_tokens = [], 0, 0
-        self._window_tokens = [self._window_tokens[0] + real, self._window_tokens[1] + computed]
+        self._unchecked, self._real_tokens, self._computed_tokens, self._supervised_tokens = [], 0, 0, 0
+        self._window_tokens = [before + new for before, new in zip(self._window_tokens, tokens, strict=True)]
         if self.args.include_num_input_tokens_seen == "no":  # else the stock Trainer counts
-            self.state.num_input_tokens_seen += real
+            self.state.num_input_tokens_seen += tokens[0]
 
     def _stop_on_bad_loss(self, finite: list[bool]) -> None:
         mine = []
@@ -373,49 +372,6 @@ class InstructionTrainer(Trainer):
         step, loss, rows = min(gather_object(mine), key=lambda bad: bad[0])
         where = "" if rows is None else f" in the batch of training rows {', '.join(map(str, rows))}"
         raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
-
-
-class SampleGenerations(TrainerCallback):
-    """At each evaluation, answers a few prompts, shows the answers and appends them to `output_dir/samples.jsonl`.
-
-    Args:
-        records: what to answer: `instruction`, `input`, `output` (the reference) of each.
-        template: the prompt's template.
-        max_new_tokens: cap on each answer.
-    """
-
-    def __init__(self, records: list[dict[str, Any]], template: Template, max_new_tokens: int = 64) -> None:
-        self.records = records
-        self.prompts = template.prompts(records)
-        self.max_new_tokens = max_new_tokens
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the samples of steps that a resumed run takes again."""
-        path = Path(args.output_dir) / "samples.jsonl"
-        if state.is_world_process_zero and path.is_file():
-            kept = [sample for sample in read_json_lines(path) if sample["step"] <= state.global_step]
-            write_json_lines(path, kept)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # on every process, because a sharded model generates only if all take part
-        responses = generate_responses(kwargs["model"], kwargs["processing_class"], self.prompts, self.max_new_tokens)
-        if not state.is_world_process_zero:
-            return
-        with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
-            for record, response in zip(self.records, responses, strict=True):
-                asked = {name: record[name] for name in ("instruction", "input", "output")}
-                line = {
-                    "step": state.global_step,
-                    **asked,
-                    "response": response.text,
-                    "stop_reason": response.stop_reason,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                question = " | ".join(text for text in (record["instruction"], record["input"]) if text)
-                tqdm.write(
-                    f"  step {state.global_step}  {one_line(question)}\n"
-                    f"    reference  {one_line(record['output'])}\n    response   {one_line(response.text)}"
-                )
 
 
 def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:

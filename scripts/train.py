@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
     from recipe.figures import plot_loss
     from recipe.provenance import write_json
-    from recipe.trainer import InstructionTrainer, SampleGenerations
+    from recipe.samples import SampleGenerations
+    from recipe.trainer import InstructionTrainer
 
     set_seed(training_args.seed)
     say = PartialState().print
@@ -106,7 +107,18 @@ def main(argv: list[str]) -> None:
         plot_loss(trainer.state.log_history, output_dir / "loss.png")
         write_model_card(output_dir, run)
         say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
-    trainer.accelerator.wait_for_everyone()  # a process group that one process leaves early may abort another
+    leave(trainer)
+
+
+def leave(trainer: InstructionTrainer) -> None:
+    """End the trackers and the process group, together: one that a process leaves early may abort another.
+
+    The wrapped model goes first. It holds the process group too, and if it went last it would join the group's threads
+    while it keeps Python's lock, for which one of these may wait.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
 
 

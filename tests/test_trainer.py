@@ -21,8 +21,9 @@ from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import load_splits
 from recipe.generation import generate_responses
+from recipe.samples import SampleGenerations
 from recipe.templates import load_template
-from recipe.trainer import InstructionTrainer, SampleGenerations
+from recipe.trainer import InstructionTrainer
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["mask_prompt", "full_text"])
@@ -173,6 +174,8 @@ def test_log_tells_padding_tokens_and_learning_rate(demo_model, demo_tokenizer, 
     computed = sum(len(lengths) * (int(lengths.max()) - 1) for lengths in batches)
     assert log["num_input_tokens_seen"] == trainer.state.num_input_tokens_seen == real
     assert log["padding"] == pytest.approx(1 - real / computed, abs=1e-4)
+    supervised = sum(label != -100 for order in seen_rows(args, rows) for i in order for label in rows["labels"][i][1:])
+    assert log["supervised"] == pytest.approx(supervised / real, abs=1e-4)
     assert log["learning_rate"] == 1e-3
     assert log["tokens_per_second"] > 0
 
