@@ -101,11 +101,16 @@ def fuse_activations(model: nn.Module) -> None:
 
 
 def check_folder(name: str) -> None:
-    """Refuse a path that is not there before transformers takes it for a Hub id."""
+    """Refuse a path that is not there before transformers takes it for a Hub id, and adapters alone."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise UserError(
             f"{name!r}: no such folder; give a folder with a model, or a Hub id such as openai-community/gpt2"
+        )
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"{name!r} is a PEFT adapter without its model; merge them first: "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED)"
         )
 
 
@@ -148,6 +153,7 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """Let the saved folder answer as it was trained: template, padding, greedy decoding, end-of-text token."""
     tokenizer.chat_template = template.chat_template
     tokenizer.padding_side = "left"  # for batched generation; the collator pads by itself
+    tokenizer.init_kwargs["padding_side"] = "left"  # save_pretrained writes only what init_kwargs names
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
