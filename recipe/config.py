@@ -150,7 +150,7 @@ class InstructionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise UserError(
-                "--hub_token would be written in clear into training_args.bin and uploaded with it; "
+                "--hub_token would be written in clear into training_args.bin; "
                 "set the environment variable HF_TOKEN or run `hf auth login` instead"
             )
         if self.label_smoothing_factor:
@@ -316,10 +316,11 @@ def _parse(parser: _Parser, argv: list[str], known: list[str], where: str) -> No
     if rest:
         raise UserError(
             "\n".join(
-                f"{where}: unknown flag {word}{_did_you_mean(word.split('=')[0].lstrip('-').replace('-', '_'), known)}"
-                if word.startswith("--")
+                f"{where}: unknown flag {name}{_did_you_mean(name.lstrip('-').replace('-', '_'), known)}"
+                if name.startswith("--")  # without the value, which may be a secret
                 else f"{where}: unexpected {word!r}; write --flag value"
                 for word in rest
+                for name in [word.split("=")[0]]
                 if word.startswith("--") or not any(other.startswith("--") for other in rest)
             )
         )

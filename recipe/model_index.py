@@ -9,10 +9,24 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from recipe.hub import is_hub_id
-from recipe.measures import BEHAVIOUR, METRICS
 from recipe.provenance import write_whole
+
+DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+
+def is_hub_id(source: Any) -> bool:
+    """Whether a model or data source is named by its id on the Hub: `name` or `owner/name`, and no file or folder here.
+
+    >>> [is_hub_id(source) for source in ("openai-community/gpt2", "records.jsonl", "runs/2024/gpt2", "data/*.json")]
+    [True, False, False, False]
+    """
+    try:
+        validate_repo_id(source or "")
+    except HFValidationError:
+        return False
+    return not source.endswith(DATA_FILES) and not Path(source).exists()
 
 
 def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
@@ -27,13 +41,15 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         first.metric_type, first.metric_value  # ('exact_match', 0.9225)
         first.metric_args  # {'n': 400, 'baseline': 0.0, 'delta': 0.9225, 'ci95': [0.895, 0.9475], ...}
     """
+    from recipe.measures import BEHAVIOUR, METRICS  # here: their libraries take a while, and --help needs none of it
+
     data = metrics["provenance"]["data"]
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Instruction following",
             dataset_type=data if is_hub_id(data) else "instruction-records",
-            dataset_name=data if isinstance(data, str) else "instruction records",
+            dataset_name=dataset_name(data),
             dataset_split=split,
             metric_type=name,
             metric_name={**METRICS, **BEHAVIOUR}[name].title,
@@ -47,6 +63,17 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         for name, score in {**scores["metrics"], **scores["behaviour"]}.items()
         if score is not None and score["tuned"] is not None
     ]
+
+
+def dataset_name(data: Any) -> str:
+    """What records are called: a Hub id as it is, a file by its name without its folders, several in words.
+
+    >>> dataset_name("/home/me/instruction-data.json"), dataset_name({"train": "a.jsonl", "test": "b.jsonl"})
+    ('instruction-data.json', 'instruction records')
+    """
+    if not isinstance(data, str):
+        return "instruction records"
+    return data if is_hub_id(data) else Path(data).name or "instruction records"
 
 
 def write_model_index(path: Path, metrics: Mapping[str, Any]) -> None:

@@ -23,6 +23,8 @@ from recipe.config import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
+SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
 
 
@@ -72,8 +74,20 @@ def hardware() -> str:
 
 
 def command_line() -> str:
-    """The command that started this process, ready for a shell, without credentials in addresses."""
-    words = [re.sub(r"(https?://)[^/@]*@", r"\1", word) for word in sys.argv]
+    """The command that started this process, ready for a shell, without what is secret in it.
+
+    Addresses lose their credentials, and flags such as `--hub_token` their value: `--hub_token '<HUB_TOKEN>'`.
+    """
+    words, secret = [], None  # what stands in the place of a value, after the flag it belongs to
+    for word in sys.argv:
+        name, equals, _ = word.partition("=")
+        placeholder = f"<{name.strip('-').replace('-', '_').upper()}>" if SECRET_FLAG.fullmatch(name) else None
+        if placeholder and equals:
+            word = f"{name}={placeholder}"
+        elif secret and not word.startswith("--"):
+            word = secret
+        secret = None if equals else placeholder
+        words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(https?://)[^/@]*@", r"\1", word)))
     return shlex.join([Path(sys.executable).name, *words])
 
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
-from recipe.hub import write_model_card
 from recipe.model import context_length, load_config, load_model, load_tokenizer, prepare_for_chat
+from recipe.model_card import write_model_card
 from recipe.templates import load_template
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ def main(argv: list[str]) -> None:
         [ModelArguments, DataArguments, InstructionTrainingArguments], argv, description=__doc__.split("\n")[0]
     )
     checkpoint = find_checkpoint(training_args)
+    push = None
+    if training_args.push_to_hub:  # asked for access now: a wrong token must not cost a training run
+        from recipe.hub import take_over_push
+
+        push = take_over_push(training_args)
 
     # here, because --help and a mistake in the arguments need none of it: datasets, matplotlib and others take a second
     from recipe.console import print_token_statistics
@@ -91,6 +96,12 @@ def main(argv: list[str]) -> None:
             records["validation"].take(min(training_args.num_sample_generations, len(records["validation"])))
         )
         trainer.add_callback(SampleGenerations(samples, template))
+    if push is not None:
+        if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and push.with_checkpoints:
+            raise UserError(
+                f"--hub_strategy {push.strategy}: the state of a sharded optimizer is not pushed; use every_save or end"
+            )
+        trainer.add_callback(push)
 
     # train
     clear_output_dir(training_args, checkpoint)
@@ -103,11 +114,17 @@ def main(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
         run = run_record(model_args, data_args, training_args, origin, records, statistics, leaked, trainer)
+        run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
         write_json(output_dir / "run.json", run)
         plot_loss(trainer.state.log_history, output_dir / "loss.png")
         write_model_card(output_dir, run)
         say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
     leave(trainer)
+
+    # push, when no other process waits any more
+    if push is not None and trainer.is_world_process_zero():
+        pushed = push.finish(Path(training_args.output_dir))
+        say(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
 
 
 def leave(trainer: InstructionTrainer) -> None:

@@ -32,7 +32,7 @@ FLOORS = {
         "verdict",
         "console",
     },
-    2: {"trainer", "samples", "evaluation", "report", "figures", "hub", "model_index"},
+    2: {"trainer", "samples", "evaluation", "report", "figures", "hub", "inspection", "model_card", "model_index"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 

@@ -24,14 +24,14 @@ def run(*command: str) -> tuple[subprocess.CompletedProcess, set[str]]:
     return done, set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("script", ["scripts/train.py", "scripts/eval.py"])
+@pytest.mark.parametrize("script", ["scripts/train.py", "scripts/eval.py", "scripts/inspect_data.py"])
 def test_help_imports_only_what_names_the_flags(script):
     done, modules = run(script, "--help")
     assert done.returncode == 0 and "--max_length" in done.stdout
     assert "recipe.config" in modules and not HEAVY & modules
 
 
-@pytest.mark.parametrize("script", ["scripts/train.py", "scripts/eval.py"])
+@pytest.mark.parametrize("script", ["scripts/train.py", "scripts/eval.py", "scripts/inspect_data.py"])
 def test_a_mistake_in_the_arguments_is_told_as_fast(script):
     done, modules = run(script, "--max_lenght", "64")
     assert done.returncode == 1 and "did you mean 'max_length'?" in done.stderr

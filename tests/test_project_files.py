@@ -1,0 +1,72 @@
+"""What stands around the code: it parses, and it says the same everywhere."""
+
+import re
+import tomllib
+
+import pytest
+import yaml
+from conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def load(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_one_version_everywhere():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\S+?),? ", changelog, flags=re.MULTILINE)
+    assert PROJECT["project"]["version"] == load(ROOT / "CITATION.cff")["version"] == newest[1]
+
+
+def test_the_citation_has_what_its_schema_requires():
+    """cff-version 1.2.0: authors, cff-version, message and title; an ISBN is checked by its last digit."""
+    citation = load(ROOT / "CITATION.cff")
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software" and citation["message"]
+    assert citation["title"] and all(author.get("name") or author["family-names"] for author in citation["authors"])
+    assert citation["license"] == PROJECT["project"]["license"]
+    [book] = citation["references"]
+    assert sum(int(digit) * (3 if place % 2 else 1) for place, digit in enumerate(book["isbn"])) % 10 == 0
+
+
+def test_the_guide_names_commands_that_exist():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bmake (\w+)", guide + (ROOT / ".github" / "pull_request_template.md").read_text()))
+    assert {"setup", "test", "lint", "demo"} <= named <= TARGETS
+    files = re.findall(r"`((?:\.ci|docs|scripts|tests)/[\w./]+)`", guide)
+    assert len(files) >= 3 and all((ROOT / file).is_file() for file in files)
+
+
+def test_pre_commit_runs_the_lint_of_the_makefile():
+    """With the tools of the virtual environment, so that nothing is downloaded and the versions are those of CI."""
+    [repository] = load(ROOT / ".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local" and all(hook["language"] == "system" for hook in repository["hooks"])
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint: setup\n")[1].split("\n\n")[0]
+    tools = {tuple(re.sub(r" --check| \.$", "", line.strip()).split("/")[1].split()) for line in recipe.splitlines()}
+    entries = (hook["entry"].removeprefix(".venv/bin/").replace(" --force-exclude", "") for hook in repository["hooks"])
+    assert {tuple(entry.split()) for entry in entries} == tools == {("ruff", "format"), ("ruff", "check"), ("mypy",)}
+
+
+@pytest.mark.parametrize("path", [path for path in FORMS if path.name != "config.yml"], ids=lambda path: path.stem)
+def test_issue_forms_are_forms(path):
+    """The keys that GitHub's syntax for issue forms requires, and an id of its own for each question."""
+    form = load(path)
+    assert form["name"] and form["description"] and form["body"]
+    assert form.keys() <= {"name", "description", "title", "labels", "assignees", "projects", "type", "body"}
+    for question in form["body"]:
+        assert question["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes", "upload")
+        assert question["attributes"].keys() <= {"label", "description", "placeholder", "value", "render"}
+        assert question["attributes"]["label"] and re.fullmatch(r"[\w-]+", question["id"])
+        assert question.keys() <= {"type", "id", "attributes", "validations"}
+    ids = [question["id"] for question in form["body"]]
+    assert len(set(ids)) == len(ids)
+    assert any(question.get("validations", {}).get("required") for question in form["body"])
+
+
+def test_a_report_asks_for_what_repeats_it():
+    questions = {question["id"] for question in load(ROOT / ".github/ISSUE_TEMPLATE/wrong_result.yml")["body"]}
+    assert {"command", "versions", "run"} <= questions
+    assert load(ROOT / ".github/ISSUE_TEMPLATE/config.yml").keys() <= {"blank_issues_enabled", "contact_links"}
