@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,data,interop]'
+	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,data,interop,trackers]'
 	touch $@
 
 demo: setup
@@ -32,7 +32,7 @@ bench: $(VENV)/.installed-bench
 		--contenders recipe_shared_prefix recipe_padded trainer_by_length trl_by_length plain_loop
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,data,interop,bench]'
+	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,data,interop,trackers,bench]'
 	touch $@
 
 lint: setup

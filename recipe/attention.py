@@ -5,7 +5,7 @@ Importing this module registers it with transformers. On batches of `recipe.coll
 batches, rows with a mask) go to SDPA as with `attn_implementation="sdpa"`.
 
 Where FlashAttention runs (CUDA, half precision, no attention dropout) a layer is one call for all segments of the row;
-elsewhere it is two for each group, over its rests padded to the longest.
+elsewhere it is one for each group's prefix, and one for each bundle of its rests, padded to the longest of the bundle.
 
 Related work: Prefix Grouper (arXiv:2506.05433), Tree Training (arXiv:2511.00413).
 """
@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
 MATMUL_LIMIT = 512 * 512  # queries times keys of a row
+BUNDLE_COST = 32_768  # of a further call, in pairs of query and key
 
 Segments = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -106,20 +107,25 @@ def _attend_group(
 ) -> torch.Tensor:
     """A prefix to itself, and each rest, behind the prefix, to both: (time, heads, head size).
 
-    The rests are padded to the longest. Only attention sees the padding, and causality keeps it from real tokens,
-    because it comes last.
+    The rests are padded to the longest of their bundle. Only attention sees the padding, and causality keeps it from
+    real tokens, because it comes last.
     """
     if not any(rests):  # the same example, several times
         query, key, value = (states[None] for states in group)
         return _attend(query, key, value, dropout, scaling)[0]
     sizes = [prefix, sum(rests)]
     shared, own = zip(*(states.split(sizes) for states in group), strict=True)
-    gather, scatter = _padding(rests, group[0].device)
-    query, key, value = (_Pad.apply(states, gather, scatter).unflatten(0, (len(rests), -1)) for states in own)
-    if prefix:
-        before = (states.expand(len(rests), *states.shape) for states in shared[1:])
-        key, value = (torch.cat(pair, dim=1) for pair in zip(before, (key, value), strict=True))
-    output = _Unpad.apply(_attend(query, key, value, dropout, scaling).flatten(0, 1), gather, scatter)
+    gather, scatter, bundles = _padding(rests, prefix, group[0].device)
+    slots = [count * longest for count, longest in bundles]
+    padded = (_Pad.apply(states, gather, scatter).split(slots) for states in own)
+    outputs = []
+    for (count, longest), *bundle in zip(bundles, *padded, strict=True):
+        query, key, value = (states.unflatten(0, (count, longest)) for states in bundle)
+        if prefix:
+            before = (states.expand(count, *states.shape) for states in shared[1:])
+            key, value = (torch.cat(pair, dim=1) for pair in zip(before, (key, value), strict=True))
+        outputs.append(_attend(query, key, value, dropout, scaling).flatten(0, 1))
+    output = _Unpad.apply(torch.cat(outputs), gather, scatter)
     if prefix:
         query, key, value = (states[None] for states in shared)
         output = torch.cat([_attend(query, key, value, dropout, scaling)[0], output])
@@ -218,20 +224,50 @@ def _packing(segments: Segments, device: torch.device) -> tuple[torch.Tensor, to
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token each slot of a padded batch holds, (examples * longest,), and the slot of each token, (time,).
+def _padding(
+    lengths: tuple[int, ...], prefix: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    """Rests of like length side by side in padded bundles; empty ones are left out.
 
-    A slot of padding holds its example's first token.
+    Returns:
+        The token each slot holds, (slots,), in padding the first of its example; the slot of each token, (time,); and
+        of each bundle the number of examples and the longest.
     """
     each = torch.tensor(lengths)
-    slots = torch.arange(int(each.max()))
-    real = slots < each[:, None]  # (examples, longest)
-    first = (each.cumsum(0) - each).clamp(max=int(each.sum()) - 1)  # an empty rest has none of its own
-    gather = torch.where(real, first[:, None] + slots, first[:, None])
-    return _move(gather.flatten(), device), _move(real.flatten().nonzero().flatten(), device)
+    first = each.cumsum(0) - each
+    order = each.argsort(stable=True)[int((each == 0).sum()) :]
+    tokens, real, bundles = [], [], []
+    for members in order.split(bundle_sizes(each[order].tolist(), prefix)):
+        slots = torch.arange(int(each[members[-1]]))
+        real.append((slots < each[members, None]).flatten())
+        tokens.append((first[members, None] + slots.where(slots < each[members, None], 0)).flatten())
+        bundles.append((len(members), len(slots)))
+    gather, taken = torch.cat(tokens), torch.cat(real).nonzero().flatten()
+    scatter = torch.empty_like(taken).index_copy_(0, gather[taken], taken)
+    return _move(gather, device), _move(scatter, device), bundles
 
 
-@lru_cache(maxsize=8)
+def bundle_sizes(lengths: list[int], prefix: int) -> list[int]:
+    """How to cut examples into bundles with the least work; `lengths` of their rests in tokens, shortest first.
+
+    >>> bundle_sizes([10, 12, 14, 400, 410], prefix=24)
+    [3, 2]
+    """
+    costs, starts = [0], [0]
+    for end, longest in enumerate(lengths, start=1):
+        each = longest * (prefix + longest)
+        costs_from = [costs[start] + (end - start) * each for start in range(end)]
+        best = min(costs_from)
+        costs.append(best + BUNDLE_COST)
+        starts.append(costs_from.index(best))
+    sizes, end = [], len(lengths)
+    while end:
+        sizes.append(end - starts[end])
+        end = starts[end]
+    return sizes[::-1]
+
+
+@lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _causal(time: int, keys: int, device: torch.device) -> torch.Tensor:
     """Which of its keys each of the last `time` tokens may see, (time, keys) bool."""

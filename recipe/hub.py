@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -37,7 +38,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from recipe.config import UserError
-from recipe.provenance import HUB_TOKEN, read_json, weights_hash
+from recipe.provenance import HUB_TOKEN, read_json
 
 # What may leave this machine, by name. Whatever is not named here stays: training_args.bin above all, a pickle in which
 # the Trainer keeps --hub_token in clear, and which its own push uploads.
@@ -71,7 +72,7 @@ NOT_TEXT = {".safetensors", ".pt", ".pth", ".png", ".model"}
 SECRETS = {
     "a token of the Hub": HUB_TOKEN,
     "credentials in an address": re.compile(
-        r"https?://[^\s/@\"'<>\\]+@|[a-z][a-z0-9+.-]*://[^\s/:@\"'<>\\]*:[^\s/@\"'<>\\]+@"
+        r"https?://[^\s/?#@\"'<>\\]+@|[a-z][a-z0-9+.-]*://[^\s/?#:@\"'<>\\]*:[^\s/?#@\"'<>\\]+@"
     ),
 }
 SECRET_VARIABLE = re.compile(r".*(TOKEN|KEY|SECRET|PASSWORD)")
@@ -86,7 +87,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Change:
-    """A file beside what the Hub has of it. `state`: new, changed, unchanged, or removed (weights of an earlier push).
+    """A file beside what the Hub has of it. `state`: new, changed, unchanged, or removed (of an earlier push).
 
     `size` is in bytes.
     """
@@ -115,15 +116,18 @@ class Push:
 def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Path]:
     """What of a saved model's folder, and of its evaluation's, goes to the Hub: path in the repository to file.
 
+    Whether the evaluation is of this model is not looked at here: see `recipe.model_card.read_scores`.
+
     >>> files_to_push(Path("recipe/demo/base"))["model.safetensors"].as_posix()
     'recipe/demo/base/model.safetensors'
 
     Raises:
-        UserError: a folder is missing, holds no weights in safetensors or not all of them, or no scores; the evaluation
-            is of other weights.
+        UserError: a folder is missing, or holds no weights in safetensors or not all of them.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the output folder of a training run")
+    if evaluation is not None and not evaluation.is_dir():
+        raise UserError(f"--evaluation {evaluation}: no such folder; name the --output_dir of scripts/eval.py")
     files = _matching(folder, (*WEIGHTS, *SETTINGS, *RECORDS))
     if not any(path.suffix == ".safetensors" for path in files.values()):
         raise UserError(
@@ -136,7 +140,6 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
                 f"{folder}: the weights are not whole, {', '.join(sorted(missing))} missing; save them again"
             )
     if evaluation is not None:
-        _check_evaluation(folder, evaluation)
         files |= {f"evaluation/{name}": path for name, path in _matching(evaluation, EVALUATION).items()}
     return files
 
@@ -152,25 +155,13 @@ def _matching(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     return {path.name: path for path in paths if any(fnmatchcase(path.name, pattern) for pattern in patterns)}
 
 
-def _check_evaluation(folder: Path, evaluation: Path) -> None:
-    if not (evaluation / "metrics.json").is_file():
-        raise UserError(f"--evaluation {evaluation}: no metrics.json there; name the --output_dir of scripts/eval.py")
-    try:
-        scored = read_json(evaluation / "metrics.json")["provenance"]["models"]["tuned"]
-        name, weights = scored["name"], scored["weights"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{evaluation / 'metrics.json'}: not what scripts/eval.py writes ({error!r})") from error
-    mine = weights_hash(str(folder))
-    if weights is not None and weights != mine:
-        raise UserError(
-            f"--evaluation {evaluation} has the scores of other weights ({name}, {weights}) than those of {folder} "
-            f"({mine}); evaluate this model, or name its own evaluation"
-        )
-
-
-def refuse_secrets(files: Mapping[str, Path]) -> None:
+def refuse_secrets(files: Mapping[str, Path], drafts: Mapping[str, str] | None = None) -> None:
     """Look for secrets in all files that are text: tokens of the Hub, credentials in addresses, and the values of this
     process's own secret variables (`HF_TOKEN`, `WANDB_API_KEY`, ...).
+
+    Args:
+        files: path in the repository to file.
+        drafts: texts that will stand at such a path, in place of the file that may be there now.
 
     Raises:
         UserError: there are some; it names each file and line, and does not repeat the secret.
@@ -178,14 +169,19 @@ def refuse_secrets(files: Mapping[str, Path]) -> None:
     values = {name: value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)}
     values["HF_TOKEN"] = get_token() or ""
     values = {name: value for name, value in values.items() if len(value) >= SHORTEST_SECRET}
+    drafts = drafts or {}
+    texts = {
+        str(path): path.read_text(encoding="utf-8", errors="replace")
+        for name, path in files.items()
+        if path.suffix not in NOT_TEXT and name not in drafts
+    }
+    texts |= {f"the new {name}": text for name, text in drafts.items()}
     problems = []
-    for path in files.values():
-        if path.suffix in NOT_TEXT:
-            continue
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    for where, text in texts.items():
+        for number, line in enumerate(text.split("\n"), start=1):
             found = [what for what, pattern in SECRETS.items() if pattern.search(line)]
             found += [f"the value of {name}" for name, value in values.items() if value in line]
-            problems += [f"{path} line {number}: holds {found[0]}"] if found else []
+            problems += [f"{where} line {number}: holds {found[0]}"] if found else []
     if problems:
         raise UserError(
             "\n".join([*problems, "nothing was pushed: take it out of the file, or the file out of the folder"])
@@ -240,7 +236,8 @@ def push_files(
     """Push what differs from the Hub in one commit, whole or not at all; without a difference, none is made.
 
     Files are compared by what git keeps of them: the SHA-256 of large ones (LFS), the SHA-1 of others as git blobs.
-    Weights that an earlier push left in the same folder, and that would be loaded instead or beside, are removed.
+    Weights that an earlier push left in the same folder, and that would be loaded instead or beside, are removed; where
+    the weights at the top change, so are files in `evaluation/` that are not part of this push: they are of old ones.
     Faults that may pass are tried again (`WAITS`), each time from a new look at the Hub, so that nothing goes twice;
     `huggingface_hub` itself repeats uploads (5 times) and reading, but no commit.
 
@@ -250,7 +247,8 @@ def push_files(
         show: called with the changes before anything is sent.
 
     Raises:
-        UserError: the Hub refuses or cannot be reached; the tag is at another commit; there are secrets in the files.
+        UserError: the Hub refuses or cannot be reached; the tag is at another commit, or the name of a
+            branch; there are secrets in the files.
     """
     api = api or HfApi()
     refuse_secrets(files)
@@ -284,21 +282,29 @@ def push_files(
 
 
 def compare_with_hub(files: Mapping[str, Path], repo_id: str, revision: str | None, api: HfApi) -> list[Change]:
-    """Each file beside what the Hub has at its path, in order."""
+    """Each file beside what the Hub has at its path, in order; then what is there of an earlier push and has to go."""
     found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     remote = {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
     changes = [Change(path, file.stat().st_size, _state(file, remote.get(path))) for path, file in files.items()]
-    folders = {str(PurePosixPath(path).parent) for path in files if _is_weights(path)}
-    changes += [
-        Change(path, entry.size, "removed")
-        for path, entry in remote.items()
-        if path not in files and _is_weights(path) and str(PurePosixPath(path).parent) in folders
-    ]
-    return changes
+    folders = {_folder(path) for path in files if _is_weights(path)}
+    stale = [path for path in remote if path not in files and _is_weights(path) and _folder(path) in folders]
+    changed = [*stale, *(change.path for change in changes if change.state != "unchanged")]
+    if any(_is_weights(path) and _folder(path) == "." for path in changed):  # scores of other weights
+        stale += [path for path in remote if path not in files and _is_evaluation(path)]
+    return [*changes, *(Change(path, remote[path].size, "removed") for path in stale)]
+
+
+def _folder(path: str) -> str:
+    return str(PurePosixPath(path).parent)
 
 
 def _is_weights(path: str) -> bool:
     return any(fnmatchcase(PurePosixPath(path).name, pattern) for pattern in WEIGHTS)
+
+
+def _is_evaluation(path: str) -> bool:
+    name = PurePosixPath(path).name
+    return _folder(path) == "evaluation" and any(fnmatchcase(name, pattern) for pattern in EVALUATION)
 
 
 def _state(file: Path, remote: RepoFile | None) -> str:
@@ -316,10 +322,10 @@ def _state(file: Path, remote: RepoFile | None) -> str:
 
 
 def _commit_of_tag(repo_id: str, tag: str, api: HfApi) -> str | None:
-    try:
-        return api.model_info(repo_id, revision=tag).sha
-    except RevisionNotFoundError:
-        return None
+    refs = api.list_repo_refs(repo_id)
+    if tag in {branch.name for branch in refs.branches}:
+        raise UserError(f"--tag {tag} is the name of a branch of {repo_id}; choose another name, such as v1")
+    return next((known.target_commit for known in refs.tags if known.name == tag), None)
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -383,7 +389,10 @@ class PushToHub(TrainerCallback):
     the token among it, and replaces the model card. Each save pushes the model; with the strategies `checkpoint` and
     `all_checkpoints` also what resuming needs, below `last-checkpoint/` or `checkpoint-N/`. What is uploaded is linked
     under `output_dir/.push/` first, so that `--save_total_limit` can remove a checkpoint meanwhile. A push that fails
-    is reported in a line and does not stop training; the next one makes it good.
+    or is skipped is reported in a line and does not stop training; `finish` pushes what is missing then.
+
+    As a context it ends with training: when that fails or is interrupted, saves that still wait are not pushed, and the
+    push that is under way is waited for.
 
     Args:
         repo_id: `owner/name`, see `open_repository`.
@@ -395,8 +404,9 @@ class PushToHub(TrainerCallback):
 
         push = PushToHub(open_repository("someone/demo"), strategy="checkpoint")
         trainer = Trainer(model, args, callbacks=[push], ...)
-        trainer.train()
-        trainer.save_model()
+        with push:
+            trainer.train()
+            trainer.save_model()
         push.finish(Path(args.output_dir))
     """
 
@@ -415,9 +425,27 @@ class PushToHub(TrainerCallback):
         self.revision = revision
         self.always = always
         self.api = api or HfApi()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")  # one commit after the other
-        self._last: Future[None] | None = None
+        # Threads that wait for one another, so that commits come one after the other. Daemons, and so no executor's:
+        # Python ends without them when somebody does not want to wait.
+        self._last: threading.Thread | None = None
+        self._stopped = threading.Event()
+        self._saved: list[int] = []  # steps
+        self._pushed: set[int] = set()
         self._bars = not are_progress_bars_disabled()
+
+    def __enter__(self) -> PushToHub:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            return
+        self._stopped.set()
+        if self._last is not None and self._last.is_alive():
+            tqdm.write(
+                f"waiting for the push to {self.repo_id} that is under way; Ctrl-C ends it, and the Hub keeps the "
+                "commit before"
+            )
+            self._last.join()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -431,53 +459,90 @@ class PushToHub(TrainerCallback):
             PartialState().wait_for_everyone()  # each process writes its own random state
         if not state.is_world_process_zero or self.strategy == "end":
             return
-        if self._last is not None and not self._last.done() and not self.always:
+        step = state.global_step
+        self._saved.append(step)
+        if self._last is not None and self._last.is_alive() and not self.always:
+            tqdm.write(f"  step {step}: not pushed, an earlier push is still under way")
             return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
         stage = Path(args.output_dir) / STAGE / checkpoint.name
-        _link_files(_matching(checkpoint, (*WEIGHTS, *SETTINGS, *RESUMING)).values(), stage)
-        self._last = self._executor.submit(self._push_checkpoint, stage, state.global_step)
+        try:
+            _link_files(_matching(checkpoint, (*WEIGHTS, *SETTINGS, *RESUMING)).values(), stage)
+        except OSError as error:  # a full disk, where files cannot be linked: training goes on
+            shutil.rmtree(stage, ignore_errors=True)
+            tqdm.write(f"  step {step}: not pushed: {error}")
+            return
+        self._last = threading.Thread(target=self._push_save, args=(stage, step, self._last), daemon=True)
+        self._last.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self._bars:
             enable_progress_bars()
 
     def finish(self, output_dir: Path) -> Push:
-        """Wait for what is still being uploaded, then push the finished run.
+        """Wait for what is still being uploaded, push checkpoints that are missing, then the finished run.
+
+        A checkpoint that cannot be pushed is told in a line.
 
         Raises:
-            UserError: the push failed; it names the command that pushes later.
+            UserError: the push failed or was interrupted; it names the command that pushes later.
         """
-        self._executor.shutdown(wait=True)
-        shutil.rmtree(output_dir / STAGE, ignore_errors=True)
         try:
+            if self._last is not None:
+                self._last.join()
+            shutil.rmtree(output_dir / STAGE, ignore_errors=True)
+            self._push_missing_checkpoints(output_dir)
             files = files_to_push(output_dir)
             return push_files(files, self.repo_id, message="End of training", revision=self.revision, api=self.api)
-        except UserError as error:
-            revision = f" --revision {self.revision}" if self.revision else ""
+        except (UserError, KeyboardInterrupt) as error:
+            self._stopped.set()
+            said = "the push was interrupted" if isinstance(error, KeyboardInterrupt) else error
+            command = ["python", "scripts/publish.py", str(output_dir), "--repo_id", self.repo_id]
+            command += ["--revision", self.revision] if self.revision else []
             raise UserError(
-                f"{error}\nthe run itself is whole in {output_dir}/; this pushes it later: "
-                f"python scripts/publish.py {output_dir} --repo_id {self.repo_id}{revision}"
+                f"{said}\nthe run itself is whole in {output_dir}/; this pushes it later: {shlex.join(command)}"
             ) from error
 
-    def _push_checkpoint(self, stage: Path, step: int) -> None:
+    def _push_save(self, stage: Path, step: int, before: threading.Thread | None) -> None:
         message = f"Training in progress, step {step}"
         try:
+            if before is not None:
+                before.join()
+            if self._stopped.is_set():
+                return
             model = _matching(stage, (*WEIGHTS, *SETTINGS, *RECORDS))
             push_files(model, self.repo_id, message=message, revision=self.revision, api=self.api)
             if self.with_checkpoints:
                 # in a second commit: the weights are on the Hub by now, and are not uploaded again
-                folder = "last-checkpoint" if self.strategy == "checkpoint" else stage.name
-                files = files_to_resume(stage, folder)
-                message += ", checkpoint"
-                push_files(files, self.repo_id, message=message, revision=self.revision, api=self.api)
+                self._push_checkpoint(stage, step)
         except Exception as error:  # whatever it is, training goes on
             said = str(error) if isinstance(error, UserError) else repr(error)
-            tqdm.write(f"  step {step}: not pushed, the next push makes it good: {' '.join(said.split())}")
+            tqdm.write(f"  step {step}: not pushed: {' '.join(said.split())}")
         else:
             tqdm.write(f"  step {step}: pushed to {self.repo_id}")
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+    def _push_checkpoint(self, checkpoint: Path, step: int) -> None:
+        folder = "last-checkpoint" if self.strategy == "checkpoint" else f"checkpoint-{step}"
+        files = files_to_resume(checkpoint, folder)
+        message = f"Training in progress, step {step}, checkpoint"
+        push_files(files, self.repo_id, message=message, revision=self.revision, api=self.api)
+        self._pushed.add(step)
+
+    def _push_missing_checkpoints(self, output_dir: Path) -> None:
+        """Push what resuming needs where that was skipped or failed; of `last-checkpoint/` only the last matters."""
+        if not self.with_checkpoints:
+            return
+        for step in self._saved[-1:] if self.strategy == "checkpoint" else self._saved:
+            checkpoint = output_dir / f"checkpoint-{step}"
+            try:
+                if step not in self._pushed and not checkpoint.is_dir():
+                    raise UserError(f"{checkpoint} was removed before it was pushed")
+                if step not in self._pushed:
+                    self._push_checkpoint(checkpoint, step)
+            except UserError as error:
+                tqdm.write(f"  step {step}: what resuming needs is not on the Hub: {' '.join(str(error).split())}")
 
 
 def take_over_push(args: TrainingArguments) -> PushToHub:
@@ -495,7 +560,7 @@ def take_over_push(args: TrainingArguments) -> PushToHub:
     return PushToHub(repo_id, strategy, revision=args.hub_revision, always=args.hub_always_push, api=api)
 
 
-def _link_files(paths: Any, folder: Path) -> None:
+def _link_files(paths: Iterable[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         try:

@@ -190,23 +190,30 @@ def inspect_lengths(
     overflow: str,
     batch_size: int,
     preamble: int,
+    ending: int,
     mask_prompt: bool = True,
 ) -> dict[str, Any]:
     """Histograms, what limits cost, and what the tokens that training sees are, of each split; see docs/data.md.
 
     Args:
-        preamble: tokens that begin every prompt, from `recipe.data.template_overhead`.
+        preamble: tokens that begin every prompt, from `recipe.data.template_overhead`; so is `ending`, the tokens that
+            end it and that no cut takes.
         mask_prompt: without it the last preamble token has a target of the record's own, and is not shared.
     """
     edges = bin_edges(lengths.values())
     report: dict[str, Any] = {"bin_edges": edges.tolist(), "splits": {}}
     for name, of in lengths.items():
         prompt, response = kept_lengths(of, max_length, overflow)
+        begun = np.full(len(prompt), preamble)  # tokens of the preamble that are left
+        if overflow == "truncate":
+            cut = prompt < of.prompt
+            begun[cut] = np.minimum(preamble, prompt[cut] - ending)
         tokens = {
-            "preamble": preamble * len(prompt),
-            "prompt": int(prompt.sum()) - preamble * len(prompt),
+            "preamble": int(begun.sum()),
+            "prompt": int(prompt.sum() - begun.sum()),
             "response": int(response.sum()),
         }
+        shared = int(begun.min(initial=preamble)) - (not mask_prompt)
         total = sum(tokens.values())
         report["splits"][name] = {
             "records": len(of.prompt),
@@ -214,7 +221,7 @@ def inspect_lengths(
             "too_long": int((of.whole > max_length).sum()),
             "tokens": tokens,
             "shares": {part: count / total if total else None for part, count in tokens.items()},
-            "batches": batch_costs(prompt + response, batch_size, preamble - (not mask_prompt)),
+            "batches": batch_costs(prompt + response, batch_size, max(0, shared)),
             "overflow": [overflow_at(of, limit) for limit in limits],
             "lengths": {part: _describe_lengths(getattr(of, part), edges) for part in PARTS},
         }
@@ -355,20 +362,24 @@ def shingle_sets(texts: Sequence[str]) -> list[np.ndarray]:
     """
     plain = [" ".join(text.lower().split()).ljust(SHINGLE, "\0") for text in texts]
     lengths = np.array([len(text) for text in plain])
-    characters = np.frombuffer("".join(plain).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    # a code point has 21 bits: three fit, and two numbered threes that overlap make the five
-    threes = characters[:-2] | characters[1:-1] << np.uint64(21) | characters[2:] << np.uint64(42)
-    threes = _numbered_integers(threes)
-    fives = threes[:-2] << np.uint64(32) | threes[2:]
+    characters = np.frombuffer("".join(plain).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     within = np.ones(len(characters), dtype=bool)  # no run goes on into the next text
     within[(lengths.cumsum()[:, None] - np.arange(1, SHINGLE)).ravel()] = False
-    numbers = _numbered_integers(fives[within[: len(fives)]]).astype(np.int64)
+    # a code point has 21 bits: three fit, and two numbered threes that overlap make the five
+    wide = characters.astype(np.uint64)
+    threes = wide[:-2] | wide[1:-1] << np.uint64(21) | wide[2:] << np.uint64(42)
+    del wide  # 8 bytes a character, as what follows
+    numbers = _numbered_integers(threes)
+    threes = numbers.astype(np.uint64)
+    fives = threes[:-2] << np.uint64(32) | threes[2:]
+    del threes
+    numbers = _numbered_integers(fives[within[: len(fives)]])
     return [np.unique(of) for of in np.split(numbers, (lengths - SHINGLE + 1).cumsum()[:-1])]
 
 
 def _numbered_integers(values: np.ndarray) -> np.ndarray:
-    """`numbered`, for many integers at once."""
-    return pa.array(values).dictionary_encode().indices.to_numpy().astype(np.uint64)
+    """`numbered`, for many integers at once, as int32."""
+    return pa.array(values).dictionary_encode().indices.to_numpy()
 
 
 def _jaccard(pairs: np.ndarray, shingles: Sequence[np.ndarray]) -> np.ndarray:

@@ -15,13 +15,13 @@ import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from safetensors import safe_open
 
 from recipe.config import UserError
-from recipe.model_index import eval_results, is_hub_id
+from recipe.model_index import DATA_FILES, eval_results, is_hub_id
 from recipe.provenance import read_json, weights_hash, write_whole
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -29,6 +29,14 @@ EXAMPLE = {"instruction": "Rewrite the sentence in the past tense.", "input": "S
 SHOWN = 3  # best and worst examples, of each
 RANKED_BY = "chrf"  # tells close answers apart, one by one and in any script
 LONGEST, MOST_LINES, WIDTH = 300, 8, 100  # of a text in an example: characters, lines, characters in a line
+
+
+class Evaluation(NamedTuple):
+    """A finished evaluation: what its `metrics.json` and `predictions.jsonl` hold, and what `read_scores` checked."""
+
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    checked: bool
 
 
 def write_model_card(
@@ -61,23 +69,37 @@ def write_model_card(
         write_model_card(Path("outputs/demo"), run, Path("outputs/demo-eval"), license="apache-2.0", language="en")
     """
     output_dir = Path(output_dir)
+    scores = read_evaluation(Path(evaluation), output_dir) if evaluation else None
+    card = make_model_card(output_dir, run, scores, repo_id=repo_id, license=license, language=language)
+    write_whole(output_dir / "README.md", card)
+
+
+def make_model_card(
+    output_dir: Path,
+    run: Mapping[str, Any],
+    evaluation: Evaluation | None = None,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+) -> str:
+    """The text of the card; see `write_model_card`."""
     adapter = read_json(output_dir / "adapter_config.json") if is_adapter(output_dir) else None
-    base = run["config"]["model"]["model_name_or_path"]
-    metrics, predictions = read_evaluation(Path(evaluation), output_dir) if evaluation else ({}, [])
+    base, hub = run["config"]["model"]["model_name_or_path"], hub_of(run)
     energy = measured_energy(output_dir, run)
-    hub_data = [source for _, source in sources(run["config"]["data"]["data"]) if is_hub_id(source)]
     repo_id = repo_id or run["config"]["training"]["hub_model_id"]
     title = Path(repo_id or output_dir.resolve()).name
     languages = [language] if isinstance(language, str) else list(language or [])
-    scores = eval_results(metrics) if metrics else []
+    same_data = evaluation is not None and evaluation.metrics["provenance"]["data"] == run["config"]["data"]["data"]
+    scores = eval_results(evaluation.metrics, hub["data"] if same_data else None) if evaluation else []
     card_data = ModelCardData(
         language=languages or None,
         license=license,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        base_model=base if is_hub_id(base) else None,
-        base_model_relation=("adapter" if adapter else "finetune") if is_hub_id(base) else None,
-        datasets=list(dict.fromkeys(hub_data)) or None,
+        base_model=base if hub["base"] else None,
+        base_model_relation=("adapter" if adapter else "finetune") if hub["base"] else None,
+        datasets=list(dict.fromkeys(hub["data"])) or None,
         tags=["instruction-tuning", "sft", *(["lora"] if (adapter or {}).get("peft_type") == "LORA" else [])],
         co2_eq_emissions=energy and energy["metadata"],
         model_name=title if scores else None,
@@ -98,12 +120,12 @@ def write_model_card(
         settings=list(settings(output_dir, run, adapter)),
         energy=energy and energy["words"],
         has_curve=(output_dir / "loss.png").is_file(),
-        evaluation=evaluation_parts(metrics, predictions, run) if metrics else None,
-        limits=list(limits(run, metrics, predictions)),
+        evaluation=evaluation_parts(evaluation, run) if evaluation else None,
+        limits=list(limits(run, evaluation)),
         reproduce=fence("\n".join(commands(run["command"], run["processes"])), "bash"),
         data_hash=run["data_hash"],
     )
-    write_whole(output_dir / "README.md", str(card))
+    return str(card)
 
 
 def is_adapter(output_dir: Path) -> bool:
@@ -114,14 +136,43 @@ def is_adapter(output_dir: Path) -> bool:
 # --- the model, its data and its training -----------------------------------------------------------------------------
 
 
+def hub_sources(base: str | None, data: Any, revision: str | None = None) -> dict[str, Any]:
+    """What of a run comes from the Hub, as it can be told in the run's working folder while it runs.
+
+    Args:
+        base: the run's `model_name_or_path`.
+        data: its `data`.
+        revision: of the base, to look its commit up in the Hub's cache on this machine; None leaves that out.
+
+    >>> hub_sources("recipe/demo/base", {"train": "tatsu-lab/alpaca", "test": "mine.jsonl"})
+    {'base': False, 'base_commit': None, 'data': ['tatsu-lab/alpaca']}
+    """
+    on_hub = is_hub_id(base)
+    config = try_to_load_from_cache(base, "config.json", revision=revision) if base and on_hub and revision else None
+    return {
+        "base": on_hub,
+        "base_commit": Path(config).parent.name if isinstance(config, str) else None,
+        "data": [source for _, source in sources(data) if is_hub_id(source)],
+    }
+
+
+def hub_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the run wrote down of that; for one that did not, as it looks from here."""
+    config = run["config"]
+    return run.get("hub") or hub_sources(config["model"]["model_name_or_path"], config["data"]["data"])
+
+
 def base_in_words(run: Mapping[str, Any], in_table: bool = False) -> str:
-    """What the weights were before training."""
-    model = run["config"]["model"]
+    """What the weights were before training; in the table with the commit."""
+    model, hub = run["config"]["model"], hub_of(run)
     name, revision = model["model_name_or_path"], model["model_revision"]
     if name is None:
         return run["weights_from"]
-    if is_hub_id(name):
-        return code(name) + (f" (revision {code(revision, in_table)})" if revision != "main" else "")
+    if hub["base"]:
+        parts = [f"revision {code(revision, in_table)}"] if revision != "main" else []
+        commit = hub["base_commit"] if in_table and hub["base_commit"] != revision else None
+        parts += [f"commit {code(commit)}"] if commit else []
+        return code(name) + (f" ({', '.join(parts)})" if parts else "")
     return f"the weights of the local folder {code(public_path(name), in_table)}"
 
 
@@ -337,41 +388,77 @@ def measured_energy(output_dir: Path, run: Mapping[str, Any]) -> dict[str, Any] 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
 
 
-def read_evaluation(folder: Path, output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
     """The scores and the answers of a finished evaluation of this model.
 
     Raises:
-        UserError: files are missing, do not belong together, or are of other weights than those in `output_dir`.
+        UserError: files are missing, do not belong together, or are of another model; see `read_scores`.
     """
-    from recipe.answers import is_answer_file, read_answers  # here: a card without scores needs none of it
+    from recipe.answers import read_answers  # here: a card without scores needs none of it
     from recipe.report import check_inputs
 
     for name in ("metrics.json", "predictions.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"evaluation {folder}: no {name} there; give the --output_dir of a finished scripts/eval.py run"
-            )
-    metrics = read_json(folder / "metrics.json")
-    if not isinstance(metrics, dict) or not {"splits", "judge", "provenance"} <= metrics.keys():
-        raise UserError(f"{folder / 'metrics.json'}: not what scripts/eval.py writes; run its score stage again")
+        _require(folder, name)
+    metrics, checked = read_scores(folder, output_dir)
     predictions = list(read_answers(folder / "predictions.jsonl", strict=True).values())
     check_inputs(predictions, metrics, [])
-    tuned = metrics["provenance"]["models"]["tuned"]
-    if tuned["weights"] not in (None, weights_hash(str(output_dir))) and not is_answer_file(tuned["name"]):
+    return Evaluation(metrics, predictions, checked)
+
+
+def read_scores(folder: Path, output_dir: Path) -> tuple[dict[str, Any], bool]:
+    """What `metrics.json` of an evaluation holds, and whether it is known to be of the weights in `output_dir`.
+
+    It is known where a folder was evaluated, or a model of the Hub whose files of that commit are in the cache here; it
+    is not of an endpoint, of recorded answers, and of other models of the Hub.
+
+    Raises:
+        UserError: it is missing or not whole, or is of other weights.
+    """
+    from recipe.answers import ECHO  # here: a card without scores needs none of it
+    from recipe.endpoints import is_endpoint
+
+    _require(folder, "metrics.json")
+    metrics = read_json(folder / "metrics.json")
+    try:
+        tuned = metrics["provenance"]["models"]["tuned"]
+        name, weights = tuned["name"], tuned["weights"]
+        metrics["splits"], metrics["judge"]
+    except (KeyError, TypeError) as error:
         raise UserError(
-            f"evaluation {folder} is of {tuned['name']} with other weights ({tuned['weights']}) than {output_dir} "
-            "holds; evaluate that folder, or name its evaluation"
+            f"{folder / 'metrics.json'}: not what scripts/eval.py writes ({error!r}); run its score stage again"
+        ) from error
+    advice = f"evaluate {output_dir}, or name its evaluation"
+    if name == ECHO:
+        raise UserError(f"evaluation {folder} is of {name!r}, which says the instruction again; {advice}")
+    if is_endpoint(name) or name.endswith(DATA_FILES):
+        return metrics, False
+    if weights is not None and not weights.startswith("sha256:"):  # the commit of a model on the Hub
+        config = try_to_load_from_cache(name, "config.json", revision=weights)
+        weights = weights_hash(str(Path(config).parent)) if isinstance(config, str) else None
+        if weights is None:
+            return metrics, False
+    mine = weights_hash(str(output_dir))
+    if weights != mine:
+        raise UserError(
+            f"evaluation {folder} is of {name} with other weights ({weights}) than {output_dir} holds ({mine}); "
+            + advice
         )
-    return metrics, predictions
+    return metrics, True
 
 
-def evaluation_parts(
-    metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], run: Mapping[str, Any]
-) -> dict[str, Any]:
+def _require(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise UserError(
+            f"evaluation {folder}: no {name} there; give the --output_dir of a finished scripts/eval.py run"
+        )
+
+
+def evaluation_parts(evaluation: Evaluation, run: Mapping[str, Any]) -> dict[str, Any]:
     """What the card says of the evaluation, as text."""
     from recipe.report import judge_table, pairs_sentence, score_row
     from recipe.verdict import findings, verdict
 
+    metrics, predictions = evaluation.metrics, evaluation.predictions
     provenance, judge = metrics["provenance"], metrics["judge"]
     models = provenance["models"]
     worse = [
@@ -385,6 +472,7 @@ def evaluation_parts(
     )
     split = held_out_split(metrics["splits"])
     return {
+        "unchecked": None if evaluation.checked else code(model_in_words(models["tuned"]["name"])),
         "verdicts": [escape(verdict(metrics, name).sentence) for name in metrics["splits"]],
         "worse": escape("; ".join(worse)),
         "baseline": code(model_in_words(models["baseline"]["name"])) if "baseline" in models else None,
@@ -408,7 +496,6 @@ def evaluation_parts(
         "pairs": pairs_sentence((judge or {}).get("pairwise")),
         "examples": examples(predictions, split),
         "examples_split": code(split),
-        "shown": SHOWN,
         "commands": fence("\n".join(commands(provenance["command"])), "bash"),
     }
 
@@ -465,9 +552,7 @@ def examples(predictions: Sequence[Mapping[str, Any]], split: str) -> dict[str, 
     return {"best": [show(index) for index in best], "worst": [show(index) for index in worst]}
 
 
-def limits(
-    run: Mapping[str, Any], metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
+def limits(run: Mapping[str, Any], evaluation: Evaluation | None) -> Iterator[str]:
     """What should keep a reader from expecting too much, one sentence each, from what run and evaluation hold."""
     train, rows, limit = run["splits"]["train"], run["rows"], run["config"]["data"]["max_length"]
     length = f"{limit:,} tokens" if limit else "the tokenizer's limit"
@@ -482,12 +567,13 @@ def limits(
             f"{leaked:,} training records also stood in a held-out split and were left out of training; only exact "
             "duplicates are found."
         )
-    if not metrics:
+    if evaluation is None:
         yield "It was not evaluated: nothing is known of how well it answers records that it has not seen."
         return
     from recipe.comparison import labels_of
     from recipe.verdict import cautions
 
+    metrics, predictions = evaluation.metrics, evaluation.predictions
     seen = [split for split in metrics["splits"] if split in ("train", "all")]
     if seen:
         yield f"Scores on `{seen[0]}` are on records that it may have learned from."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ def is_hub_id(source: Any) -> bool:
     return not source.endswith(DATA_FILES) and not Path(source).exists()
 
 
-def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+def eval_results(metrics: Mapping[str, Any], hub_data: Sequence[str] | None = None) -> list[EvalResult]:
     """The tuned model's scores on every split as `model-index` entries; with each, its interval, `n` and baseline.
 
     Args:
         metrics: what `metrics.json` holds.
+        hub_data: the datasets that are known to be named by their Hub ids; None to tell it from here.
 
     Example::
 
@@ -44,12 +45,13 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     from recipe.measures import BEHAVIOUR, METRICS  # here: their libraries take a while, and --help needs none of it
 
     data = metrics["provenance"]["data"]
+    on_hub = is_hub_id(data) if hub_data is None else data in hub_data
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Instruction following",
-            dataset_type=data if is_hub_id(data) else "instruction-records",
-            dataset_name=dataset_name(data),
+            dataset_type=data if on_hub else "instruction-records",
+            dataset_name=data if on_hub else dataset_name(data),
             dataset_split=split,
             metric_type=name,
             metric_name={**METRICS, **BEHAVIOUR}[name].title,

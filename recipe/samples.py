@@ -14,7 +14,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from recipe.console import one_line, visible
 from recipe.generation import generate_responses
-from recipe.provenance import read_json_lines, write_json_lines
+from recipe.provenance import read_json_lines, write_json_lines, write_whole
 from recipe.templates import Template
 
 COLUMNS = ("instruction", "input", "output", "response", "stop_reason")  # `output` is the reference
@@ -52,9 +52,11 @@ class SampleGenerations(TrainerCallback):
         self.trackers = [callback for callback in trackers if isinstance(callback, tuple(AS_SHOWN_BY))]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the samples of steps that a resumed run takes again."""
+        """Drop the samples of steps that a resumed run takes again, and a last line that was cut short."""
         path = Path(args.output_dir) / "samples.jsonl"
         if state.is_world_process_zero and path.is_file():
+            content = path.read_bytes()
+            write_whole(path, content[: content.rfind(b"\n") + 1])
             kept = [sample for sample in read_json_lines(path) if sample["step"] <= state.global_step]
             write_json_lines(path, kept)
 

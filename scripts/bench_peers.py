@@ -7,6 +7,7 @@ the recipe.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -132,9 +133,18 @@ class Meter:
 def attention_pairs(batch: Any) -> int:
     """Query-key pairs that attention lays out for a batch, in each layer."""
     rows, width = batch["input_ids"].shape
-    if "segments" in batch:  # rests are padded to the longest of their group, behind the prefix
-        return sum(p * p + len(rests) * max(rests) * (p + max(rests)) for p, rests in batch["segments"])
+    if "segments" in batch:
+        return sum(p * p + sum(pairs_of_bundles(sorted(filter(None, rests)), p)) for p, rests in batch["segments"])
     return rows * width * width
+
+
+def pairs_of_bundles(lengths: list[int], prefix: int) -> Iterator[int]:
+    """Those of rests that are padded to the longest of their bundle, behind the prefix."""
+    from recipe.attention import bundle_sizes
+
+    ends = itertools.accumulate(bundle_sizes(lengths, prefix), initial=0)
+    for start, end in itertools.pairwise(ends):
+        yield (end - start) * lengths[end - 1] * (prefix + lengths[end - 1])
 
 
 def measure_training(job: dict) -> dict:

@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
         data_args.overflow,
         args.per_device_train_batch_size,
         preamble,
+        ending,
         data_args.mask_prompt,
     )
     report = {

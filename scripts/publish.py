@@ -6,15 +6,15 @@ python scripts/publish.py outputs/demo --repo_id someone/demo --evaluation outpu
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipe.config import UserError, parse_arguments
 from recipe.console import print_table
 from recipe.hub import Change, files_to_push, open_repository, push_files, refuse_secrets
-from recipe.model_card import write_model_card
-from recipe.provenance import read_run
+from recipe.model_card import make_model_card, read_evaluation, read_scores
+from recipe.provenance import read_run, write_whole
 
 
 @dataclass
@@ -46,15 +46,16 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     folder, evaluation = Path(args.model or ""), Path(args.evaluation) if args.evaluation else None
     files = files_to_push(folder, evaluation)
+    card = card_maker(args, folder, evaluation)
+    drafts = {"README.md": card(args.repo_id)} if card else {}
+    refuse_secrets(files, drafts)
     if args.dry_run:
-        refuse_secrets(files)
-        print_files(files, args.repo_id or "")
+        print_files(files, drafts, args.repo_id or "")
         return
-    run = read_run(folder)
-    if args.card and run is not None:
-        write_model_card(folder, run, evaluation, repo_id=args.repo_id, license=args.license, language=args.language)
-        files = files_to_push(folder, evaluation)
     repo_id = open_repository(args.repo_id or "", private=args.private, revision=args.revision)
+    if card:  # not before it is known that it can be pushed
+        write_whole(folder / "README.md", drafts["README.md"] if repo_id == args.repo_id else card(repo_id))
+        files = files_to_push(folder, evaluation)
     pushed = push_files(
         files, repo_id, message=args.message, revision=args.revision, tag=args.tag,
         show=lambda changes: print_changes(changes, repo_id, args.revision),
@@ -62,8 +63,33 @@ def main(argv: list[str]) -> None:
     print(f"{'Pushed' if pushed.sent else 'Nothing changed'}: {pushed.url} (commit {pushed.commit[:8]})")
 
 
+def card_maker(args: PublishArguments, folder: Path, evaluation: Path | None) -> Callable[[str | None], str] | None:
+    """What makes the text of README.md for a repository; None where the one that is there goes as it is.
+
+    Raises:
+        UserError: the evaluation is of another model, the folder is a checkpoint, or flags would have no effect.
+    """
+    if args.card and folder.resolve().name.startswith("checkpoint-"):
+        raise UserError(
+            f"{folder}: steps, time and loss of a checkpoint are nowhere written down, so that no card can be made; "
+            "add --card false to push it without one, or with a README.md of yours"
+        )
+    run = read_run(folder) if args.card else None
+    if run is None:
+        if args.license or args.language:
+            why = f"{folder} has no run.json to write it from" if args.card else "--card false writes none"
+            raise UserError(f"--license and --language stand on a card that is written anew, and {why}; leave them out")
+        if evaluation is not None:
+            read_scores(evaluation, folder)
+        return None
+    scores = read_evaluation(evaluation, folder) if evaluation is not None else None
+    return lambda repo_id: make_model_card(
+        folder, run, scores, repo_id=repo_id, license=args.license, language=args.language
+    )
+
+
 def parse(argv: list[str]) -> PublishArguments:
-    if argv and Path(argv[0]).is_dir():  # where other scripts take a YAML file
+    if argv and not argv[0].startswith("-") and not Path(argv[0]).is_file():  # where other scripts take a YAML file
         argv = ["--model", *argv]
     [args] = parse_arguments([PublishArguments], argv, (__doc__ or "").split("\n")[0])
     if args.model is None:
@@ -73,10 +99,14 @@ def parse(argv: list[str]) -> PublishArguments:
     return args
 
 
-def print_files(files: Mapping[str, Path], repo_id: str) -> None:
+def print_files(files: Mapping[str, Path], drafts: Mapping[str, str], repo_id: str) -> None:
     sizes = {path: file.stat().st_size for path, file in files.items()}
+    sizes |= {path: len(text.encode()) for path, text in drafts.items()}
     rows = [[path, readable(size)] for path, size in sizes.items()]
     print_table(f"What would go to {repo_id or 'the Hub'}", ["file", "size"], rows)
+    for path in drafts:
+        replaced = f" in place of the {path} that is there; --card false keeps that" if path in files else ""
+        print(f"{path} would be written anew{replaced}")
     print(f"{len(sizes)} files, {readable(sum(sizes.values()))}; nothing was written, asked or sent")
 
 

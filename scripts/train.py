@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
 from recipe.model import context_length, load_config, load_model, load_tokenizer, prepare_for_chat
-from recipe.model_card import write_model_card
+from recipe.model_card import hub_sources, write_model_card
 from recipe.templates import load_template
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         [ModelArguments, DataArguments, InstructionTrainingArguments], argv, description=__doc__.split("\n")[0]
     )
     checkpoint = find_checkpoint(training_args)
+    check_trackers(training_args)
     push = None
     if training_args.push_to_hub:  # asked for access now: a wrong token must not cost a training run
         from recipe.hub import take_over_push
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> None:
     if data_args.batching == "shared_prefix" and model_args.attn_implementation is None:
         model_args.attn_implementation = attention.NAME
     model, origin = load_model(model_args, tokenizer)
+    hub = hub_sources(model_args.model_name_or_path, data_args.data, model_args.model_revision)
     prepare_for_chat(model, tokenizer, template)
     say_model(origin, model, training_args)
 
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> None:
         samples = list(
             records["validation"].take(min(training_args.num_sample_generations, len(records["validation"])))
         )
-        trainer.add_callback(SampleGenerations(samples, template))
+        trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:
         if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and push.with_checkpoints:
             raise UserError(
@@ -103,27 +105,26 @@ def main(argv: list[str]) -> None:
             )
         trainer.add_callback(push)
 
-    # train
+    # train and save; when that fails, pushes that wait do not keep this process
     clear_output_dir(training_args, checkpoint)
-    with naming_a_full_disk(Path(training_args.output_dir), model):
-        trainer.train(resume_from_checkpoint=checkpoint)
-
-        # save
-        trainer.save_model()
-        trainer.save_state()
-    if trainer.is_world_process_zero():
-        output_dir = Path(training_args.output_dir)
-        run = run_record(model_args, data_args, training_args, origin, records, statistics, leaked, trainer)
-        run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
-        write_json(output_dir / "run.json", run)
-        plot_loss(trainer.state.log_history, output_dir / "loss.png")
-        write_model_card(output_dir, run)
-        say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
-    leave(trainer)
+    output_dir = Path(training_args.output_dir)
+    with push or nullcontext():
+        with naming_a_full_disk(output_dir, model):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+        if trainer.is_world_process_zero():
+            run = run_record(model_args, data_args, training_args, origin, hub, records, statistics, leaked, trainer)
+            run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
+            write_json(output_dir / "run.json", run)
+            plot_loss(trainer.state.log_history, output_dir / "loss.png")
+            write_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
+            say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
+        leave(trainer)
 
     # push, when no other process waits any more
     if push is not None and trainer.is_world_process_zero():
-        pushed = push.finish(Path(training_args.output_dir))
+        pushed = push.finish(output_dir)
         say(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
 
 
@@ -160,6 +161,22 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         return checkpoint
     _refuse_used(output_dir, args)
     return None
+
+
+def check_trackers(args: InstructionTrainingArguments) -> None:
+    """Have W&B look for its key now, as it would at the first step: a missing one must not end a run that has begun."""
+    if "wandb" not in args.report_to or args.process_index != 0:
+        return
+    try:
+        import wandb
+    except ImportError:  # the Trainer says how to install it
+        return
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise UserError(
+            f"--report_to wandb: {error}; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from error
 
 
 def last_whole_checkpoint(output_dir: Path) -> str | None:
@@ -310,13 +327,14 @@ def run_record(
     data_args: DataArguments,
     training_args: InstructionTrainingArguments,
     origin: str,
+    hub: dict,
     records: DatasetDict,
     statistics: list[dict],
     leaked: int,
     trainer: InstructionTrainer,
 ) -> dict:
     """What `run.json` holds: enough to repeat the run and to find its test split again."""
-    from recipe.provenance import command_line, data_hash, versions  # see main
+    from recipe.provenance import command_line, data_hash, hardware, versions  # see main
 
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
@@ -325,8 +343,10 @@ def run_record(
     return {
         "command": command_line(),
         "versions": versions(),
+        "hardware": hardware(),
         "seed": training_args.seed,
         "weights_from": origin,
+        "hub": hub,
         "processes": training_args.world_size,
         "data_hash": data_hash(records),
         "splits": {row["split"]: row for row in statistics},

@@ -293,6 +293,9 @@ class Handler(BaseHTTPRequestHandler):
             case "revision":
                 siblings = [{"rfilename": path} for path in files]
                 return {"id": repository.id, "sha": commit, "private": repository.private, "siblings": siblings}
+            case "refs":
+                heads, tags = refs("heads", repository.branches), refs("tags", repository.tags)
+                return {"branches": heads, "tags": tags, "converts": []}
             case "tree":
                 return tree(files, folder, query.get("recursive", ["false"])[0].lower() == "true")
             case "paths-info":
@@ -356,6 +359,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def refs(kind: str, commits: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit} for name, commit in commits.items()]
 
 
 def tree(files: Mapping[str, File], folder: str, recursive: bool) -> list[dict[str, Any]]:

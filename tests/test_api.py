@@ -173,6 +173,24 @@ def run_trainer(block, tmp_path):
     assert space["trainer"].state.global_step == 2
 
 
+def run_samples(block, tmp_path):
+    from recipe.data import load_records
+    from recipe.templates import load_template
+    from recipe.trainer import InstructionTrainer
+
+    tokenizer, model = load()
+    data = DataArguments(data=str(TRAINING))
+    records, rows = load_records(data)[0]["train"].to_list(), load_splits(data, tokenizer)["validation"]
+    trainer = InstructionTrainer(
+        model, InstructionTrainingArguments(str(tmp_path), report_to="none"), eval_dataset=rows,
+        data_collator=DataCollatorForInstructionTuning(tokenizer.eos_token_id), processing_class=tokenizer,
+    )  # fmt: skip
+    space = namespace("recipe.samples") | {"trainer": trainer, "records": records}
+    run_block(block, space | {"template": load_template("alpaca")})
+    trainer.evaluate()
+    assert len((tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
 def run_generation(block, tmp_path):
     from recipe.templates import load_template
 
@@ -215,6 +233,7 @@ RUN = {
     "recipe.data.load_splits": run_load_splits,
     "recipe.loss.linear_cross_entropy": run_linear_cross_entropy,
     "recipe.trainer.InstructionTrainer": run_trainer,
+    "recipe.samples.SampleGenerations": run_samples,
     "recipe.generation.generate_responses": run_generation,
     "recipe.likelihood.reference_losses": run_likelihood,
     "recipe.comparison.compare": run_compare,

@@ -50,6 +50,31 @@ def random_states(segments, heads, device="cpu", dtype=torch.float32):
     return [each.to(device, dtype).requires_grad_() for each in states], torch.randn(1, time, queries, size).to(device)
 
 
+@pytest.fixture(params=[0, attention.BUNDLE_COST], ids=["many bundles", "few bundles"])
+def bundles(request, monkeypatch):
+    monkeypatch.setattr(attention, "BUNDLE_COST", request.param)
+    attention._padding.cache_clear()
+    yield
+    attention._padding.cache_clear()
+
+
+def test_bundles_are_the_cheapest_of_all():
+    def cost(lengths, sizes, prefix):
+        ends = [*itertools.accumulate(sizes)]
+        pairs = sum(
+            size * lengths[end - 1] * (prefix + lengths[end - 1]) for size, end in zip(sizes, ends, strict=True)
+        )
+        return pairs + attention.BUNDLE_COST * len(sizes)
+
+    for lengths, prefix in (([1, 2, 100, 200, 210, 400], 24), ([50] * 6, 0), ([3, 300, 301, 302], 512), ([7], 5)):
+        cuts = itertools.product([False, True], repeat=len(lengths) - 1)
+        ways = [[len([*each]) for _, each in itertools.groupby(itertools.accumulate(cut, initial=0))] for cut in cuts]
+        found = attention.bundle_sizes(lengths, prefix)
+        assert cost(lengths, found, prefix) == min(cost(lengths, way, prefix) for way in ways)
+    assert attention.bundle_sizes([10, 12, 14, 400, 410], 24) == [3, 2]
+
+
+@pytest.mark.usefixtures("bundles")
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_one_variable_length_call_equals_group_by_group(segments, heads):

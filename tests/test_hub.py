@@ -2,13 +2,17 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +127,7 @@ def test_secrets_in_text_files_are_refused(hub, api, folder, monkeypatch, text, 
 
 def test_addresses_and_handles_are_no_secrets(folder):
     text = "see https://example.com/@someone, git@github.com:a/b, ssh://git@host/a, a@b.org, http://host:8000/v1?x=a@b"
+    text += ", https://example.com?mail=a@b.org, postgresql://host#a:b@c"
     (folder / "run.json").write_text(text)
     refuse_secrets(files_to_push(folder))
 
@@ -173,6 +178,30 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(hub, api, folder):
     assert "adapter_config.json" not in repository.files()
 
 
+def test_scores_of_old_weights_go_with_them(hub, api, folder, tmp_path):
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    for name in ("metrics.json", "report.html", "scores.png"):
+        (evaluation / name).write_text("of the first weights")
+    repo_id = open_repository("someone/model", api=api)
+    push_files(files_to_push(folder, evaluation), repo_id, message="Scored", api=api)
+    repository = hub.repositories["models/someone/model"]
+    files = repository.commits[repository.branches["main"]]
+    files["evaluation/NOTES.md"] = files["config.json"]
+    assert push(folder, api).sent == []  # the same weights: their scores stay
+    name, weight = next(iter(load_file(folder / "model.safetensors").items()))
+    save_file({name: weight}, folder / "model.safetensors", metadata={"format": "pt"})
+    (evaluation / "report.html").write_text("of the second")
+    for other in ("metrics.json", "scores.png"):
+        (evaluation / other).unlink()
+    pushed = push_files(files_to_push(folder, evaluation), repo_id, message="Scored", api=api)
+    assert {(change.path, change.state) for change in pushed.sent} == {
+        ("model.safetensors", "changed"), ("evaluation/report.html", "changed"), ("evaluation/metrics.json", "removed"),
+        ("evaluation/scores.png", "removed"),
+    }  # fmt: skip
+    assert {path for path in repository.files() if "/" in path} == {"evaluation/NOTES.md", "evaluation/report.html"}
+
+
 def test_revisions_and_tags(hub, api, folder):
     push(folder, api, tag="v1")
     (folder / "README.md").write_text(CARD + "\nSecond.\n")
@@ -188,6 +217,10 @@ def test_revisions_and_tags(hub, api, folder):
     with pytest.raises(UserError, match=r"--tag v1 is at another commit of someone/model already .*choose a new name"):
         push(folder, api, tag="v1")
     assert repository.files("v1")["README.md"] == CARD.encode() and len(repository.messages) == 3
+    for branch in ("main", "next"):
+        with pytest.raises(UserError, match=f"--tag {branch} is the name of a branch of someone/model; choose another"):
+            push(folder, api, tag=branch)
+    assert repository.tags.keys() == {"v1", "v2"} and len(repository.messages) == 3
 
 
 def test_private_is_private(hub, api, folder):
@@ -300,27 +333,30 @@ def saved(push: PushToHub, folder: Path, step: int) -> None:
     push.on_save(SimpleNamespace(output_dir=str(folder)), state, None)
 
 
-def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub, api, folder):
+def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub, api, folder, capsys):
     push = PushToHub(open_repository("someone/model", api=api), "checkpoint", api=api)
     hub.fail("POST", "/preupload/", "hold")
     start = time.perf_counter()
     saved(push, folder, 2)
     saved(push, folder, 3)  # skipped: the one before is still on its way
+    assert capsys.readouterr().out == "  step 3: not pushed, an earlier push is still under way\n"
     assert time.perf_counter() - start < 2
     shutil.rmtree(folder / "checkpoint-2")
     threading.Timer(0.2, hub.released.set).start()
     push.finish(folder)
     repository = hub.repositories["models/someone/model"]
     assert repository.messages == [
-        "initial commit", "Training in progress, step 2", "Training in progress, step 2, checkpoint", "End of training",
+        "initial commit", "Training in progress, step 2", "Training in progress, step 2, checkpoint",
+        "Training in progress, step 3, checkpoint", "End of training",
     ]  # fmt: skip
+    assert json.loads(repository.files()["last-checkpoint/trainer_state.json"])["step"] == 3
     files = {path for path in repository.files() if path.startswith("last-checkpoint/")}
     assert files == {
         f"last-checkpoint/{name}"
         for name in ("model.safetensors", "config.json", "trainer_state.json", "optimizer.pt", "rng_state.pth")
     }
     digest = [request.path for request in hub.sent("PUT", "/lfs/")]
-    assert len(digest) == len(set(digest))  # the weights stand twice in the repository, and went once
+    assert len(digest) == len(set(digest))  # weights that stand twice in the repository went once
     assert not (folder / ".push").exists()
 
 
@@ -352,16 +388,80 @@ def test_a_push_that_fails_while_training_is_told_and_made_good(hub, api, folder
     saved(push, folder, 2)
     pushed = push.finish(folder)
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("  step 2: not pushed, the next push makes it good: someone/model: the token may not write")
+    assert line.startswith("  step 2: not pushed: someone/model: the token may not write")
     assert {change.path for change in pushed.sent} == files_to_push(folder).keys()
 
 
+def test_a_checkpoint_that_failed_is_pushed_in_the_end(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), "checkpoint", api=api)
+    hub.fail("POST", "/commit/", 403)
+    saved(push, folder, 2)
+    push.finish(folder)
+    repository = hub.repositories["models/someone/model"]
+    assert repository.messages == ["initial commit", "Training in progress, step 2, checkpoint", "End of training"]
+    assert json.loads(repository.files()["last-checkpoint/optimizer.pt"])["step"] == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_what_is_missing_for_resuming_is_told(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), "all_checkpoints", api=api)
+    hub.fail("POST", "/commit/", 403)
+    saved(push, folder, 2)
+    shutil.rmtree(folder / "checkpoint-2")
+    assert push.finish(folder).sent
+    [_, line] = capsys.readouterr().out.splitlines()
+    assert line == (
+        f"  step 2: what resuming needs is not on the Hub: {folder / 'checkpoint-2'} was removed before it was pushed"
+    )
+
+
+def test_a_save_that_cannot_be_staged_does_not_stop_training(hub, api, folder, capsys):
+    (folder / ".push").write_text("in the way")
+    push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
+    saved(push, folder, 2)
+    assert capsys.readouterr().out.startswith("  step 2: not pushed: [Errno ")
+    assert push.finish(folder).sent
+
+
+def test_saves_that_wait_are_not_pushed_when_training_fails(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), "every_save", always=True, api=api)
+    hub.fail("POST", "/preupload/", "hold")
+    threading.Timer(0.5, hub.released.set).start()
+    with pytest.raises(ZeroDivisionError), push:
+        for step in (2, 4, 6):
+            saved(push, folder, step)
+        raise ZeroDivisionError
+    assert hub.repositories["models/someone/model"].messages == ["initial commit", "Training in progress, step 2"]
+    waiting, pushed = capsys.readouterr().out.splitlines()
+    assert waiting.startswith("waiting for the push to someone/model that is under way; Ctrl-C ends it")
+    assert pushed == "  step 2: pushed to someone/model" and not list((folder / ".push").iterdir())
+
+
+def command_in(error: UserError) -> list[str]:
+    return shlex.split(str(error).split("this pushes it later: ")[1])
+
+
 def test_a_last_push_that_fails_names_the_command_for_later(hub, api, folder):
+    folder = folder.rename(folder.with_name("my run"))
     push = PushToHub(open_repository("someone/model", revision="next", api=api), "end", revision="next", api=api)
     hub.fail("POST", "/commit/", 403)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="may not write there") as error:
         push.finish(folder)
-    assert str(error.value).endswith(f"python scripts/publish.py {folder} --repo_id someone/model --revision next")
+    wanted = ["python", "scripts/publish.py", str(folder), "--repo_id", "someone/model", "--revision", "next"]
+    assert command_in(error.value) == wanted
+
+
+def test_an_interrupted_last_push_names_it_too(hub, api, folder):
+    push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
+    hub.fail("POST", "/preupload/", "hold")
+    saved(push, folder, 2)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(UserError, match=r"^the push was interrupted\n") as error:
+        push.finish(folder)
+    assert command_in(error.value)[2:] == [str(folder), "--repo_id", "someone/model"]
+    hub.released.set()
+    with pytest.raises(KeyboardInterrupt), push:  # let the thread end before the Hub does
+        raise KeyboardInterrupt
 
 
 def test_the_stock_trainer_is_told_not_to_push(hub, monkeypatch, tmp_path):
@@ -386,7 +486,8 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def train(endpoint: str, cache: Path, *flags: str, token: str = WRITE_TOKEN) -> subprocess.CompletedProcess:
+def training(endpoint: str, cache: Path, *flags: str, token: str = WRITE_TOKEN) -> dict:
+    """What a process needs to train and push."""
     environment = {
         **os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token,
         "HF_HOME": str(cache / "home"), "HF_DATASETS_CACHE": str(cache),
@@ -396,7 +497,11 @@ def train(endpoint: str, cache: Path, *flags: str, token: str = WRITE_TOKEN) -> 
         "--max_steps", "4", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "1",
         "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--push_to_hub", "true", *flags,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    return {"args": command, "cwd": ROOT, "env": environment, "text": True}
+
+
+def train(*where: Any, token: str = WRITE_TOKEN) -> subprocess.CompletedProcess:
+    return subprocess.run(**training(*where, token=token), capture_output=True, timeout=200)
 
 
 def test_training_pushes_what_a_download_resumes_from(cache, tmp_path):
@@ -441,9 +546,42 @@ def test_training_pushes_what_a_download_resumes_from(cache, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         resumed = hub.repositories["models/someone/resumed"]
         assert resumed.messages == ["initial commit", "Training in progress, step 4", "End of training"]
+        assert 'model="someone/resumed"' in resumed.files("next")["README.md"].decode()  # no --hub_model_id, no owner
         assert resumed.files("next")["model.safetensors"] == files["model.safetensors"]
         state = json.loads(resumed.files("next")["trainer_state.json"])
         assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_ctrl_c_waits_for_the_push_that_is_under_way_and_no_other(cache, tmp_path):
+    log = tmp_path / "log"
+    with LoopbackHub() as hub, open(log, "w") as output:
+        hub.fail("POST", "/preupload/", "hold")
+        wanted = training(
+            hub.endpoint, cache, "--output_dir", str(tmp_path / "run"), "--hub_model_id", "someone/tuned",
+            "--hub_always_push", "true", "--max_steps", "400",
+        )  # fmt: skip
+        wanted["env"] |= {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(**wanted, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            until(lambda: len(list((tmp_path / "run" / ".push").glob("*"))) > 1)  # one is held, others wait
+            process.send_signal(signal.SIGINT)
+            until(lambda: "waiting for the push to someone/tuned that is under way" in log.read_text())
+            hub.released.set()
+            assert process.wait(timeout=60) == 1
+        finally:
+            process.kill()
+            process.wait()
+    said = log.read_text()
+    assert hub.repositories["models/someone/tuned"].messages == ["initial commit", "Training in progress, step 2"]
+    assert said.splitlines()[-1].startswith("interrupted: --resume_from_checkpoint true goes on")
+    assert "step 2: pushed" in said and "Traceback" not in said and "after interpreter shutdown" not in said
+
+
+def until(happened: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_wrong_token_costs_no_training(cache, tmp_path):

@@ -171,11 +171,19 @@ def test_shared_prefixes_save_at_least_what_is_said(demo_tokenizer, alpaca):
     assert inputs <= costs["shared_prefix"] < costs["padded"] / 1.5
 
 
+def test_a_cut_may_take_of_the_preamble(demo_tokenizer, alpaca):
+    """At 40 tokens a prompt keeps 20 of its 30 before a long response: 14 of the preamble's 24, and the ending."""
+    of = Lengths(np.array([30, 30]), np.array([90, 5]), np.array([False, False]))
+    split = inspect_lengths({"train": of}, [40], 40, "truncate", 2, 24, 6)["splits"]["train"]
+    assert split["tokens"] == {"preamble": 14 + 24, "prompt": 6 + 6, "response": 20 + 5}
+    assert split["batches"]["shared_prefix"] == 39 + 34 - 14
+
+
 def test_shares_are_those_that_training_prints(varied, demo_tokenizer, alpaca):
-    preamble, _ = template_overhead(alpaca, demo_tokenizer)
+    preamble, ending = template_overhead(alpaca, demo_tokenizer)
     splits = DatasetDict(train=varied, test=varied.select(range(7)))
     lengths = {name: measure_lengths(split, alpaca, demo_tokenizer) for name, split in splits.items()}
-    report = inspect_lengths(lengths, [64], 100, "truncate", 4, preamble)["splits"]
+    report = inspect_lengths(lengths, [64], 100, "truncate", 4, preamble, ending)["splits"]
     encoded = encode_records(splits, demo_tokenizer, DataArguments(max_length=100))
     for printed in token_statistics(splits, encoded, preamble):
         split = report[printed["split"]]
@@ -188,7 +196,7 @@ def test_shares_are_those_that_training_prints(varied, demo_tokenizer, alpaca):
 
 def test_lengths_are_summed_up_and_counted_in_bins():
     of = Lengths(np.array([10, 20, 30, 400]), np.array([2, 2, 3, 1000]), np.zeros(4, bool))
-    report = inspect_lengths({"train": of}, [32, 1024], 32, "drop", 2, 5)
+    report = inspect_lengths({"train": of}, [32, 1024], 32, "drop", 2, 5, 3)
     split = report["splits"]["train"]
     described = split["lengths"]["whole"]
     assert {key: described[key] for key in ("shortest", "mean", "median", "p95", "longest")} == {
@@ -206,7 +214,7 @@ def test_lengths_are_summed_up_and_counted_in_bins():
 
 def test_a_split_of_which_nothing_is_left_has_no_shares():
     of = Lengths(np.array([10]), np.array([9]), np.zeros(1, bool))
-    split = inspect_lengths({"train": of}, [12], 12, "drop", 8, 5)["splits"]["train"]
+    split = inspect_lengths({"train": of}, [12], 12, "drop", 8, 5, 3)["splits"]["train"]
     assert set(split["shares"].values()) == {None} and split["batches"]["padding"] is None
     assert split["tokens"] == {"preamble": 0, "prompt": 0, "response": 0}
 
@@ -220,7 +228,10 @@ def shingles_of(text: str) -> set[str]:
 
 
 def jaccard(one: str, other: str) -> float:
-    a, b = shingles_of(one), shingles_of(other)
+    return of_sets(shingles_of(one), shingles_of(other))
+
+
+def of_sets(a: set[str], b: set[str]) -> float:
     return len(a & b) / len(a | b)
 
 
@@ -263,7 +274,8 @@ def test_shingles_are_the_runs_of_five_characters_in_any_script():
 def test_near_duplicates_are_those_of_comparing_all_pairs(threshold, seed):
     texts = edited_texts(240, seed)
     pairs, similarity, complete = near_duplicates(texts, threshold)
-    every = {(i, j): jaccard(texts[i], texts[j]) for i, j in itertools.combinations(range(len(texts)), 2)}
+    shingles = [shingles_of(text) for text in texts]
+    every = {(i, j): of_sets(shingles[i], shingles[j]) for i, j in itertools.combinations(range(len(texts)), 2)}
     found = dict(zip(map(tuple, pairs.tolist()), similarity.tolist(), strict=True))
     assert complete and len(found) == len(pairs)
     assert all(every[pair] == value >= threshold for pair, value in found.items())
@@ -423,7 +435,7 @@ def test_what_is_odd_is_counted_and_shown():
 
 def test_bars_have_areas_like_their_counts():
     of = Lengths(np.array([10, 20, 30, 400]), np.array([2, 2, 3, 1000]), np.zeros(4, bool))
-    report = inspect_lengths({"train": of, "test": of}, [32], 32, "drop", 2, 5)
+    report = inspect_lengths({"train": of, "test": of}, [32], 32, "drop", 2, 5, 3)
     figure = draw_histograms(report, 32)
     assert len(figure.axes) == 6
     for axes, part in zip(figure.axes, ("prompt", "response", "whole") * 2, strict=True):

@@ -21,9 +21,9 @@ import pytest
 import sacrebleu
 import yaml
 from conftest import DEMO, ROOT
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import HfApi, ModelCard, constants, metadata_load
 from huggingface_hub.repocard import metadata_eval_result, metadata_save
-from loopback_hub import serve_hub
+from loopback_hub import LoopbackHub, serve_hub
 from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,18 @@ import recipe.model_card
 import recipe.model_index
 from recipe.config import UserError
 from recipe.generation import generate_responses
-from recipe.model_card import EXAMPLE, SHOWN, code, commands, escape, local_name, public_path, write_model_card
+from recipe.model_card import (
+    EXAMPLE,
+    SHOWN,
+    code,
+    commands,
+    escape,
+    hub_sources,
+    local_name,
+    public_path,
+    read_scores,
+    write_model_card,
+)
 from recipe.model_index import DATA_FILES, eval_results, is_hub_id
 from recipe.sources import FORMATS
 from recipe.templates import load_template
@@ -172,6 +183,8 @@ def test_it_says_what_was_run(folder, made, run):
     assert [row[2] for row in splits[1:]] == [f"{split['tokens']:,}" for split in run["splits"].values()]
     assert "![Training and validation loss over optimizer steps](loss.png)" in card
     assert run["data_hash"] in card
+    assert run["hub"] == {"base": False, "base_commit": None, "data": []}
+    assert "\nCite the base model and the data that it comes from" in card and "Weights not checked" not in card
 
 
 def test_the_scores_are_those_of_the_evaluation(folder, made, run, metrics):
@@ -347,17 +360,24 @@ def _without_none(results: list) -> list:
     return results
 
 
-def test_ids_on_the_hub_are_named_in_the_metadata(folder, run):
+def test_ids_on_the_hub_are_named_in_the_metadata(folder, run, tmp_path, monkeypatch):
     changed = copy.deepcopy(run)
     changed["config"]["model"] |= {"model_name_or_path": "openai-community/gpt2", "model_revision": "v1|2"}
     changed["config"]["data"]["data"] = ["tatsu-lab/alpaca"]
     changed["weights_from"] = "openai-community/gpt2"
+    del changed["hub"]  # as in the runs of an earlier version: decided from here
+    card_of(folder, changed)
+    assert metadata_load(folder / "README.md")["base_model"] == "openai-community/gpt2"
+    changed["hub"] = {"base": True, "base_commit": "0123abc", "data": ["tatsu-lab/alpaca"]}
+    monkeypatch.chdir(tmp_path)
+    for name in ("openai-community/gpt2", "tatsu-lab/alpaca"):  # folders of these names come too late
+        Path(name).mkdir(parents=True)
     card = card_of(folder, changed)
     check_sound(card)
     data = metadata_load(folder / "README.md")
     assert data["base_model"] == "openai-community/gpt2" and data["base_model_relation"] == "finetune"
     assert data["datasets"] == ["tatsu-lab/alpaca"]
-    assert "| base model | `openai-community/gpt2` (revision `v1\\|2`) |" in card  # so GFM has a | in a cell
+    assert "| base model | `openai-community/gpt2` (revision `v1\\|2`, commit `0123abc`) |" in card  # \| is | in a cell
     assert "fine-tuned from `openai-community/gpt2` (revision `v1|2`)\n" in card
 
 
@@ -391,7 +411,8 @@ def changed_by(run: dict, **values) -> dict:
 KINDS = {
     "random weights": (
         {"config__model__model_name_or_path": None, "weights_from": "random weights (gpt2)"},
-        ["trained from random weights (gpt2)\nto answer", "| weights before training | random weights (gpt2) |"],
+        ["trained from random weights (gpt2)\nto answer", "| weights before training | random weights (gpt2) |",
+         "\nCite the data that it comes from, and"],
     ),
     "no validation": ({"result__eval": None}, ["| seed | 42 |\n| versions |"]),
     "one file": (
@@ -602,6 +623,54 @@ def test_scores_of_other_weights_are_refused(folder, made, run, metrics, tmp_pat
     with pytest.raises(UserError, match=r"no predictions.jsonl there; give the --output_dir of a finished"):
         write_model_card(folder, run, scores)
     assert (folder / "README.md").read_text(encoding="utf-8") == before  # a card is replaced whole or not at all
+
+
+def scored(scores: Path, metrics: dict, name: str, weights: str | None) -> Path:
+    """An evaluation of another model of that name."""
+    other = copy.deepcopy(metrics)
+    other["provenance"]["models"]["tuned"] = {"name": name, "weights": weights}
+    (scores / "metrics.json").write_text(json.dumps(other), encoding="utf-8")
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("http://127.0.0.1:1/v1#m", None), ("answers.json", "sha256:0123456789abcdef")]
+)
+def test_scores_of_weights_that_cannot_be_checked_say_so(folder, made, run, metrics, tmp_path, name, weights):
+    scores = scored(shutil.copytree(made[1], tmp_path / "scores"), metrics, name, weights)
+    card = card_of(folder, run, scores)
+    check_sound(card)
+    assert f"\nWeights not checked: the answers are those of `{name}`, of which it is not known here" in card
+
+
+@pytest.mark.parametrize(("name", "message"), [("echo", "is of 'echo'"), ("runs/x", r"with other weights \(None\)")])
+def test_scores_of_no_weights_are_refused(folder, made, metrics, tmp_path, name, message):
+    scores = scored(shutil.copytree(made[1], tmp_path / "scores"), metrics, name, None)
+    with pytest.raises(UserError, match=message):
+        read_scores(scores, folder)
+
+
+def test_a_model_that_was_evaluated_by_its_id_on_the_hub(folder, made, metrics, tmp_path, monkeypatch):
+    """Its weights are known by the commit, of which the Hub's cache holds the files that were evaluated."""
+    scores = shutil.copytree(made[1], tmp_path / "scores")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with LoopbackHub() as hub:
+        hub.add("models/someone/answers", folder)
+        hub.add("models/someone/base", DEMO / "base")
+        api = HfApi(endpoint=hub.endpoint)
+        commits = {
+            name: Path(api.snapshot_download(name, cache_dir=tmp_path / "hub")).name
+            for name in ("someone/answers", "someone/base")
+        }
+    _, checked = read_scores(scored(scores, metrics, "someone/answers", commits["someone/answers"]), folder)
+    assert not checked  # the cache is elsewhere
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert hub_sources("someone/base", "a.json", "main")["base_commit"] == commits["someone/base"]
+    _, checked = read_scores(scores, folder)
+    assert checked
+    with pytest.raises(UserError, match="is of someone/base with other weights"):
+        read_scores(scored(scores, metrics, "someone/base", commits["someone/base"]), folder)
 
 
 def test_code_spans_hold_any_text():

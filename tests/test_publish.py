@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -67,7 +68,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_publish_again_and_with_a_new_tag(made, run, cache):
     evaluation = made[1]
-    flags = (str(run), "--repo_id", "someone/tuned", "--evaluation", str(evaluation), "--license", "mit")
+    plain = (str(run), "--repo_id", "someone/tuned", "--evaluation", str(evaluation))
+    flags = (*plain, "--license", "mit")
     with LoopbackHub() as hub:
         done = publish(cache, hub, *flags, "--private", "true", "--tag", "v1")
         assert f"Pushed: {hub.endpoint}/someone/tuned/tree/v1" in done.stdout
@@ -94,9 +96,9 @@ def test_publish_again_and_with_a_new_tag(made, run, cache):
 
         with open(run / "README.md", "a", encoding="utf-8") as readme:
             readme.write("\nWritten by hand.\n")
-        done = publish(cache, hub, *flags, "--card", "false", "--tag", "v1", expect=1)
+        done = publish(cache, hub, *plain, "--card", "false", "--tag", "v1", expect=1)
         assert "--tag v1 is at another commit of someone/tuned already" in done.stderr
-        done = publish(cache, hub, *flags, "--card", "false", "--tag", "v2", "--revision", "next")
+        done = publish(cache, hub, *plain, "--card", "false", "--tag", "v2", "--revision", "next")
         assert f"1 of {len(files) - 1} files to push" in done.stdout
         assert repository.files("next")["README.md"].endswith(b"\nWritten by hand.\n")
         assert repository.files("main") == files
@@ -109,6 +111,7 @@ def test_a_dry_run_asks_nobody_and_writes_nothing(made, run, cache):
         assert hub.requests == []
     assert "│ model.safetensors" in done.stdout and "│ evaluation/metrics.json" in done.stdout
     assert "nothing was written, asked or sent" in done.stdout and "training_args.bin" not in done.stdout
+    assert "README.md would be written anew in place of the README.md that is there; --card false" in done.stdout
     assert contents(run) == before
 
 
@@ -117,8 +120,12 @@ def test_mistakes_are_told(made, run, tmp_path):
     for flags, message in [
         ([], "which run\\?"),
         ([str(run)], "where to\\? add --repo_id owner/name, or --dry_run"),
-        ([str(tmp_path / "none"), "--dry_run"], "none: cannot be read as YAML|none: no such"),
+        ([str(tmp_path / "none"), "--dry_run"], "none: no such folder"),
         (["--model", str(tmp_path / "none"), "--dry_run"], "none: no such folder"),
+        ([str(run), "--evaluation", str(tmp_path / "none"), "--dry_run"], "--evaluation .*none: no such folder"),
+        ([str(run), "--card", "false", "--license", "mit", "--dry_run"], "--card false writes none; leave them out"),
+        ([str(DEMO / "base"), "--language", "en", "--dry_run"], "base has no run.json to write it from"),
+        ([str(run), "--license", WRITE_TOKEN, "--dry_run"], r"the new README\.md line \d+: holds a token of the Hub"),
         ([str(run), "--evaluation", str(tmp_path), "--dry_run"], "no metrics.json there"),
         ([str(run), "--repo_id", "someone/tuned"], "HF_HUB_OFFLINE is set; unset it"),
     ]:
@@ -126,15 +133,43 @@ def test_mistakes_are_told(made, run, tmp_path):
             main(flags)
     weights = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(UserError, match="has the scores of other weights"):
-        main([str(run), "--evaluation", str(made[1]), "--dry_run"])
+    for flags in ([], ["--card", "false"]):
+        with pytest.raises(UserError, match="with other weights"):
+            main([str(run), "--evaluation", str(made[1]), "--dry_run", *flags])
 
 
-def test_a_secret_stops_it_in_two_lines(run, cache):
+def test_a_checkpoint_gets_no_card_of_the_finished_run(run, capsys):
+    main = runpy.run_path(str(ROOT / "scripts" / "publish.py"))["main"]
+    names = ("config.json", "model.safetensors", "trainer_state.json", "tokenizer.json", "tokenizer_config.json")
+    checkpoint = run / "checkpoint-1"
+    checkpoint.mkdir()
+    for name in names:
+        shutil.copy(run / name, checkpoint / name)
+    with pytest.raises(UserError, match="no card can be made; add --card false"):
+        main([str(checkpoint), "--dry_run"])
+    main([str(checkpoint), "--card", "false", "--dry_run"])
+    assert "README.md" not in capsys.readouterr().out
+
+
+def test_nothing_is_written_before_it_may_be_pushed(run, cache):
+    before = contents(run)
+    with LoopbackHub() as hub:
+        done = publish(cache, hub, str(run), "--repo_id", "other/tuned", expect=1)
+        assert "may not write there (403)" in done.stderr and contents(run) == before
+        publish(cache, hub, str(run), "--repo_id", "tuned")  # of the token's owner, which the card has to name
+        assert b'model="someone/tuned"' in hub.repositories["models/someone/tuned"].files()["README.md"]
+
+
+def test_a_secret_stops_it_before_a_repository_is_made(run, cache):
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "command": f"--hub_token {WRITE_TOKEN}"}))
-    done = script(cache, "scripts/publish.py", str(run), "--dry_run", expect=1)
-    assert done.stderr.splitlines() == [
+    before = contents(run)
+    with LoopbackHub() as hub:
+        done = publish(cache, hub, str(run), "--repo_id", "someone/tuned", expect=1)
+        assert hub.requests == [] and contents(run) == before
+    lines = done.stderr.splitlines()
+    assert re.fullmatch(r"the new README\.md line \d+: holds a token of the Hub", lines.pop(1))  # which has the command
+    assert lines == [
         f"error: {run / 'run.json'} line 1: holds a token of the Hub",
         "nothing was pushed: take it out of the file, or the file out of the folder",
     ]

@@ -1,6 +1,5 @@
 """Scalars and samples as the trackers have them, each read back from what it wrote, without a network."""
 
-import importlib.util
 import json
 import os
 import runpy
@@ -118,7 +117,7 @@ def trained(tmp_path_factory) -> Path:
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config |= {
         "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")},
-        "report_to": ["tensorboard", *(["trackio"] if importlib.util.find_spec("trackio") else [])],
+        "report_to": ["tensorboard", "trackio"],
         "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
         "save_strategy": "steps", "save_steps": 2, "num_sample_generations": 2, "disable_tqdm": True,
     }  # fmt: skip
@@ -159,7 +158,6 @@ def test_tensorboard_shows_the_samples_as_they_are(trained):
 
 
 def test_trackio_has_both_and_nothing_leaves_the_machine(trained):
-    pytest.importorskip("trackio", reason="trackio is not installed")
     [database] = (trained / "trackio").glob("*.db")
     with sqlite3.connect(database) as connection:
         logged = [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
@@ -180,6 +178,8 @@ def test_trackio_has_both_and_nothing_leaves_the_machine(trained):
 def test_a_resumed_run_goes_on_with_its_samples(trained, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(trained, folder)
+    with open(folder / "run" / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "instr')  # cut short, as by a full disk
     checkpoint = str(folder / "run" / "checkpoint-2")
     train(folder, "--resume_from_checkpoint", checkpoint, processes="accelerate_config.yaml")
     assert [(step, len(rows)) for step, rows in read_samples(folder / "run").items()] == [(2, 2), (4, 2)]
@@ -197,7 +197,8 @@ def demo_rows(demo_tokenizer):
 
 def test_wandb_has_the_last_numbers_and_every_table(demo_model, demo_tokenizer, demo_rows, tmp_path, monkeypatch):
     """In its offline mode: the summary of the run, and the tables as it keeps them for a later upload."""
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    import wandb  # here: half a second
+
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "PROJECT": "recipe"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     args = InstructionTrainingArguments(
@@ -253,9 +254,24 @@ def test_without_a_tracker_samples_stay_in_the_folder(demo_model, demo_tokenizer
     ],
 )
 def test_a_tracker_that_is_not_there_is_named_before_anything_is_written(tracker, message, tmp_path, monkeypatch):
-    assert importlib.util.find_spec(tracker) is None
+    monkeypatch.setitem(sys.modules, tracker, None)  # not there, even where it is installed
     monkeypatch.chdir(ROOT)
     main = runpy.run_path("scripts/train.py")["main"]
     with pytest.raises(UserError, match=message):
         main(["configs/demo.yaml", "--output_dir", str(tmp_path / "run"), "--report_to", tracker])
     assert not (tmp_path / "run").exists()
+
+
+def test_wandb_without_a_key_is_told_before_anything_is_written(tmp_path):
+    """In a process of its own, because W&B remembers how it was first asked."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", "configs/demo.yaml", "--output_dir", tmp_path / "run"]
+        + ["--report_to", "wandb"],
+        env=kept | {"HOME": str(tmp_path)},  # where a key may lie
+        capture_output=True, text=True, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert done.stderr.splitlines()[-1].startswith("error: --report_to wandb: ")
+    assert "run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline" in done.stderr
+    assert "Traceback" not in done.stderr

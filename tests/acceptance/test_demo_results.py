@@ -69,3 +69,11 @@ def test_every_answer_of_both_models_is_kept():
     assert all(
         row[label]["seconds"] > 0 and row[label]["tokens"] >= 0 for row in rows for label in ("baseline", "tuned")
     )
+
+
+def test_the_model_answers_the_readmes_question(capsys, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = [block for block in readme.split("```") if block.startswith("python\nfrom transformers import pipeline")]
+    monkeypatch.chdir(ROOT)
+    exec(compile(code.removeprefix("python"), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "The plural of cat is cats.\n"
