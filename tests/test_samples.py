@@ -266,8 +266,10 @@ def test_wandb_without_a_key_is_told_before_anything_is_written(tmp_path):
     """In a process of its own, because W&B remembers how it was first asked."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     done = subprocess.run(
-        [sys.executable, "scripts/train.py", "configs/demo.yaml", "--output_dir", tmp_path / "run"]
-        + ["--report_to", "wandb"],
+        [
+            sys.executable, "scripts/train.py", "configs/demo.yaml", "--output_dir", tmp_path / "run",
+            "--report_to", "wandb",
+        ],
         env=kept | {"HOME": str(tmp_path)},  # where a key may lie
         capture_output=True, text=True, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL,
     )  # fmt: skip
