@@ -19,10 +19,11 @@ from urllib.parse import urlsplit
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
-from recipe.generation import Decoding
 
 if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, and most runs ask no endpoint
     from openai import AsyncOpenAI
+
+    from recipe.generation import Decoding
 
 Result = TypeVar("Result")
 

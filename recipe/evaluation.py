@@ -13,9 +13,6 @@ from accelerate import PartialState
 
 from recipe import answers, endpoints
 from recipe.config import DataArguments, ModelArguments, UserError
-from recipe.generation import Decoding, Response, iter_responses
-from recipe.likelihood import reference_losses
-from recipe.model import load_model, load_tokenizer
 from recipe.provenance import (
     command_line,
     data_hash,
@@ -26,10 +23,12 @@ from recipe.provenance import (
     weights_hash,
     write_json,
 )
-from recipe.templates import Template, load_template
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+    from recipe.generation import Decoding, Response
+    from recipe.templates import Template
 
 STAGES = ("generate", "score", "judge", "report")
 RESERVED = ("baseline", "tuned", "base", "id", "split", *answers.RECORD_FIELDS)  # no further model's name
@@ -112,6 +111,8 @@ class EvalArguments:
 
 def generate(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
     """Append every answer that is not there yet to predictions.jsonl, then join its lines by record."""
+    from recipe.templates import load_template  # here, as below: models take two seconds, and --help needs none
+
     with state.main_process_first():  # the others read its cache
         records, predictions = select_records(args, data_args, run)
     models = {label: resolve(name, args) for label, name in name_models(args).items()}
@@ -286,6 +287,11 @@ def ask_weights(
     state: PartialState,
 ) -> None:
     model_args = ModelArguments(model_name_or_path=name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
+    from recipe.generation import iter_responses
+    from recipe.likelihood import reference_losses
+    from recipe.model import load_model, load_tokenizer
+    from recipe.templates import load_template
+
     tokenizer = load_tokenizer(model_args)
     model, _ = load_model(model_args, tokenizer)
     model.to(state.device)
@@ -347,6 +353,8 @@ def ask_endpoint(label: str, name: str, predictions: list[dict[str, Any]], path:
 
 
 def decoding_of(args: EvalArguments) -> Decoding:
+    from recipe.generation import Decoding
+
     return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 

@@ -20,7 +20,6 @@ from recipe.console import print_examples, print_scores, visible
 from recipe.evaluation import EvalArguments, generate, split_names
 from recipe.gates import failures, parse_gate
 from recipe.judge import JudgeArguments, answers_hash, run_judge
-from recipe.model import check_folder
 from recipe.model_index import write_model_index
 from recipe.provenance import read_json, read_json_lines, read_run, write_json
 from recipe.verdict import verdict
@@ -58,6 +57,8 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
     args, data_args, judge_args = parse_arguments(types, argv, description)
+    from recipe.model import check_folder  # here: models take two seconds, and --help needs none
+
     run, defaults = None, {}
     for name in args.model:
         if not answers.is_answer_file(name) and not endpoints.is_endpoint(name) and name != answers.ECHO:

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
-from recipe.model import context_length, load_config, load_tokenizer
-from recipe.templates import load_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -47,11 +46,13 @@ def main(argv: list[str]) -> None:
     model_args, data_args, args = parse_arguments(types, argv, description=(__doc__ or "").split("\n")[0])
     output_dir = folder(argv, args)
 
-    # here, because --help and a mistake in the arguments need none of it: datasets, matplotlib and others take a second
+    # here, because --help and a mistake in the arguments need none of it: models, datasets, matplotlib take seconds
     from recipe.data import load_records, split_by_content, template_overhead
     from recipe.inspection import inspect_lengths, inspect_records, inspect_repetition, measure_lengths, plot_lengths
+    from recipe.model import load_tokenizer
     from recipe.provenance import command_line, data_hash, versions, write_json, write_json_lines
     from recipe.records import read_records
+    from recipe.templates import load_template
 
     # data
     tokenizer = load_tokenizer(model_args)
@@ -129,6 +130,7 @@ def training_length(data_args: DataArguments, model_args: ModelArguments, tokeni
         UserError: the model has fewer positions.
     """
     from recipe.data import resolve_max_length  # see main
+    from recipe.model import context_length, load_config
 
     max_length = resolve_max_length(data_args, tokenizer)
     if model_args.model_name_or_path is None and model_args.model_type is None:

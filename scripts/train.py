@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
-from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
-from recipe.model import context_length, load_config, load_model, load_tokenizer, prepare_for_chat
-from recipe.model_card import hub_sources, write_model_card
-from recipe.templates import load_template
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from recipe.trainer import InstructionTrainer
 
@@ -45,12 +42,16 @@ def main(argv: list[str]) -> None:
 
         push = take_over_push(training_args)
 
-    # here, because --help and a mistake in the arguments need none of it: datasets, matplotlib and others take a second
+    # here, because --help and a mistake in the arguments need none of it: models, datasets, matplotlib take seconds
+    from recipe import attention
     from recipe.console import print_token_statistics
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
     from recipe.figures import plot_loss
+    from recipe.model import load_model, load_tokenizer, prepare_for_chat
+    from recipe.model_card import hub_sources, write_model_card
     from recipe.provenance import write_json
     from recipe.samples import SampleGenerations
+    from recipe.templates import load_template
     from recipe.trainer import InstructionTrainer
 
     set_seed(training_args.seed)
@@ -228,6 +229,9 @@ def make_collator(
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataCollatorForInstructionTuning | DataCollatorWithSharedPrefix:
     """The collator of `--batching`; for `torch.compile` one whose shapes repeat, with 2 to 5 % more tokens for it."""
+    from recipe import attention  # see main
+    from recipe.model import context_length
+
     compiled = training_args.torch_compile
     if data_args.batching == "padded":
         fits = (context_length(model.config) or 0) % 8 == 0
@@ -244,6 +248,8 @@ def make_collator(
 
 def _why_not_one_row(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:
     """What keeps all examples of a batch from standing in one row."""
+    from recipe import attention  # see main
+
     config, kind = model.config, type(model).__name__
     missing = {"logits_to_keep", "position_ids"} - inspect.signature(model.forward).parameters.keys()
     if missing:
@@ -282,6 +288,7 @@ def bfloat16_is_fast() -> bool:
 def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set `max_length` to what tokenizer and model both allow, or check the one that was given."""
     from recipe.data import resolve_max_length  # see main
+    from recipe.model import context_length, load_config
 
     positions = context_length(load_config(model_args, tokenizer))
     if positions is None:

@@ -7,7 +7,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-HEAVY = {"datasets", "evaluate", "matplotlib", "openai", "pyarrow", "transformers.trainer"}
+HEAVY = {
+    "datasets", "evaluate", "matplotlib", "openai", "pyarrow", "transformers.trainer",
+    "recipe.attention", "recipe.generation", "recipe.model",  # transformers' models, two seconds
+}  # fmt: skip
 RUN = """
 import json, runpy, sys
 try:
