@@ -70,6 +70,11 @@ def main() -> None:
             step += 1
             loss = accelerator.reduce(total, reduction="sum")
             accelerator.print(f"step {step}  targets {targets}  loss {loss:.4f} nats per target")
+    # DDP's reducer goes before the process group. As the group's last owner it would join gloo's threads while it holds
+    # Python's lock, for which one of them may wait: pytorch issue 56297.
+    accelerator.wait_for_everyone()
+    del model
+    accelerator.free_memory()
     accelerator.end_training()
 
 

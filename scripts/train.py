@@ -132,8 +132,8 @@ def main(argv: list[str]) -> None:
 def leave(trainer: InstructionTrainer) -> None:
     """End the trackers and the process group, together: one that a process leaves early may abort another.
 
-    The wrapped model goes first. It holds the process group too, and if it went last it would join the group's threads
-    while it keeps Python's lock, for which one of these may wait.
+    The wrapped model goes first. DDP's reducer holds the process group too, and as its last owner it would join gloo's
+    threads while it keeps Python's lock, for which one of them may wait: pytorch issue 56297, seen with torch 2.13.
     """
     trainer.accelerator.wait_for_everyone()
     trainer.model_wrapped = trainer.model
