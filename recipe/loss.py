@@ -23,8 +23,9 @@ def linear_cross_entropy(
     """Cross-entropies in nats, summed in float32 at least, of a linear layer's logits.
 
     Equal to `cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")`, which keeps all logits in
-    three copies. Here the gradients are made with the loss, chunk by chunk, and only they are kept, as in Liger Kernel
-    (Hsu et al. 2024, arXiv:2410.10989). Under autocast the products are in its type. Good for one backward pass.
+    three copies. Here one chunk of logits becomes its own slope in place; more than one are made gradients with the
+    loss, chunk by chunk, and only these are kept, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989). Under
+    autocast the products are in its type. Good for one backward pass.
 
     `torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same, but returns a bfloat16 loss from bfloat16
     inputs, which is off by up to half a percent.
@@ -48,12 +49,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[:3]
         precision = _precise(hidden.dtype)
-        states, low = (_in_autocast_type(tensor) for tensor in (hidden, weight))
+        states = _in_autocast_type(hidden)
+        one_chunk = len(states) <= CHUNK
         of_hidden = torch.empty_like(states) if wanted[0] else None
-        of_weight = torch.zeros_like(weight, dtype=precision) if wanted[1] else None
+        of_weight = torch.zeros_like(weight, dtype=precision) if wanted[1] and not one_chunk else None
         of_bias = torch.zeros_like(bias, dtype=precision) if wanted[2] and bias is not None else None
         total = hidden.new_zeros((), dtype=precision)
-        for chunk, logits in _chunks(states, low, bias):
+        logits = states.new_empty(0)
+        for chunk, logits in _chunks(states, weight, bias):
             for piece, log_probabilities in _slices(logits):
                 target = targets[chunk][piece, None]
                 counted = target != IGNORE_INDEX
@@ -63,22 +66,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope = log_probabilities.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=precision))
                 logits[piece] = slope.mul_(counted)
             if of_hidden is not None:
-                torch.mm(logits, low, out=of_hidden[chunk])
+                of_hidden[chunk] = logits @ weight
             if of_weight is not None:
                 of_weight += logits.T @ states[chunk]
             if of_bias is not None:
                 of_bias += logits.sum(0, dtype=precision)
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        # The head's gradient is as large as the head: written twice less where it is made once, by the backward pass.
+        kept = (hidden, logits) if wanted[1] and one_chunk else (None, None)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias, *kept)
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
-        # in place: the head's gradient is as large as the head
-        slopes = (None if slope is None else slope.to(scale.dtype).mul_(scale).to(dtype) for slope, dtype in pairs)
-        return *slopes, None
+        *slopes, hidden, slope = ctx.saved_tensors
+        scaled = [None if each is None else each.to(scale.dtype).mul_(scale) for each in slopes]
+        if slope is not None:
+            scaled[1] = slope.T @ (hidden * scale).to(slope.dtype)
+        gradients = (None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.types, strict=True))
+        return *gradients, None
 
 
 @torch.no_grad()
@@ -90,7 +97,7 @@ def token_losses(
     A target of -100 has the loss 0 and is not predicted. Arguments as for `linear_cross_entropy`.
     """
     losses, correct = [], []
-    for chunk, logits in _chunks(_in_autocast_type(hidden), _in_autocast_type(weight), bias):
+    for chunk, logits in _chunks(_in_autocast_type(hidden), weight, bias):
         for piece, log_probabilities in _slices(logits):
             target = targets[chunk][piece]
             losses.append(functional.nll_loss(log_probabilities, target, reduction="none", ignore_index=IGNORE_INDEX))

@@ -174,11 +174,12 @@ class InstructionTrainer(Trainer):
         """
         targets = _targets(inputs)  # (batch, time)
         outputs = None
-        if not return_outputs and (states := self._supervised_states(model, inputs, targets)) is not None:
-            hidden, head, supervised = states
-            with self.accelerator.autocast():
+        with self.accelerator.autocast():  # around both: the loss uses the model's cast of the head
+            states = None if return_outputs else self._supervised_states(model, inputs, targets)
+            if states is not None:
+                hidden, head, supervised = states
                 loss = linear_cross_entropy(hidden, head.weight, head.bias, supervised)
-        else:
+        if states is None:
             outputs = model(**_model_inputs(inputs), use_cache=False)
             loss = _cross_entropy(outputs.logits, targets, reduction="sum")
         if num_items_in_batch is None:

@@ -199,7 +199,13 @@ def test_wandb_has_the_last_numbers_and_every_table(demo_model, demo_tokenizer, 
     """In its offline mode: the summary of the run, and the tables as it keeps them for a later upload."""
     import wandb  # here: half a second
 
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "PROJECT": "recipe"}.items():
+    for name, value in {
+        "MODE": "offline",
+        "DIR": str(tmp_path),
+        "SILENT": "true",
+        "CONSOLE": "off",
+        "PROJECT": "recipe",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     args = InstructionTrainingArguments(
         str(tmp_path / "run"), use_cpu=True, max_steps=2, per_device_train_batch_size=4, logging_steps=1,
