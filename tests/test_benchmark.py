@@ -144,8 +144,13 @@ def test_a_row_is_the_median_of_its_rounds_without_the_warm_up():
 
 def test_the_verdict_says_how_many_times_as_fast_and_whether_the_work_was_the_same():
     ours, peer = measurement("recipe_shared_prefix", 0, [9, 1, 1]), measurement("trl_by_length", 0, [9, 3, 3])
-    results = {"machine": {"matmul_flops_per_second": {"fp32": 1}}, "measurements": [ours, peer]}
+    ours_with_their_trainer = measurement("trainer_shared_mask", 0, [9, 0.5, 0.5])
+    results = {
+        "machine": {"matmul_flops_per_second": {"fp32": 1}},
+        "measurements": [ours, peer, ours_with_their_trainer],
+    }
     lines = "\n".join(bench_report.verdict(bench_report.training_rows(results, "batch_8")))
+    assert "this recipe, shared prefix (fp32) takes 1.000 s a step" in lines
     assert "**3.00 times** as fast as the fastest peer: TRL, no checkpointing, by length (fp32)" in lines
     assert "the same work: 16 records, 800 tokens, 160 targets" in bench_report.same_work(results, "batch_8")[0]
     peer["targets"] = [80, 100, 61]
