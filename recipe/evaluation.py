@@ -286,12 +286,12 @@ def ask_weights(
     template: Template,
     state: PartialState,
 ) -> None:
-    model_args = ModelArguments(model_name_or_path=name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
     from recipe.generation import iter_responses
     from recipe.likelihood import reference_losses
     from recipe.model import load_model, load_tokenizer
     from recipe.templates import load_template
 
+    model_args = ModelArguments(model_name_or_path=name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
     tokenizer = load_tokenizer(model_args)
     model, _ = load_model(model_args, tokenizer)
     model.to(state.device)
