@@ -323,9 +323,15 @@ def naming_a_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[Non
         free = shutil.disk_usage(output_dir).free
         if free > model.get_memory_footprint():
             raise
+        whole = last_whole_checkpoint(output_dir)
+        way_out = (
+            f"{whole} is whole: free some space, or keep fewer with --save_total_limit, and add "
+            "--resume_from_checkpoint true"
+            if whole
+            else "nothing was saved before it: free some space, and start again with --overwrite_output_dir"
+        )
         raise UserError(
-            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free) and a save was cut short; earlier ones "
-            "are whole: free some space, or keep fewer with --save_total_limit, and add --resume_from_checkpoint true"
+            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free) and a save was cut short; {way_out}"
         ) from error
 
 

@@ -3,16 +3,19 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DEMO, ROOT, SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from recipe.config import UserError
 from recipe.generation import generate_responses
 from recipe.measures import METRICS
 from recipe.templates import load_template
@@ -169,6 +172,26 @@ def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
     run(*options, "--max_steps", "2", "--save_strategy", "no", "--overwrite_output_dir", cache=cache)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == 2
+
+
+def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
+    naming_a_full_disk = runpy.run_path(str(ROOT / "scripts" / "train.py"))["naming_a_full_disk"]
+    model = SimpleNamespace(get_memory_footprint=lambda: 10**18)  # more than any disk has left
+
+    def cut_short() -> str:
+        with pytest.raises(UserError) as error, naming_a_full_disk(tmp_path, model):
+            raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of it
+        return str(error.value)
+
+    assert cut_short().endswith(
+        "nothing was saved before it: free some space, and start again with --overwrite_output_dir"
+    )
+    for step, files in ((4, ["trainer_state.json"]), (8, [])):  # the second was cut short
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    assert f"{tmp_path / 'checkpoint-4'} is whole" in cut_short() and "--resume_from_checkpoint true" in cut_short()
 
 
 def test_bad_records_stop_everything_before_anything_is_written(cache, tmp_path):
