@@ -27,7 +27,7 @@ test: setup
 
 # a quarter of an hour on two cores; docs/performance.md has the command for all of it
 bench: $(VENV)/.installed-bench
-	$(RUN)/python scripts/benchmark.py --output outputs/benchmark/quick.json --minutes 15 --rounds 1 --steps 4 \
+	$(RUN)/python benchmarks/benchmark.py --output outputs/benchmark/quick.json --minutes 15 --rounds 1 --steps 4 \
 		--only batch_8 batch_32 startup preprocessing generation --records 20000 \
 		--contenders recipe_shared_prefix recipe_padded trainer_by_length trl_by_length plain_loop
 

@@ -17,10 +17,10 @@ import datasets
 import evaluate
 import numpy as np
 
-from recipe.answers import read_answers
-from recipe.comparison import paired_scores
-from recipe.measures import Measure, score
-from recipe.metrics import ExactMatch
+from recipe.evaluation.answers import read_answers
+from recipe.evaluation.comparison import paired_scores
+from recipe.evaluation.measures import Measure, score
+from recipe.evaluation.metrics import ExactMatch
 
 
 def numbers(text: str) -> list[str]:

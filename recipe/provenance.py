@@ -10,7 +10,6 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import UserError
+from recipe.files import file_hash
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
 SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
@@ -31,16 +31,6 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "toke
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide the numbers."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def data_hash(splits: Mapping[str, Dataset]) -> str:
-    """A hash of every record of every split, in order: 16 hexadecimal digits."""
-    from recipe.data import content_hashes  # here: datasets takes a second, and --help needs none of it
-
-    digest = hashlib.sha256()
-    for name in sorted(splits):
-        digest.update(name.encode() + content_hashes(splits[name]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def weights_hash(model: str) -> str | None:
@@ -58,12 +48,6 @@ def weights_hash(model: str) -> str | None:
     if len(hashes) == 1:
         return hashes[0]
     return f"sha256:{hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]}" if hashes else None
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file: 16 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def hardware() -> str:
@@ -89,60 +73,6 @@ def command_line() -> str:
         secret = None if equals else placeholder
         words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(https?://)[^/@]*@", r"\1", word)))
     return shlex.join([Path(sys.executable).name, *words])
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, whatever happens on the way; text in UTF-8.
-
-    Raises:
-        OSError: it cannot be written; with the file's name, also when the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-        draft.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`write_whole` for JSON; NaN is refused, because JSON has none."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """`write_whole` for JSON lines, one a row."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of ours.
-
-    Raises:
-        UserError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it and run again what writes it") from error
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """The rows of a JSON lines file of ours; other line ends than a newline are text.
-
-    Raises:
-        UserError: a line is not JSON.
-    """
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error}); run again what writes the file") from error
-    return rows
 
 
 def read_run(output_dir: str | Path) -> dict[str, Any] | None:

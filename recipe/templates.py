@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from recipe.config import UserError
 
-BUILT_IN = Path(__file__).with_suffix("")
+BUILT_IN = Path(__file__).with_name("chat_templates")
 
 
 def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:

@@ -13,16 +13,18 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from recipe import answers, endpoints
-from recipe.comparison import compare, labels_of
 from recipe.config import DataArguments, UserError, parse_arguments
-from recipe.console import print_examples, print_scores, visible
-from recipe.evaluation import EvalArguments, generate, split_names
-from recipe.gates import failures, parse_gate
-from recipe.judge import JudgeArguments, answers_hash, run_judge
-from recipe.model_index import write_model_index
-from recipe.provenance import read_json, read_json_lines, read_run, write_json
-from recipe.verdict import verdict
+from recipe.console import visible
+from recipe.evaluation import answers, endpoints
+from recipe.evaluation.comparison import compare, labels_of
+from recipe.evaluation.gates import failures, parse_gate
+from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
+from recipe.evaluation.predictions import EvalArguments, generate, split_names
+from recipe.evaluation.tables import print_examples, print_scores
+from recipe.evaluation.verdict import verdict
+from recipe.files import read_json, read_json_lines, write_json
+from recipe.provenance import read_run
+from recipe.publishing.model_index import write_model_index
 
 
 def main(argv: list[str]) -> None:
@@ -117,7 +119,9 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
 
 
 def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
-    from recipe.report import write_report  # here: matplotlib takes half a second, and --help needs none of it
+    from recipe.evaluation.report.page import (
+        write_report,  # here: matplotlib takes half a second, and --help needs none of it
+    )
 
     path = output_dir / "judge.jsonl"
     judge_rows = read_json_lines(path) if path.is_file() else None

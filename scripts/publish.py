@@ -12,9 +12,10 @@ from pathlib import Path
 
 from recipe.config import UserError, parse_arguments
 from recipe.console import print_table
-from recipe.hub import Change, files_to_push, open_repository, push_files, refuse_secrets
-from recipe.model_card import make_model_card, read_evaluation, read_scores
-from recipe.provenance import read_run, write_whole
+from recipe.files import write_whole
+from recipe.provenance import read_run
+from recipe.publishing.card import make_model_card, read_evaluation, read_scores
+from recipe.publishing.hub import Change, files_to_push, open_repository, push_files, refuse_secrets
 
 
 @dataclass

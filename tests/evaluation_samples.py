@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from recipe.comparison import compare, labels_of
-from recipe.judge_summary import WITH_VALUE, summarize_pairs, summarize_scores
+from recipe.evaluation.comparison import compare, labels_of
+from recipe.evaluation.judge.summary import WITH_VALUE, summarize_pairs, summarize_scores
 
 SPLITS = ("test", "test_unseen")
 PROMPT = "score_0_100"

@@ -11,10 +11,10 @@ from conftest import DEMO, ROOT
 
 from recipe.config import UserError
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench_peers
-import bench_report
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import benchmark
+import peers
+import report
 
 RUN = [
     "--model_name_or_path", str(DEMO / "base"), "--only", "batch_8", "--precision", "fp32", "--rounds", "1",
@@ -26,7 +26,7 @@ RUN = [
 def output(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "results.json"
     done = subprocess.run(
-        [sys.executable, "scripts/benchmark.py", *RUN, "--output", str(path)],
+        [sys.executable, "benchmarks/benchmark.py", *RUN, "--output", str(path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -56,7 +56,7 @@ def test_results_name_machine_versions_and_command(output):
     results = json.loads(output.read_text(encoding="utf-8"))
     assert results["machine"]["matmul_flops_per_second"]["fp32"] > 1e9
     assert results["settings"]["versions"]["torch"] == torch.__version__
-    assert "scripts/benchmark.py" in results["commands"][0]
+    assert "benchmarks/benchmark.py" in results["commands"][0]
     assert results["parts"]["batch_8"]["batch_size"] == 8
 
 
@@ -111,16 +111,16 @@ def test_floating_point_operations_of_a_step(demo_model):
     # 4 layers of width 192: 12 x 192 x 192 weights each; a vocabulary of 1,280
     batch = {"positions": 10, "targets": 3, "pairs": 50}
     linear, attention = 6 * 4 * 12 * 192**2 * 10, 12 * 4 * 192 * 50
-    everywhere = bench_peers.count_flops(demo_model, [batch], supervised_only=False)
+    everywhere = peers.count_flops(demo_model, [batch], supervised_only=False)
     assert everywhere == linear + attention + 6 * 192 * 1280 * 10
-    assert bench_peers.count_flops(demo_model, [batch], supervised_only=True) == linear + attention + 6 * 192 * 1280 * 3
+    assert peers.count_flops(demo_model, [batch], supervised_only=True) == linear + attention + 6 * 192 * 1280 * 3
 
 
 def test_query_key_pairs_of_a_batch():
     padded = {"input_ids": torch.zeros(2, 5)}
-    assert bench_peers.attention_pairs(padded) == 2 * 5 * 5
+    assert peers.attention_pairs(padded) == 2 * 5 * 5
     shared = {"input_ids": torch.zeros(1, 9), "segments": ((4, (2, 3)),)}
-    assert bench_peers.attention_pairs(shared) == 4 * 4 + 2 * 3 * (4 + 3)
+    assert peers.attention_pairs(shared) == 4 * 4 + 2 * 3 * (4 + 3)
 
 
 def measurement(contender: str, number: int, seconds: list[float]) -> dict:
@@ -135,7 +135,7 @@ def measurement(contender: str, number: int, seconds: list[float]) -> dict:
 def test_a_row_is_the_median_of_its_rounds_without_the_warm_up():
     rounds = [measurement("plain_loop", n, [99.0, *s]) for n, s in enumerate([[2.0, 4.0], [1.0, 3.0], [9.0, 11.0]])]
     machine = {"matmul_flops_per_second": {"fp32": 4_000}}
-    row = bench_report.training_row(rounds, machine)
+    row = report.training_row(rounds, machine)
     assert (row.seconds, row.low, row.high, row.rounds) == (3.0, 2.0, 10.0, 3)
     assert row.tokens_per_second == pytest.approx(800 / 6) and row.targets_per_second == pytest.approx(160 / 6)
     assert row.positions == pytest.approx(960 / 800)
@@ -149,12 +149,12 @@ def test_the_verdict_says_how_many_times_as_fast_and_whether_the_work_was_the_sa
         "machine": {"matmul_flops_per_second": {"fp32": 1}},
         "measurements": [ours, peer, ours_with_their_trainer],
     }
-    lines = "\n".join(bench_report.verdict(bench_report.training_rows(results, "batch_8")))
+    lines = "\n".join(report.verdict(report.training_rows(results, "batch_8")))
     assert "this recipe, shared prefix (fp32) takes 1.000 s a step" in lines
     assert "**3.00 times** as fast as the fastest peer: TRL, no checkpointing, by length (fp32)" in lines
-    assert "the same work: 16 records, 800 tokens, 160 targets" in bench_report.same_work(results, "batch_8")[0]
+    assert "the same work: 16 records, 800 tokens, 160 targets" in report.same_work(results, "batch_8")[0]
     peer["targets"] = [80, 100, 61]
-    assert "not the same work" in bench_report.same_work(results, "batch_8")[0]
+    assert "not the same work" in report.same_work(results, "batch_8")[0]
 
 
 def test_docs_say_what_the_committed_results_say():
@@ -164,8 +164,8 @@ def test_docs_say_what_the_committed_results_say():
     assert files
     for path in files:
         results = json.loads(path.read_text(encoding="utf-8"))
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == bench_report.table(results)
-        sections = [bench_report.verdict(bench_report.training_rows(results, part)) for part in bench_report.TITLES]
-        sections += [bench_report.preprocessing(results), bench_report.generation(results)]
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.table(results)
+        sections = [report.verdict(report.training_rows(results, part)) for part in report.TITLES]
+        sections += [report.preprocessing(results), report.generation(results)]
         lines = [line for section in sections for line in section if line.startswith(("- **", "| "))]
         assert lines and [line for line in lines if line not in docs] == []

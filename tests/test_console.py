@@ -8,8 +8,9 @@ from evaluation_samples import FAMILIES, make_metrics, make_predictions
 from rich.console import Console
 
 import recipe.console
-from recipe.console import one_line, print_examples, print_scores, print_table, print_token_statistics
-from recipe.verdict import scale
+from recipe.console import one_line, print_table, print_token_statistics
+from recipe.evaluation.tables import print_examples, print_scores
+from recipe.evaluation.verdict import scale
 
 HOSTILE = [
     "[/b]",

@@ -16,8 +16,8 @@ from conftest import DEMO, ROOT, SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from recipe.config import UserError
+from recipe.evaluation.measures import METRICS
 from recipe.generation import generate_responses
-from recipe.measures import METRICS
 from recipe.templates import load_template
 
 ONE = ("--config_file", "accelerate_config.yaml")

@@ -10,7 +10,16 @@ from evaluation_samples import LOG_HISTORY
 from matplotlib.colors import to_rgb
 
 from recipe import figures
-from recipe.figures import DARK, Interval, Lengths, draw_deltas, draw_lengths, draw_loss, draw_outcomes, make_picture
+from recipe.evaluation.report.pictures import (
+    DARK,
+    Interval,
+    Lengths,
+    draw_deltas,
+    draw_lengths,
+    draw_outcomes,
+    make_picture,
+)
+from recipe.figures import draw_loss
 
 GROUPS = {
     "Scores": [Interval("Exact match", 40, 30, 50, "better"), Interval("chrF", -1, -3, 1, "unclear")],

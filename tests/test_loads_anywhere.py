@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from recipe.collator import DataCollatorWithSharedPrefix
 from recipe.config import DataArguments
 from recipe.data import load_splits
+from recipe.evaluation.likelihood import reference_losses
 from recipe.generation import Response, generate_responses
-from recipe.likelihood import reference_losses
 from recipe.templates import load_template, to_messages
 
 DOC = (ROOT / "docs" / "loads_anywhere.md").read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from recipe.figures import save_png
-from recipe.provenance import command_line, write_whole
+from recipe.files import write_whole
+from recipe.provenance import command_line
 
 
 @pytest.fixture

@@ -46,11 +46,13 @@ def test_it_holds_every_file_of_the_package_and_nothing_else(names):
 
 def test_it_holds_what_is_not_python(names):
     needed = {
-        "recipe/py.typed", "recipe/templates/alpaca.jinja", "recipe/templates/phi3.jinja", "recipe/report.html.jinja",
-        "recipe/report.css", "recipe/report.js", "recipe/model_card.md.jinja", "recipe/judge_prompts/score_0_100.jinja",
-        "recipe/judge_prompts/rubric_1_5.jinja", "recipe/judge_prompts/pairwise.jinja",
-        "recipe/demo/base/model.safetensors", "recipe/demo/base/tokenizer.json", "recipe/demo/records/train.jsonl",
-        "recipe/demo/records/test_unseen.jsonl",
+        "recipe/py.typed", "recipe/chat_templates/alpaca.jinja", "recipe/chat_templates/phi3.jinja",
+        "recipe/evaluation/report/report.html.jinja", "recipe/evaluation/report/report.css",
+        "recipe/evaluation/report/report.js", "recipe/publishing/card.md.jinja",
+        "recipe/evaluation/judge/prompt_templates/score_0_100.jinja",
+        "recipe/evaluation/judge/prompt_templates/rubric_1_5.jinja",
+        "recipe/evaluation/judge/prompt_templates/pairwise.jinja", "recipe/demo/base/model.safetensors",
+        "recipe/demo/base/tokenizer.json", "recipe/demo/records/train.jsonl", "recipe/demo/records/test_unseen.jsonl",
     }  # fmt: skip
     assert needed <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

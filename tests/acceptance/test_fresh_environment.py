@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-OURS = {"recipe"}
 
 TRAIN = """
 import torch
@@ -77,22 +76,6 @@ def test_it_holds_the_wheel_and_what_it_depends_on_alone(fresh, tmp_path):
     assert "gpt2-instruction-recipe" in installed
     assert not installed & {"pytest", "ruff", "mypy", "trl", "peft", "playwright", "hatchling"}
     run(fresh, "-m", "pip", "check", cwd=tmp_path)
-
-
-def test_importing_the_collator_loads_no_package_that_torch_does_not(fresh, tmp_path):
-    output = tmp_path / "imports.json"
-    script = ROOT / "scripts" / "measure_imports.py"
-    print("\n" + run(fresh, script, "--rounds", "1", "--output", output, cwd=tmp_path))
-    imports = json.loads(output.read_text(encoding="utf-8"))["imports"]
-    packages = {statement: set(row["packages"]) for statement, row in imports.items()}
-    modules = {statement: row["modules"] for statement, row in imports.items()}
-    assert "datasets" in packages["from transformers import Trainer, TrainingArguments"]  # it would be seen
-    assert packages["import recipe.collator"] == packages["import torch"] | OURS
-    assert modules["import recipe.collator"] <= modules["import torch"] + 5
-    assert packages["import recipe.attention"] <= packages["from transformers import LlamaForCausalLM"] | OURS
-    unwanted = {"datasets", "evaluate", "matplotlib", "openai", "trl", "pandas", "pyarrow"}
-    for statement in ("import recipe.attention", "import recipe.templates"):
-        assert not packages[statement] & unwanted
 
 
 def test_both_collators_train_with_the_stock_trainer(fresh, tmp_path):

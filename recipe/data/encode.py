@@ -1,0 +1,260 @@
+"""From records to tokens: split, encode, count. The trip of a record up to the collator."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from recipe.collator import IGNORE_INDEX
+from recipe.config import DataArguments, UserError
+from recipe.data.records import report
+from recipe.data.split import load_records
+from recipe.templates import Template, load_template
+
+ENCODED_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int32"),
+        "row": Value("int64"),
+        "truncated": Value("bool"),
+    }
+)
+
+
+def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """Records as tokens, ready for the collator: load, validate, split, encode.
+
+    Returns:
+        a `DatasetDict` of `train`, `validation`, `test` and whatever other splits the data names, with the columns
+        `input_ids` and `labels` (T,), aligned, not yet shifted, -100 over the prompt with `mask_prompt`; `length` in
+        tokens; `row`, the record's number in its source; `truncated`.
+
+    Raises:
+        UserError: see `load_records` and `encode_records`.
+
+    Example::
+
+        tokenizer = AutoTokenizer.from_pretrained("openai-community/gpt2")
+        splits = load_splits(DataArguments(data="instruction-data.json"), tokenizer)
+        splits["train"][0]["labels"][-1] == tokenizer.eos_token_id
+    """
+    records, _ = load_records(config)
+    return encode_records(records, tokenizer, config)
+
+
+# --- split ----------------------------------------------------------------------------------------------------------
+
+
+# --- encode ---------------------------------------------------------------------------------------------------------
+
+
+def encode_records(
+    records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments
+) -> DatasetDict:
+    """Prompt and response of each record as tokens, one batched `datasets.map` per split, cached.
+
+    The prompt and the response are tokenized apart and concatenated, so that training sees the boundary that
+    generation will see; one end-of-text token ends the response. See `encode_batch` for records that are too long.
+
+    Raises:
+        UserError: a tokenizer without an end-of-text token, `max_length` out of range, with `overflow="error"` each
+            record that is too long, and a split in which nothing is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so a model could not learn to stop; "
+            "set its eos_token and save it, or give another --tokenizer_name"
+        )
+    template = load_template(config.template, tokenizer)
+    _, ending = template_overhead(template, tokenizer)
+    max_length = resolve_max_length(config, tokenizer)
+    if max_length < 2 * (ending + 1):
+        raise UserError(f"--max_length {max_length} leaves no room: the template's last line alone has {ending} tokens")
+    arguments = {
+        "template": template,
+        "mask_prompt": config.mask_prompt,
+        "max_length": max_length,
+        "overflow": config.overflow,
+        "ending": ending,
+    }
+    encoded = DatasetDict()
+    for name, split in records.items():
+        encoded[name] = split.map(
+            encode_batch,
+            batched=True,
+            remove_columns=split.column_names,
+            features=ENCODED_FEATURES,
+            fn_kwargs={"tokenizer": tokenizer, **arguments},
+            num_proc=config.num_proc,
+            # our own fingerprint: hashing the tokenizer object misses the cache once it has been used
+            new_fingerprint=_fingerprint(split._fingerprint, tokenizer, arguments),
+            desc=f"Tokenizing {name}",
+        )
+    _check_encoded(records, encoded, config, max_length)
+    return encoded
+
+
+def encode_batch(
+    batch: Mapping[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    mask_prompt: bool,
+    max_length: int,
+    overflow: str,
+    ending: int,
+) -> pa.Table:
+    """Encode a batch of records for `datasets.map`, from flat arrays straight into Arrow.
+
+    A record longer than `max_length` is left out with `overflow="drop"` (and `"error"`, which the caller reports). With
+    `"truncate"` the prompt gives way first, before its last `ending` tokens (the response header) and down to half of
+    `max_length`; what is still too long is cut off the response, which then has no end-of-text token to learn.
+    """
+    records = [
+        {"instruction": instruction, "input": text}
+        for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
+    ]
+    pairs = zip(template.prompts(records), batch["output"], strict=True)
+    tokens, lengths = token_ids(tokenizer, list(itertools.chain.from_iterable(pairs)))
+    tokens = np.insert(tokens, lengths.cumsum()[1::2], tokenizer.eos_token_id)
+    lengths = lengths.reshape(-1, 2) + np.array([0, 1])  # (records, 2): prompt, and response with its end-of-text token
+    labels = tokens.copy()
+    if mask_prompt:
+        labels[np.repeat(np.tile([True, False], len(lengths)), lengths.ravel())] = IGNORE_INDEX
+
+    totals = lengths.sum(axis=1)
+    too_long = totals > max_length
+    kept = np.ones(len(totals), dtype=bool) if overflow == "truncate" else ~too_long
+    keep = np.repeat(kept, totals)  # (tokens,)
+    ends = totals.cumsum()
+    for index in np.flatnonzero(too_long & kept):
+        prompt, response = lengths[index]
+        room = min(prompt, max(max_length - response, max_length // 2))  # of the prompt
+        boundary = ends[index] - response
+        keep[boundary - prompt : boundary][room - ending : prompt - ending] = False
+        keep[boundary : ends[index]][max_length - room :] = False
+        totals[index] = max_length
+    if too_long.any():
+        tokens, labels, totals = tokens[keep], labels[keep], totals[kept]
+    offsets = np.concatenate([[0], totals.cumsum()]).astype(np.int32)
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(offsets, tokens),
+        "labels": pa.ListArray.from_arrays(offsets, labels),
+        "length": np.diff(offsets),
+        "row": np.array(batch["row"])[kept],
+        "truncated": too_long[kept],
+    }
+    return pa.table(columns, schema=ENCODED_FEATURES.arrow_schema)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all texts in a row, without special ones, (tokens,) int32, and how many each has, (texts,) int64.
+
+    Lists of numbers are not kept: thousands of them at a time set off Python's search for cycles again and again.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # Python tokenizers have none
+    rows: Iterable[list[int]]
+    if backend is not None and backend.truncation is None and backend.padding is None:
+        # leaves out what nobody asks for
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        lengths, rows = [len(encoding) for encoding in encodings], (encoding.ids for encoding in encodings)
+    else:
+        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        lengths = [len(ids) for ids in rows]
+    tokens = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=sum(lengths))
+    return tokens, np.array(lengths)
+
+
+def resolve_max_length(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`max_length` in tokens: as given, or the tokenizer's own (1024 where that is not set)."""
+    if config.max_length is not None:
+        return config.max_length
+    return tokenizer.model_max_length if tokenizer.model_max_length < 1_000_000 else 1024
+
+
+def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens that begin and that end every prompt of a template: (preamble, response header).
+
+    For Alpaca and the GPT-2 tokenizer (24, 6): up to `### Instruction:\\n`, and from `\\n\\n### Response:\\n`.
+    """
+    probes = [{"instruction": "Name it.", "input": ""}, {"instruction": "8 + 5 = ?", "input": ""}]
+    one, other = (tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in template.prompts(probes))
+    return _common_prefix(one, other), _common_prefix(one[::-1], other[::-1])
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))
+
+
+def _fingerprint(records: str, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    settings = [str(value) for _, value in sorted(arguments.items())]
+    code = inspect.getsource(encode_batch) + inspect.getsource(token_ids)
+    parts = [records, code, vocabulary, str(tokenizer.special_tokens_map), *settings]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _check_encoded(
+    records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
+) -> None:
+    if config.overflow == "error":
+        sources = config.data if isinstance(config.data, dict) else dict.fromkeys(encoded, config.data)
+        problems = [
+            f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
+            "raise --max_length, or choose --overflow truncate or drop"
+            for name, split in encoded.items()
+            for row in np.setdiff1d(*(rows.with_format("numpy")["row"][:] for rows in (records[name], split)))
+        ]
+        if problems:
+            raise UserError(report(problems))
+    for name, split in encoded.items():
+        if len(split) == 0:
+            raise UserError(
+                f"the {name} split is empty: all of its {len(records[name])} records are longer than --max_length "
+                f"{max_length}; raise it or choose --overflow truncate"
+            )
+
+
+# --- count ----------------------------------------------------------------------------------------------------------
+
+
+def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:
+    """What the tokens of each split are, one dict a split; `preamble` is the template's, from `template_overhead`.
+
+    `supervised` counts the targets of the loss: the first token of a record is never one.
+    """
+    statistics = []
+    for name, split in encoded.items():
+        table = split.with_format("arrow")[:]
+        tokens = pc.sum(table["length"]).as_py()
+        labels = table["labels"]
+        first = sum(pc.sum(pc.not_equal(pc.list_element(chunk, 0), IGNORE_INDEX)).as_py() for chunk in labels.chunks)
+        supervised = pc.sum(pc.not_equal(pc.list_flatten(labels), IGNORE_INDEX)).as_py() - first
+        statistics.append(
+            {
+                "split": name,
+                "rows": len(split),
+                "tokens": tokens,
+                "mean": tokens / len(split),
+                "longest": pc.max(table["length"]).as_py(),
+                "preamble": preamble * len(split) / tokens,
+                "supervised": supervised / tokens,
+                "truncated": pc.sum(table["truncated"]).as_py(),
+                "dropped": len(records[name]) - len(split),
+            }
+        )
+    return statistics

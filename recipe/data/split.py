@@ -1,0 +1,103 @@
+"""Train, validation and test splits that share no record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from recipe.config import DataArguments, UserError
+from recipe.data.records import FIELDS, read_records
+
+
+def load_records(config: DataArguments) -> tuple[DatasetDict, int]:
+    """Validated records in splits, before any token: see `recipe.data.records.read_records` for the columns.
+
+    Splits that the data names are kept. A missing `validation` or `test` is taken from `train`, by `validation_ratio`
+    and `test_ratio`, as a function of `split_seed` and each record's content alone. No record stands on both sides.
+
+    Returns:
+        the splits, and how many rows of `train` and `validation` were left out because a later split holds them too.
+
+    Raises:
+        UserError: what `read_records` refuses, and an empty split.
+    """
+    splits, leaked = without_leaks(split_by_content(read_records(config), config))
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise UserError(
+                f"the {name} split is empty: all of its records also stand in a later split of {config.data}; "
+                "give it records of its own"
+            )
+    return splits, leaked
+
+
+def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
+    """Take a missing `validation` and `test` out of `train`.
+
+    Records are ranked by a keyed hash of their content: the order of the file does not matter, exact duplicates stand
+    next to each other, and the cut between two splits moves past them, so that a record is on one side only.
+    """
+    ratios = {"test": config.test_ratio, "validation": config.validation_ratio}
+    wanted = {name: ratio for name, ratio in ratios.items() if name not in splits and ratio > 0}
+    if "train" not in splits or not wanted or len(splits["train"]) == 0:
+        return splits
+    train = splits["train"]
+    hashes = content_hashes(train, key=str(config.split_seed))
+    ranked = np.argsort(hashes, kind="stable")
+    parts, start = {}, 0
+    for name, ratio in wanted.items():
+        end = min(start + max(1, round(ratio * len(train))), len(train))
+        while end < len(train) and hashes[ranked[end]] == hashes[ranked[end - 1]]:
+            end += 1
+        parts[name] = train.select(np.sort(ranked[start:end]))
+        start = end
+    if start == len(train):
+        raise UserError(
+            f"{len(train)} records ({len(np.unique(hashes))} different) are too few to split into train, "
+            f"{' and '.join(wanted)}; give more records, or set " + " and ".join(f"--{name}_ratio 0" for name in wanted)
+        )
+    parts = {**splits, **parts, "train": train.select(np.sort(ranked[start:]))}
+    return DatasetDict(
+        {name: parts[name] for name in dict.fromkeys(["train", "validation", "test", *splits]) if name in parts}
+    )
+
+
+def without_leaks(splits: DatasetDict) -> tuple[DatasetDict, int]:
+    """Leave out, and count, rows of `train` and of `validation` that stand word for word in a later split.
+
+    Test splits stay as they are, so that scores on a published one stay comparable.
+    """
+    order = list(dict.fromkeys([*(name for name in ("train", "validation") if name in splits), *splits]))
+    hashes = {name: content_hashes(splits[name]) for name in order}
+    kept, leaked = dict(splits), 0
+    for position, name in enumerate(order):
+        later = [hashes[other] for other in order[position + 1 :]]
+        if name not in ("train", "validation") or not later:
+            continue
+        in_later = np.isin(hashes[name], np.concatenate(later))
+        if in_later.any():
+            kept[name] = splits[name].select(np.flatnonzero(~in_later))
+            leaked += int(in_later.sum())
+    return DatasetDict(kept), leaked
+
+
+def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:
+    """A 64-bit hash of each record's instruction, input and output, (rows,) uint64; the same on every machine."""
+    hashes = bytearray()
+    for batch in dataset.select_columns(list(FIELDS)).iter(batch_size=10_000):
+        for fields in zip(*(batch[field] for field in FIELDS), strict=True):
+            text = json.dumps([field or "" for field in fields])
+            hashes += hashlib.blake2b(text.encode(), digest_size=8, key=key.encode()).digest()
+    return np.frombuffer(hashes, dtype=">u8").astype(np.uint64)
+
+
+def data_hash(splits: Mapping[str, Dataset]) -> str:
+    """A hash of every record of every split, in order: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        digest.update(name.encode() + content_hashes(splits[name]).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""Gates: conditions on the scores of an evaluation, for CI.
+
+`exact_match>=0.8`, `test_unseen:token_f1.delta>0`, `perplexity<20`, `rouge_l.low>=0.5`, `judge.score_0_100>=60`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipe.config import UserError
+from recipe.evaluation.measures import BEHAVIOUR, METRICS
+
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+# low and high are the ends of the 95 % interval: of the delta, or without a baseline of the tuned score
+FIELDS = ("tuned", "baseline", "delta", "low", "high")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition: `split:metric.field comparison bound`; without a split, the first one counts."""
+
+    text: str
+    split: str | None
+    metric: str
+    field: str
+    comparison: str
+    bound: float
+
+
+def parse_gate(text: str) -> Gate:
+    """Read a gate as it stands on the command line.
+
+    >>> parse_gate("test:exact_match>=0.8")
+    Gate(text='test:exact_match>=0.8', split='test', metric='exact_match', field='tuned', comparison='>=', bound=0.8)
+
+    Raises:
+        UserError: not a condition, or a metric that does not exist.
+    """
+    match = re.fullmatch(r"\s*(?:([\w.-]+):)?(judge\.)?([\w-]+)(?:\.(\w+))?\s*([<>]=?)\s*(\S+)\s*", text)
+    if match is None:
+        raise UserError(f"--gate {text!r}: write NAME>=NUMBER, for example exact_match>=0.8 or token_f1.delta>0")
+    split, judge, metric, field, comparison, bound = match.groups()
+    known = [*METRICS, *BEHAVIOUR]
+    if not judge and metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"--gate {text!r}: unknown metric {metric!r}; {hint}there are {', '.join(known)}")
+    if judge and split is not None:
+        raise UserError(f"--gate {text!r}: the judge is asked about the first split only; leave out {split + ':'!r}")
+    if field is not None and field not in FIELDS:
+        raise UserError(f"--gate {text!r}: unknown field {field!r}; there are {', '.join(FIELDS)}")
+    try:
+        number = float(bound)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--gate {text!r}: {bound!r} is not a number")
+    return Gate(text, split, judge + metric if judge else metric, field or "tuned", comparison, number)
+
+
+def measure(gate: Gate, metrics: Mapping[str, Any]) -> float | None:
+    """The figure a gate asks for, from what `metrics.json` holds; None where it was not measured."""
+    if gate.metric.startswith("judge."):
+        judge, name = metrics["judge"] or {}, gate.metric.removeprefix("judge.")
+        scores = (judge.get("scores") or {}).get(name)
+        if name == "pairwise" and judge.get("pairwise"):
+            scores = {**dict.fromkeys(FIELDS), "ci95": None, "tuned": judge["pairwise"]["win_rate"]}
+    else:
+        split = metrics if gate.split is None else metrics["splits"].get(gate.split)
+        scores = split and (split["metrics"].get(gate.metric) or split["behaviour"].get(gate.metric))
+    if not scores:
+        return None
+    if gate.field in ("low", "high"):
+        return None if scores["ci95"] is None else scores["ci95"][gate.field == "high"]
+    return scores[gate.field]
+
+
+def failures(gates: list[Gate], metrics: Mapping[str, Any]) -> list[str]:
+    """Why gates do not hold, one line each; a figure that was not measured does not hold."""
+    lines = []
+    for gate in gates:
+        value = measure(gate, metrics)
+        if value is None:
+            lines.append(f"gate {gate.text}: not measured")
+        elif not COMPARISONS[gate.comparison](value, gate.bound):
+            lines.append(f"gate {gate.text}: it is {value:.8g}")
+    return lines

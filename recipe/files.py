@@ -1,0 +1,71 @@
+"""Files that are written whole or not at all, and read with a clear message."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from recipe.config import UserError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whatever happens on the way; text in UTF-8.
+
+    Raises:
+        OSError: it cannot be written; with the file's name, also when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        draft.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_whole` for JSON; NaN is refused, because JSON has none."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """`write_whole` for JSON lines, one a row."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of ours.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it and run again what writes it") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The rows of a JSON lines file of ours; other line ends than a newline are text.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: not JSON ({error}); run again what writes the file") from error
+    return rows
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file: 16 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"

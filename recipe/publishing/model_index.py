@@ -1,0 +1,88 @@
+"""Scores as the Hub reads them from a model card: `model-index`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from recipe.files import write_whole
+
+DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+
+def is_hub_id(source: Any) -> bool:
+    """Whether a model or data source is named by its id on the Hub: `name` or `owner/name`, and no file or folder here.
+
+    >>> [is_hub_id(source) for source in ("openai-community/gpt2", "records.jsonl", "runs/2024/gpt2", "data/*.json")]
+    [True, False, False, False]
+    """
+    try:
+        validate_repo_id(source or "")
+    except HFValidationError:
+        return False
+    return not source.endswith(DATA_FILES) and not Path(source).exists()
+
+
+def eval_results(metrics: Mapping[str, Any], hub_data: Sequence[str] | None = None) -> list[EvalResult]:
+    """The tuned model's scores on every split as `model-index` entries; with each, its interval, `n` and baseline.
+
+    Args:
+        metrics: what `metrics.json` holds.
+        hub_data: the datasets that are known to be named by their Hub ids; None to tell it from here.
+
+    Example::
+
+        [first, *_] = eval_results(metrics)
+        first.metric_type, first.metric_value  # ('exact_match', 0.9225)
+        first.metric_args  # {'n': 400, 'baseline': 0.0, 'delta': 0.9225, 'ci95': [0.895, 0.9475], ...}
+    """
+    from recipe.evaluation.measures import (  # here: their libraries take a while, and --help needs none of it
+        BEHAVIOUR,
+        METRICS,
+    )
+
+    data = metrics["provenance"]["data"]
+    on_hub = is_hub_id(data) if hub_data is None else data in hub_data
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Instruction following",
+            dataset_type=data if on_hub else "instruction-records",
+            dataset_name=data if on_hub else dataset_name(data),
+            dataset_split=split,
+            metric_type=name,
+            metric_name={**METRICS, **BEHAVIOUR}[name].title,
+            metric_value=score["tuned"],
+            metric_args={
+                **{key: score[key] for key in ("n", "baseline", "delta", "ci95")},
+                "ci95_of": "tuned" if score["delta"] is None else "delta",
+            },
+        )
+        for split, scores in metrics["splits"].items()
+        for name, score in {**scores["metrics"], **scores["behaviour"]}.items()
+        if score is not None and score["tuned"] is not None
+    ]
+
+
+def dataset_name(data: Any) -> str:
+    """What records are called: a Hub id as it is, a file by its name without its folders, several in words.
+
+    >>> dataset_name("/home/me/instruction-data.json"), dataset_name({"train": "a.jsonl", "test": "b.jsonl"})
+    ('instruction-data.json', 'instruction records')
+    """
+    if not isinstance(data, str):
+        return "instruction records"
+    return data if is_hub_id(data) else Path(data).name or "instruction records"
+
+
+def write_model_index(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the scores as the YAML block `model-index` that a model card carries."""
+    models = metrics["provenance"]["models"]
+    index = eval_results_to_model_index(Path(models["tuned"]["name"]).name or "tuned", eval_results(metrics))
+    write_whole(path, yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,1 @@
+"""Stage 2: tokens and a base model go in, a tuned model comes out."""

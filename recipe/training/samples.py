@@ -1,0 +1,110 @@
+"""Answers to a few validation prompts while a model trains, to look at."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from recipe.console import one_line, visible
+from recipe.files import read_json_lines, write_json_lines, write_whole
+from recipe.generation import generate_responses
+from recipe.templates import Template
+
+COLUMNS = ("instruction", "input", "output", "response", "stop_reason")  # `output` is the reference
+MARKUP = re.compile(r"[\\`*_\[\]<>&|]")  # of Markdown and HTML, inside a line
+
+
+class SampleGenerations(TrainerCallback):
+    """At each evaluation, answers a few prompts, shows the answers and appends them to `output_dir/samples.jsonl`.
+
+    TensorBoard, W&B and trackio get them too, as the table `eval/samples` at the step of the evaluation, in the run
+    that has the scalars.
+
+    Example::
+
+        trainer.add_callback(SampleGenerations(records[:3], template, trackers=trainer.callback_handler.callbacks))
+
+    Args:
+        records: what to answer: `instruction`, `input`, `output` (the reference) of each.
+        template: the prompt's template.
+        max_new_tokens: cap on each answer.
+        trackers: the trainer's callbacks. Those of the three trackers among them are handed the samples; the others are
+            left alone.
+    """
+
+    def __init__(
+        self,
+        records: list[dict[str, Any]],
+        template: Template,
+        max_new_tokens: int = 64,
+        trackers: Iterable[TrainerCallback] = (),
+    ) -> None:
+        self.records = records
+        self.prompts = template.prompts(records)
+        self.max_new_tokens = max_new_tokens
+        self.trackers = [callback for callback in trackers if isinstance(callback, tuple(AS_SHOWN_BY))]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the samples of steps that a resumed run takes again, and a last line that was cut short."""
+        path = Path(args.output_dir) / "samples.jsonl"
+        if state.is_world_process_zero and path.is_file():
+            content = path.read_bytes()
+            write_whole(path, content[: content.rfind(b"\n") + 1])
+            kept = [sample for sample in read_json_lines(path) if sample["step"] <= state.global_step]
+            write_json_lines(path, kept)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # on every process, because a sharded model generates only if all take part
+        responses = generate_responses(kwargs["model"], kwargs["processing_class"], self.prompts, self.max_new_tokens)
+        if not state.is_world_process_zero:
+            return
+        rows = [
+            (record["instruction"], record["input"], record["output"], response.text, response.stop_reason)
+            for record, response in zip(self.records, responses, strict=True)
+        ]
+        with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+            for row in rows:
+                sample = {"step": state.global_step, **dict(zip(COLUMNS, row, strict=True))}
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        for instruction, given, reference, response, _ in rows:
+            question = " | ".join(text for text in (instruction, given) if text)
+            tqdm.write(
+                f"  step {state.global_step}  {one_line(question)}\n"
+                f"    reference  {one_line(reference)}\n    response   {one_line(response)}"
+            )
+        for tracker in self.trackers:
+            # by its own callback, which holds the run, knows its step and makes "eval/samples" of the name
+            [table] = (table for kind, table in AS_SHOWN_BY.items() if isinstance(tracker, kind))
+            tracker.on_log(args, state, control, logs={"eval_samples": table(rows)}, model=kwargs["model"])
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([_markdown_cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    """A text that Markdown shows as it is: markup as character references, lines apart."""
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", visible(text)).replace("\n", "<br>")
+
+
+def _wandb_table(rows: Sequence[Sequence[str]]) -> Any:
+    import wandb  # here, because it is optional; so is trackio
+
+    return wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+
+
+def _trackio_table(rows: Sequence[Sequence[str]]) -> Any:
+    import trackio
+
+    return trackio.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+
+
+AS_SHOWN_BY = {TensorBoardCallback: _markdown_table, WandbCallback: _wandb_table, TrackioCallback: _trackio_table}

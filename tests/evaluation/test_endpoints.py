@@ -1,0 +1,315 @@
+"""Endpoints: each request ends in a reply or a failure with its reason; against a failing stub and a real server."""
+
+import socket
+import time
+
+import pytest
+from serve import chat_folder, served_demo, server  # noqa: F401
+from stub_endpoint import Cut, Drip, Hang, Raw, Say, Status, serve_stub
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipe.config import UserError
+from recipe.evaluation.endpoints import (
+    Failure,
+    Reply,
+    ask,
+    generate_from_endpoint,
+    is_endpoint,
+    parse_endpoint,
+    preflight,
+    resolve_model,
+)
+from recipe.generation import Decoding, generate_responses
+from recipe.templates import load_template
+
+
+def request(text: str, **options) -> dict:
+    return {"messages": [{"role": "user", "content": text}], **options}
+
+
+def ask_stub(script, names, **options):
+    """The outcomes of one `do:NAME` request for each name, and the stub with what it counted."""
+    options = {"timeout": 20.0, "max_retries": 0, **options}
+    with serve_stub({"": [Say("hello")], **script}) as stub:
+        endpoint = parse_endpoint(f"{stub.url}#stub")
+        return ask(endpoint, [request(f"do:{name}") for name in names], **options), stub
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
+
+
+def test_an_endpoint_is_read_from_its_address():
+    endpoint = parse_endpoint("http://localhost:8000/v1/#/models/my model#2")
+    assert (endpoint.url, endpoint.model) == ("http://localhost:8000/v1", "/models/my model#2")
+    assert parse_endpoint("https://[::1]/v1").url == "https://[::1]/v1"
+    assert parse_endpoint("http://host/v1").model is None
+    assert is_endpoint("http://host/v1") and not is_endpoint("outputs/demo") and not is_endpoint("someone/http")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://",
+        "http://:80/v1",
+        "http://host:port/v1",
+        "http://a b/v1",
+        "http://host/v 1",
+        "http://[::1/v1",
+        "http://host/v1?key=secret#m",
+        "http://me:secret@ho st/v1",
+    ],
+)
+def test_what_is_no_endpoint_is_refused_without_its_secrets(name):
+    with pytest.raises(UserError, match="endpoint") as refused:
+        parse_endpoint(name)
+    assert "secret" not in str(refused.value)
+
+
+def test_credentials_are_sent_and_never_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
+    script = {"": [Say("hello")], "refuse": [Status(401, body='{"error": {"message": "wrong: sk-secret-key pa55"}}')]}
+    with serve_stub(script) as stub:
+        [reply] = ask(parse_endpoint(f"{stub.url}#stub"), [request("hello")])
+        with_password = parse_endpoint(stub.url.replace("://", "://me:pa55@") + "#stub")
+        outcomes = ask(with_password, [request("hello"), request("do:refuse")], concurrency=1)
+    assert isinstance(reply, Reply) and isinstance(outcomes[0], Reply)
+    assert stub.keys[0] == "Bearer sk-secret-key"
+    assert stub.keys[1].startswith("Basic ")
+    assert outcomes[1].status == "http_401" and "***" in outcomes[1].error
+    for secret in ("pa55", "sk-secret"):
+        assert secret not in repr(outcomes) + repr(with_password) + str(with_password)
+
+
+def test_the_only_model_is_taken_and_of_several_one_must_be_named():
+    with serve_stub({"": [Say("x")]}, models=["llama3"]) as stub:
+        assert resolve_model(parse_endpoint(stub.url)).model == "llama3"
+        assert resolve_model(parse_endpoint(f"{stub.url}#other")).model == "other"
+        stub.models = ["llama3", "phi3"]
+        with pytest.raises(UserError, match=r"name the model, .*#MODEL; it lists llama3, phi3"):
+            resolve_model(parse_endpoint(stub.url))
+        stub.models = []
+        with pytest.raises(UserError, match="it lists none"):
+            resolve_model(parse_endpoint(stub.url))
+
+
+# --- outcomes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_in_full():
+    [reply], stub = ask_stub({"x": [Say("Blue.", "length")]}, ["x"])
+    assert reply == Reply("Blue.", "length", "stub-2026", {"prompt_tokens": 10, "completion_tokens": 2}, reply.seconds)
+    assert 0 < reply.seconds < 20
+    assert stub.bodies == [{"messages": [{"role": "user", "content": "do:x"}], "model": "stub"}]
+
+
+def test_each_fault_has_its_status():
+    script = {
+        "slow": [Hang(60)],
+        "drip": [Drip(60)],
+        "cut": [Cut()],
+        "busy": [Status(429)],
+        "broken": [Status(500)],
+        "refused": [Status(422)],
+        "page": [Raw(b"<html>")],
+        "nothing": [Raw(b"")],
+        "null": [Raw(b"null")],
+        "list": [Raw(b"[]")],
+        "no_choices": [Raw(b'{"choices": []}')],
+        "no_message": [Raw(b'{"choices": [{"message": null}]}')],
+        "number": [Raw(b'{"choices": [{"message": {"content": 5}}]}')],
+        "bytes": [Raw(b"\xff\xfe\x00")],
+        "deep": [Raw(b"[" * 100_000)],
+        "fine": [Say("fine")],
+    }
+    started = time.monotonic()
+    outcomes, _ = ask_stub(script, script, timeout=2.0)
+    statuses = dict(zip(script, [getattr(outcome, "status", "reply") for outcome in outcomes], strict=True))
+    expected = {
+        "slow": "timeout", "drip": "timeout", "cut": "connection", "busy": "rate_limited", "broken": "http_500",
+        "refused": "http_422", "fine": "reply",
+    }  # fmt: skip
+    assert statuses == {name: expected.get(name, "malformed") for name in script}
+    assert time.monotonic() - started < 20
+    assert "incomplete" in outcomes[2].error or "closed" in outcomes[2].error
+    assert "the stub was told to" in outcomes[4].error
+
+
+def test_odd_fields_beside_a_proper_text_do_no_harm():
+    odd = b'{"model": 7, "usage": [1], "choices": [{"message": {"content": "a \\ud800 b"}, "finish_reason": ["stop"]}]}'
+    none = b'{"usage": {"prompt_tokens": 3}, "choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'
+    [reply, empty], _ = ask_stub({"odd": [Raw(odd)], "none": [Raw(none)]}, ["odd", "none"])
+    assert (reply.text, reply.finish_reason, reply.model, reply.usage) == ("a ? b", None, None, None)
+    assert (empty.text, empty.finish_reason, empty.usage) == ("", "stop", None)
+
+
+def test_only_what_may_pass_is_tried_again():
+    script = {
+        "busy": [Status(429, {"Retry-After": "1"}), Say("now")],
+        "broken": [Status(503), Say("now")],
+        "cut": [Cut(), Say("now")],
+        "slow": [Hang(60), Say("now")],
+        "always": [Status(500)],
+        "refused": [Status(400)],
+        "unknown": [Status(404)],
+    }
+    started = time.monotonic()
+    outcomes, stub = ask_stub(script, script, timeout=2.0, max_retries=1, concurrency=8)
+    assert [outcome.text for outcome in outcomes[:4]] == ["now"] * 4
+    assert [outcome.status for outcome in outcomes[4:]] == ["http_500", "http_400", "http_404"]
+    assert {name: stub.asked(name) for name in script} == {
+        "busy": 2, "broken": 2, "cut": 2, "slow": 2, "always": 2, "refused": 1, "unknown": 1
+    }  # fmt: skip
+    assert 1 <= time.monotonic() - started < 20  # Retry-After was waited for
+
+
+def test_outcomes_come_in_order_and_no_more_than_so_many_at_once():
+    seen = []
+    with serve_stub({"": [Say(lambda prompt: time.sleep(0.02) or prompt.upper())]}) as stub:
+        requests = [request(f"word {index}") for index in range(40)]
+        outcomes = ask(
+            parse_endpoint(f"{stub.url}#m"), requests, lambda index, reply: seen.append((index, reply)), concurrency=3
+        )
+    assert [outcome.text for outcome in outcomes] == [f"WORD {index}" for index in range(40)]
+    assert sorted(seen, key=lambda pair: pair[0]) == list(enumerate(outcomes))
+    assert stub.most_at_once == 3
+
+
+def test_an_endpoint_that_is_gone_is_not_asked_to_the_end():
+    seen = []
+    with serve_stub({"": [Status(503)]}) as stub:
+        outcomes = ask(
+            parse_endpoint(f"{stub.url}#m"),
+            [request("hello")] * 100,
+            lambda index, outcome: seen.append(index),
+            concurrency=1,
+            max_retries=0,
+        )
+    assert [outcome.status for outcome in outcomes] == ["http_503"] * 10 + ["not_asked"] * 90
+    assert "10 requests in a row had failed, the last: http_503" in outcomes[-1].error
+    assert len(stub.bodies) == 10 and seen == list(range(10))
+
+
+def test_requests_that_are_refused_one_by_one_do_not_stop_the_others():
+    outcomes, _ = ask_stub({"long": [Status(400)]}, ["long"] * 30 + ["fine"])
+    assert [getattr(outcome, "status", "reply") for outcome in outcomes] == ["http_400"] * 30 + ["reply"]
+
+
+def test_an_error_of_the_callback_comes_through():
+    def disk_full(index, outcome):
+        raise OSError("no space left")
+
+    with serve_stub({"": [Say("x")]}) as stub, pytest.raises(OSError, match="no space left"):
+        ask(parse_endpoint(f"{stub.url}#m"), [request("hello")] * 5, disk_full)
+
+
+# --- preflight ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_form_of_a_request_that_is_taken():
+    forms = [request("hello", response_format={"type": "json_object"}), request("hello")]
+    for takes_schema, taken in ((True, 0), (False, 1)):
+        with serve_stub({"": [Say("x")]}, takes_schema=takes_schema) as stub:
+            assert preflight(parse_endpoint(f"{stub.url}#m"), forms) == forms[taken]
+        assert len(stub.bodies) == taken + 1
+
+
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (Status(401), "http_401.*OPENAI_API_KEY"),
+        (Status(404), "http_404.*does it know the model"),
+        (Status(400, body='{"detail": "Server is pinned to x"}'), "http_400.*pinned to x"),
+        (Raw(b"<html>"), "malformed.*is the path right"),
+        (Status(429), "rate_limited.*wait"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_used_says_why(act, message):
+    with serve_stub({"": [act]}) as stub, pytest.raises(UserError, match=message):
+        preflight(parse_endpoint(f"{stub.url}#m"), [request("hello")], timeout=20, max_retries=0)
+
+
+def test_an_endpoint_that_is_down_says_so_at_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        down = parse_endpoint(f"http://127.0.0.1:{free.getsockname()[1]}/v1#m")
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"connection: .*is it running"):
+            preflight(down, [request("hello")], max_retries=1)
+        with pytest.raises(UserError, match=r"connection: .*is it running"):
+            resolve_model(parse_endpoint(down.url), max_retries=0)
+    assert time.monotonic() - started < 20
+
+
+def test_a_model_that_loads_is_waited_for():
+    """Each request takes a second: the time of the warm-up decides."""
+    with serve_stub({"": [Say(lambda prompt: time.sleep(1) or "loaded")]}) as stub:
+        endpoint = parse_endpoint(f"{stub.url}#m")
+        preflight(endpoint, [request("hello")], timeout=20, max_retries=0)
+        with pytest.raises(UserError, match=r"timeout: no whole answer in 0.*still be loading"):
+            preflight(endpoint, [request("hello")], timeout=0.3, max_retries=5)
+
+
+# --- answers of a served model --------------------------------------------------------------------------------------
+
+RECORDS = [
+    {"instruction": "Write the plural of the word.", "input": "cat", "output": "cats"},
+    {"instruction": "Name a colour.", "input": "", "output": "Blue."},
+    {"instruction": "Count the words.", "input": "The river is long and the road is short.", "output": "9"},
+]
+
+
+def test_answers_are_those_of_predictions_and_failures_keep_their_place():
+    seen = []
+    script = {
+        "": [Say("Blue.")],
+        "cut_short": [Say("The", "length")],
+        "gone": [Status(500)],
+        "odd": [Say("", "safety")],
+    }
+    records = [{"instruction": f"do:{name}", "input": "cat"} for name in ("cut_short", "gone", "odd")] + RECORDS[1:2]
+    with serve_stub(script) as stub:
+        answers = generate_from_endpoint(
+            parse_endpoint(f"{stub.url}#m"),
+            records,
+            Decoding(max_new_tokens=9, temperature=0.5, top_p=0.9, seed=7),
+            lambda index, answer: seen.append(index),
+            max_retries=0,
+        )
+    assert [answer.pop("seconds") > 0 for answer in answers if not isinstance(answer, Failure)] == [True] * 3
+    assert answers[0] == {"text": "The", "tokens": 2, "stop_reason": "length"}
+    assert isinstance(answers[1], Failure) and answers[1].status == "http_500"
+    assert answers[2] == {"text": "", "tokens": 2, "stop_reason": None}
+    assert answers[3] == {"text": "Blue.", "tokens": 2, "stop_reason": "eos"}
+    assert sorted(seen) == [0, 1, 2, 3]
+    sent = {body["messages"][0]["content"]: body for body in stub.bodies[1:]}
+    assert set(sent) == {f"do:{n}\n\n### Input:\ncat" for n in ("cut_short", "gone", "odd")} | {"Name a colour."}
+    assert {"temperature": 0.5, "top_p": 0.9, "seed": 7, "max_tokens": 9}.items() <= sent["Name a colour."].items()
+
+
+def test_nothing_is_asked_of_an_endpoint_without_records():
+    assert generate_from_endpoint(parse_endpoint("http://127.0.0.1:1/v1#m"), [], Decoding()) == []
+
+
+def test_the_message_renders_the_prompt_of_training():
+    """A server renders the content alone; the Alpaca template puts an input where the message has it already."""
+    template = load_template("alpaca")
+    for record in RECORDS:
+        with serve_stub({"": [Say("x")]}) as stub:
+            generate_from_endpoint(parse_endpoint(f"{stub.url}#m"), [record], Decoding())
+        content = stub.bodies[-1]["messages"][0]["content"]
+        assert template.prompt({"instruction": content, "input": ""}) == template.prompt(record)
+
+
+def test_a_served_model_answers_as_the_same_folder_does_here(served_demo, chat_folder):  # noqa: F811
+    """`transformers serve` against `generate_responses`, greedy, text for text."""
+    endpoint = resolve_model(parse_endpoint(served_demo))
+    answers = generate_from_endpoint(endpoint, RECORDS, Decoding(max_new_tokens=12), concurrency=2)
+    model = AutoModelForCausalLM.from_pretrained(chat_folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    prompts = load_template(str(chat_folder / "chat_template.jinja"), tokenizer).prompts(RECORDS)
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=12)
+    assert [answer["text"] for answer in answers] == [response.text for response in responses]
+    assert all(response.text for response in responses)
+    assert [answer["stop_reason"] for answer in answers] == [response.stop_reason for response in responses]

@@ -1,0 +1,165 @@
+"""Reference losses against Hugging Face's own loss and against the trainer's evaluation."""
+
+import pytest
+import torch
+from conftest import DEMO
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from recipe.collator import DataCollatorForInstructionTuning
+from recipe.config import DataArguments, InstructionTrainingArguments
+from recipe.data import encode_records, load_records
+from recipe.evaluation.likelihood import reference_losses
+from recipe.evaluation.metrics import Perplexity, ReferenceLoss
+from recipe.templates import load_template
+from recipe.trainer import InstructionTrainer
+
+
+@pytest.fixture(scope="module")
+def data() -> DataArguments:
+    return DataArguments(data={"train": str(DEMO / "records" / "validation.jsonl")}, test_ratio=0, validation_ratio=0)
+
+
+@pytest.fixture(scope="module")
+def pairs(data, demo_tokenizer) -> tuple[list[str], list[str]]:
+    records = load_records(data)[0]["train"]
+    return load_template(data.template, demo_tokenizer).prompts(records), records["output"]
+
+
+def first(pairs, count: int) -> tuple[list[str], list[str]]:
+    return pairs[0][:count], pairs[1][:count]
+
+
+def columns(losses: list) -> dict[str, list]:
+    return {"loss_sums": [nats for nats, _ in losses], "token_counts": [targets for _, targets in losses]}
+
+
+@torch.no_grad()
+def loss_by_hugging_face(model, tokenizer, prompt: str, reference: str) -> tuple[float, int]:
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    response_ids = [*tokenizer(reference)["input_ids"], tokenizer.eos_token_id]
+    loss = model(
+        input_ids=torch.tensor([prompt_ids + response_ids]),
+        labels=torch.tensor([[-100] * len(prompt_ids) + response_ids]),
+    ).loss
+    return loss.item() * len(response_ids), len(response_ids)
+
+
+def test_losses_are_those_of_hugging_face_one_by_one(demo_model, demo_tokenizer, pairs):
+    prompts, references = first(pairs, 24)
+    references[3] = ""  # nothing but the end-of-text token
+    found = reference_losses(demo_model, demo_tokenizer, prompts, references, batch_size=7)
+    demo_model.eval()
+    expected = [
+        loss_by_hugging_face(demo_model, demo_tokenizer, prompt, reference)
+        for prompt, reference in zip(prompts, references, strict=True)
+    ]
+    assert [targets for _, targets in found] == [targets for _, targets in expected]
+    assert found[3][1] == 1
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
+    total, count = sum(nats for nats, _ in expected), sum(targets for _, targets in expected)
+    assert ReferenceLoss().compute(**columns(found))["reference_loss"] == pytest.approx(total / count, rel=1e-6)
+    perplexity = torch.tensor(total / count).exp().item()
+    assert Perplexity().compute(**columns(found))["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+
+
+def test_total_is_the_trainers_eval_loss(demo_model, demo_tokenizer, data, pairs, tmp_path):
+    rows = encode_records(load_records(data)[0], demo_tokenizer, data)["train"]
+    args = InstructionTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, per_device_eval_batch_size=16, disable_tqdm=True, report_to="none"
+    )
+    trainer = InstructionTrainer(
+        demo_model,
+        args,
+        data_collator=DataCollatorForInstructionTuning(demo_tokenizer.eos_token_id),
+        eval_dataset=rows,
+        processing_class=demo_tokenizer,
+    )
+    result = trainer.evaluate()
+    found = columns(reference_losses(demo_model, demo_tokenizer, *pairs))
+    assert len(rows) == len(found["loss_sums"])
+    assert sum(found["token_counts"]) == sum(sum(label != -100 for label in row["labels"]) for row in rows)
+    assert ReferenceLoss().compute(**found)["reference_loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
+    assert Perplexity().compute(**found)["perplexity"] == pytest.approx(result["eval_perplexity"], rel=1e-5)
+
+
+def test_batch_size_does_not_matter(demo_model, demo_tokenizer, pairs):
+    results = [reference_losses(demo_model, demo_tokenizer, *first(pairs, 20), batch_size=size) for size in (1, 6, 64)]
+    for result in results[1:]:
+        for (nats, targets), (expected, count) in zip(result, results[0], strict=True):
+            assert nats == pytest.approx(expected, rel=1e-5) and targets == count
+
+
+def test_padding_side_does_not_matter(demo_model, demo_tokenizer, pairs):
+    """The same batch by hand, padded on the left with positions that start at each row's first token."""
+    prompts, references = first(pairs, 8)
+    found = reference_losses(demo_model, demo_tokenizer, prompts, references, batch_size=8)
+    encoded = [
+        (demo_tokenizer(p)["input_ids"], [*demo_tokenizer(r)["input_ids"], demo_tokenizer.eos_token_id])
+        for p, r in zip(prompts, references, strict=True)
+    ]
+    width = max(len(p) + len(r) for p, r in encoded)
+    ids = torch.tensor([[0] * (width - len(p) - len(r)) + p + r for p, r in encoded])
+    mask = torch.tensor([[0] * (width - len(p) - len(r)) + [1] * (len(p) + len(r)) for p, r in encoded])
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = demo_model.eval()(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    for row, ((_, response), (nats, targets)) in enumerate(zip(encoded, found, strict=True)):
+        kept = logits[row, -len(response) - 1 : -1]
+        expected = functional.cross_entropy(kept, torch.tensor(response), reduction="sum").item()
+        assert nats == pytest.approx(expected, rel=1e-5) and targets == len(response)
+
+
+def test_what_exceeds_the_context_is_none_and_the_others_stay(demo_model, demo_tokenizer, pairs):
+    """256 positions: prompt and reference of 256 tokens fit, since nothing is predicted from the end-of-text token."""
+    assert len(demo_tokenizer(" the" * 10)["input_ids"]) == 10
+    prompt, reference = pairs[0][0], pairs[1][0]
+    prompts = [" the" * 250, prompt, " the" * 250]
+    references = [" the" * 6, reference, " the" * 7]
+    fits, other, too_long = reference_losses(demo_model, demo_tokenizer, prompts, references)
+    assert fits is not None and fits[1] == 7 and too_long is None
+    assert other == pytest.approx(reference_losses(demo_model, demo_tokenizer, [prompt], [reference])[0], rel=1e-5)
+    assert reference_losses(demo_model, demo_tokenizer, prompts[2:], references[2:]) == [None]
+
+
+def test_a_loss_that_is_not_finite_is_none(demo_model, demo_tokenizer, pairs):
+    with torch.no_grad():
+        demo_model.transformer.wpe.weight[60:] = float("nan")
+    lengths = [
+        len(demo_tokenizer(p)["input_ids"]) + len(demo_tokenizer(r)["input_ids"]) for p, r in zip(*pairs, strict=True)
+    ]
+    found = reference_losses(demo_model, demo_tokenizer, *pairs, batch_size=1)  # padding would take part in the NaN
+    assert [loss is None for loss in found] == [length > 60 for length in lengths]
+    assert 0 < found.count(None) < len(found)
+
+
+def test_half_precision_weights_still_give_float32_losses(demo_model, demo_tokenizer, pairs):
+    exact = reference_losses(demo_model, demo_tokenizer, *first(pairs, 8))
+    half = reference_losses(demo_model.bfloat16(), demo_tokenizer, *first(pairs, 8))
+    sums = [sum(nats for nats, _ in losses) for losses in (exact, half)]
+    assert sums[1] == pytest.approx(sums[0], rel=0.02)
+    assert any(nats != torch.tensor(nats).bfloat16().item() for nats, _ in half)
+
+
+def test_another_architecture_gives_the_loss_of_hugging_face(demo_tokenizer, pairs):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(demo_tokenizer), num_hidden_layers=2, hidden_size=32, intermediate_size=64,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts, references = first(pairs, 6)
+    found = reference_losses(model, demo_tokenizer, prompts, references)
+    for prompt, reference, loss in zip(prompts, references, found, strict=True):
+        assert loss == pytest.approx(loss_by_hugging_face(model, demo_tokenizer, prompt, reference), rel=1e-5)
+
+
+def test_the_model_is_left_as_it_was(demo_model, demo_tokenizer, pairs):
+    demo_model.train()
+    for dropout in (module for module in demo_model.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.p = 0.5
+    one, other = (reference_losses(demo_model, demo_tokenizer, *first(pairs, 4)) for _ in range(2))
+    assert one == other and demo_model.training
+    assert reference_losses(demo_model, demo_tokenizer, [], []) == []
+    with pytest.raises(ValueError):
+        reference_losses(demo_model, demo_tokenizer, pairs[0][:2], pairs[1][:1])
