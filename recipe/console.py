@@ -34,10 +34,14 @@ def _picture(code: int) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
 
+def shorten(text: str, limit: int = 60) -> str:
+    """A text of at most `limit` characters; a longer one is cut and ends in three dots."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def one_line(text: str, limit: int = 200) -> str:
     """A text in one line of at most `limit` characters, for a terminal: nothing in it can command the terminal."""
-    shown = visible(text[: limit + 1]).replace("\n", "\\n").replace("\t", "\\t")
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+    return shorten(visible(text[: limit + 1]).replace("\n", "\\n").replace("\t", "\\t"), limit)
 
 
 def print_table(

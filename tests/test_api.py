@@ -143,7 +143,10 @@ def run_load_splits(block, tmp_path):
     for written, here in (("openai-community/gpt2", DEMO / "base"), ("instruction-data.json", TRAINING)):
         assert written in block
         block = block.replace(written, str(here))
-    assert run_block(block, {**namespace("recipe.data"), "DataArguments": DataArguments, "AutoTokenizer": AutoTokenizer}) is True
+    assert (
+        run_block(block, {**namespace("recipe.data"), "DataArguments": DataArguments, "AutoTokenizer": AutoTokenizer})
+        is True
+    )
 
 
 def run_linear_cross_entropy(block, tmp_path):

@@ -24,10 +24,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from recipe.config import UserError
-from recipe.console import UNSEEN
+from recipe.console import UNSEEN, shorten
 from recipe.data.encode import token_ids
 from recipe.data.records import FIELDS
-from recipe.data.sources import shorten
 from recipe.figures import BASELINE_COLOR, LINE, MUTED, STYLE, TEXT, TUNED_COLOR, WORSE_COLOR, save_png
 from recipe.templates import Template
 

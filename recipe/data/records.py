@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
 from recipe.config import DataArguments, UserError
-from recipe.data.sources import Places, load_source, shorten
+from recipe.console import shorten
+from recipe.data.sources import Places, load_source
 
 FIELDS = ("instruction", "input", "output")
 LONGEST_REPORT = 100  # problems spelt out in one report; the rest are counted

@@ -20,6 +20,7 @@ from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patte
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from recipe.config import UserError
+from recipe.console import shorten
 
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -214,8 +215,3 @@ def _json_problems(file: str) -> Iterator[str]:
                 f"{file} row {row} (line {number}): broken JSON at column {error.colno} ({error.msg}): "
                 f"{shorten(line)}; mend the line or remove it"
             )
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """A value in a message, of at most `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
