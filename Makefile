@@ -2,40 +2,66 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
+PIP = $(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := outputs/demo
 # `accelerate launch` gives a process on a CPU one thread unless it is told otherwise
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-all test-lowest lint bench
 
-setup: $(VENV)/.installed
+# what development needs: the recipe, its tests and the lint
+setup: $(VENV)/.dev
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# the recipe alone, as users install it
+$(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,data,interop,trackers]'
+	$(PIP) --editable .
 	touch $@
 
-demo: setup
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.all: $(VENV)/.dev
+	$(PIP) --editable '.[dev,interop,trackers]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.core
+	$(PIP) --editable '.[bench]'
+	touch $@
+
+$(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
+		--editable . pytest pytest-xdist
+	touch $@
+
+demo: $(VENV)/.core
 	OMP_NUM_THREADS=$(CORES) $(RUN)/accelerate launch --quiet --config_file accelerate_config.yaml scripts/train.py configs/demo.yaml \
 		--output_dir $(DEMO) --overwrite_output_dir
 	$(RUN)/python scripts/eval.py --model $(DEMO) --baseline recipe/demo/base --split test test_unseen \
 		--output_dir $(DEMO)-eval --overwrite_output_dir
 	@echo "Loss over steps: $(DEMO)/loss.png   How it was made: $(DEMO)/run.json"
 
-test: setup
+# tests of optional clients (TRL, lm-eval, ONNX Runtime, trackers) are skipped where these are not installed
+test: $(VENV)/.dev
 	$(RUN)/python -m pytest
 
+test-all: $(VENV)/.all
+	$(RUN)/python -m pytest
+
+# the fast tests with the lowest versions that pyproject.toml allows
+test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest tests/data tests/training tests/test_collator.py tests/test_shared_prefix.py \
+		tests/test_attention.py tests/test_generation.py tests/test_model.py tests/test_templates.py tests/test_config.py
+
 # a quarter of an hour on two cores; docs/performance.md has the command for all of it
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.bench
 	$(RUN)/python benchmarks/benchmark.py --output outputs/benchmark/quick.json --minutes 15 --rounds 1 --steps 4 \
 		--only batch_8 batch_32 startup preprocessing generation --records 20000 \
 		--contenders recipe_shared_prefix recipe_padded trainer_by_length trl_by_length plain_loop
 
-$(VENV)/.installed-bench: $(VENV)/.installed
-	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,data,interop,trackers,bench]'
-	touch $@
-
-lint: setup
+lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy

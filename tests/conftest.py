@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_TOKEN"] = os.environ["HUGGING_FACE_HUB_TOKEN"] = ""  # whoever runs the tests may be logged in
 os.environ["HF_TOKEN_PATH"] = os.path.join(os.path.dirname(__file__), "no-token")
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -20,6 +21,12 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipe" / "demo"
 SHARED = ROOT.parent / "shared"
+OPTIONAL = ("trl", "lm_eval", "onnx", "onnxruntime", "tensorboard", "trackio", "wandb")  # extras interop and trackers
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if missing := [name for name in OPTIONAL if importlib.util.find_spec(name) is None]:
+        terminalreporter.write_line(f"without tests of {', '.join(missing)}: `make test-all` installs and tests them")
 
 
 @pytest.fixture(scope="session")

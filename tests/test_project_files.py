@@ -6,9 +6,12 @@ import tomllib
 import pytest
 import yaml
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
@@ -20,6 +23,20 @@ def test_one_version_everywhere():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.search(r"^## (\S+?),? ", changelog, flags=re.MULTILINE)
     assert PROJECT["project"]["version"] == load(ROOT / "CITATION.cff")["version"] == newest[1]
+
+
+def test_the_lowest_versions_are_those_that_are_declared():
+    """`make test-lowest` installs what pyproject.toml promises to work with, torch apart: CI has one build of it."""
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if "==" in line
+    )
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    for line in PROJECT["project"]["dependencies"]:
+        requirement = Requirement(line)
+        [lowest] = [clause.version for clause in requirement.specifier if clause.operator == ">="]
+        if requirement.name != "torch":
+            assert Version(pinned[canonicalize_name(requirement.name)]) == Version(lowest), requirement.name
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
 
 
 def test_the_citation_has_what_its_schema_requires():
@@ -34,7 +51,7 @@ def test_the_citation_has_what_its_schema_requires():
 
 def test_the_guide_names_commands_that_exist():
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\bmake (\w+)", guide + (ROOT / ".github" / "pull_request_template.md").read_text()))
+    named = set(re.findall(r"\bmake ([\w-]+)", guide + (ROOT / ".github" / "pull_request_template.md").read_text()))
     assert {"setup", "test", "lint", "demo"} <= named <= TARGETS
     files = re.findall(r"`((?:\.ci|docs|scripts|tests)/[\w./]+)`", guide)
     assert len(files) >= 3 and all((ROOT / file).is_file() for file in files)
@@ -44,7 +61,7 @@ def test_pre_commit_runs_the_lint_of_the_makefile():
     """With the tools of the virtual environment, so that nothing is downloaded and the versions are those of CI."""
     [repository] = load(ROOT / ".pre-commit-config.yaml")["repos"]
     assert repository["repo"] == "local" and all(hook["language"] == "system" for hook in repository["hooks"])
-    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint: setup\n")[1].split("\n\n")[0]
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint: $(VENV)/.dev\n")[1].split("\n\n")[0]
     tools = {tuple(re.sub(r" --check| \.$", "", line.strip()).split("/")[1].split()) for line in recipe.splitlines()}
     entries = (hook["entry"].removeprefix(".venv/bin/").replace(" --force-exclude", "") for hook in repository["hooks"])
     assert {tuple(entry.split()) for entry in entries} == tools == {("ruff", "format"), ("ruff", "check"), ("mypy",)}

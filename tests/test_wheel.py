@@ -7,7 +7,7 @@ import subprocess
 import sys
 import zipfile
 from email.message import Message
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import packages_distributions
 
 import pytest
 from conftest import ROOT
@@ -74,9 +74,9 @@ def test_metadata_name_version_licence_and_python(metadata):
     assert metadata["Requires-Python"] == ">=3.11"
 
 
-def test_everything_that_is_imported_is_installed_with_it(metadata):
-    """What recipe/ imports is a dependency, or what a dependency needs in every installation; so is what scripts/ and
-    functions of recipe/ import, or else an extra brings it."""
+def test_everything_that_is_imported_is_declared(metadata):
+    """What recipe/ and scripts/ import is a dependency of ours by name, not by way of another one; what their functions
+    and benchmarks/ import may come with an extra."""
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     core = {canonicalize_name(found.name) for found in requirements if found.marker is None}
     everything = {canonicalize_name(found.name) for found in requirements}
@@ -84,24 +84,17 @@ def test_everything_that_is_imported_is_installed_with_it(metadata):
     for folder, in_functions, declared in (
         ("recipe", False, core),
         ("recipe", True, everything),
+        ("scripts", False, core),
         ("scripts", True, everything),
+        ("benchmarks", True, everything),
     ):
-        installed = declared.union(*map(always_needed, declared))
         for path in (ROOT / folder).rglob("*.py"):
             for package in imported_packages(path, in_functions) - sys.stdlib_module_names:
                 names = {canonicalize_name(name) for name in distributions.get(package, [package])}
                 of_ours = package == "recipe" or (path.parent / f"{package}.py").is_file()
-                if not of_ours and not names & installed:
+                if not of_ours and not names & declared:
                     missing.add(f"{path.relative_to(ROOT)} imports {package}")
     assert not missing, "\n".join(sorted(missing))
-
-
-def always_needed(distribution: str) -> set[str]:
-    try:
-        requirements = [Requirement(line) for line in requires(distribution) or []]
-    except PackageNotFoundError:  # of an extra that was left out
-        return set()
-    return {canonicalize_name(found.name) for found in requirements if "extra" not in str(found.marker)}
 
 
 def imported_packages(path, in_functions: bool) -> set[str]:
