@@ -1,7 +1,9 @@
 """What stands around the code: it parses, and it says the same everywhere."""
 
+import ast
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -87,3 +89,27 @@ def test_a_report_asks_for_what_repeats_it():
     questions = {question["id"] for question in load(ROOT / ".github/ISSUE_TEMPLATE/wrong_result.yml")["body"]}
     assert {"command", "versions", "run"} <= questions
     assert load(ROOT / ".github/ISSUE_TEMPLATE/config.yml").keys() <= {"blank_issues_enabled", "contact_links"}
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+def python_files() -> list[Path]:
+    files = [path for folder in ("recipe", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    return [path for path in files if "demo" not in path.parts]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 60}
+
+
+def test_the_training_path_is_short():
+    """What runs when a model is trained: at most 3,000 lines, docstrings included."""
+    parts = ["scripts/train.py", *(f"recipe/{n}.py" for n in ("collator", "attention", "templates", "model", "config"))]
+    paths = [ROOT / part for part in parts] + list((ROOT / "recipe" / "training").glob("*.py"))
+    paths += [path for path in (ROOT / "recipe" / "data").glob("*.py") if "inspection" not in path.name]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= 3000
