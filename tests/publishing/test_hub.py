@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, Trai
 
 import recipe.publishing.hub
 from recipe.config import UserError
-from recipe.publishing.hub import PushToHub, files_to_push, open_repository, push_files, refuse_secrets, take_over_push
+from recipe.publishing.hub import files_to_push, open_repository, push_files, refuse_secrets
+from recipe.publishing.trainer_push import PushToHub, replace_trainer_push
 
 CARD = "---\nlibrary_name: transformers\n---\n\n# A model\n"
 
@@ -85,7 +87,7 @@ def test_only_what_is_named_goes(folder):
 def test_what_was_pushed_is_read_back_with_equal_weights(hub, api, folder, tmp_path):
     pushed = push(folder, api)
     assert pushed.url == f"{hub.endpoint}/someone/model/tree/main"
-    assert {change.state for change in pushed.changes} == {"new"}
+    assert pushed.sent and not pushed.removed
     downloaded = Path(api.snapshot_download("someone/model", cache_dir=tmp_path / "cache"))
     files = {path.name: path.read_bytes() for path in downloaded.iterdir()}
     assert files.keys() == files_to_push(folder).keys() | {".gitattributes"}
@@ -136,7 +138,7 @@ def test_weights_that_are_not_whole_or_not_safetensors_are_refused(folder, tmp_p
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"not whole, model-00002-of-00002\.safetensors missing"):
+    with pytest.raises(UserError, match=r"missing: model-00002-of-00002\.safetensors"):
         files_to_push(folder)
     with pytest.raises(UserError, match="no such folder"):
         files_to_push(tmp_path / "none")
@@ -152,17 +154,16 @@ def test_a_second_push_sends_nothing_and_a_third_what_changed(hub, api, folder):
     first = push(folder, api)
     hub.requests.clear()
     second = push(folder, api)
-    assert second.sent == [] and second.commit == first.commit
-    assert not hub.sent("PUT", "/lfs/") and not hub.sent("POST", "/commit/") and not hub.sent("POST", "/preupload/")
+    assert first.sent and not second.sent and second.commit == first.commit
+    assert not hub.sent("PUT", "/lfs/") and not hub.sent("POST", "/commit/")
     (folder / "README.md").write_text(CARD + "\nMore.\n")
-    weights = load_file(folder / "model.safetensors")
-    third = push(folder, api)
-    assert [(change.path, change.state) for change in third.sent] == [("README.md", "changed")]
+    assert push(folder, api).sent
     assert not hub.sent("PUT", "/lfs/") and paths_in_commits(hub) == [{"README.md"}]
+    weights = load_file(folder / "model.safetensors")
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, folder / "model.safetensors", metadata={"format": "pt"})
-    assert [change.path for change in push(folder, api).sent] == ["model.safetensors"]
-    assert len(hub.sent("PUT", "/lfs/")) == 1
+    push(folder, api)
+    assert len(hub.sent("PUT", "/lfs/")) == 1 and paths_in_commits(hub)[1] == {"model.safetensors"}
     assert hub.repositories["models/someone/model"].messages == ["initial commit", *["Publish"] * 3]
 
 
@@ -173,7 +174,7 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(hub, api, folder):
     files = repository.commits[repository.branches["main"]]
     files.update(dict.fromkeys(extra, files["config.json"]))
     pushed = push(folder, api)
-    assert [(change.path, change.state) for change in pushed.sent] == [("adapter_config.json", "removed")]
+    assert pushed.sent and pushed.removed == ["adapter_config.json"]
     assert {"NOTES.md", "other/model.safetensors"} <= repository.files().keys()
     assert "adapter_config.json" not in repository.files()
 
@@ -188,17 +189,15 @@ def test_scores_of_old_weights_go_with_them(hub, api, folder, tmp_path):
     repository = hub.repositories["models/someone/model"]
     files = repository.commits[repository.branches["main"]]
     files["evaluation/NOTES.md"] = files["config.json"]
-    assert push(folder, api).sent == []  # the same weights: their scores stay
+    assert not push(folder, api).sent  # the same weights: their scores stay
     name, weight = next(iter(load_file(folder / "model.safetensors").items()))
     save_file({name: weight}, folder / "model.safetensors", metadata={"format": "pt"})
     (evaluation / "report.html").write_text("of the second")
     for other in ("metrics.json", "scores.png"):
         (evaluation / other).unlink()
     pushed = push_files(files_to_push(folder, evaluation), repo_id, message="Scored", api=api)
-    assert {(change.path, change.state) for change in pushed.sent} == {
-        ("model.safetensors", "changed"), ("evaluation/report.html", "changed"), ("evaluation/metrics.json", "removed"),
-        ("evaluation/scores.png", "removed"),
-    }  # fmt: skip
+    assert set(pushed.removed) == {"evaluation/metrics.json", "evaluation/scores.png"}
+    assert paths_in_commits(hub)[-1] == {"model.safetensors", "evaluation/report.html", *pushed.removed}
     assert {path for path in repository.files() if "/" in path} == {"evaluation/NOTES.md", "evaluation/report.html"}
 
 
@@ -212,15 +211,12 @@ def test_revisions_and_tags(hub, api, folder):
     repository = hub.repositories["models/someone/model"]
     assert repository.files("main")["README.md"] == repository.files("v1")["README.md"] == CARD.encode()
     assert repository.files("next")["README.md"] == repository.files("v2")["README.md"]
-    assert push_files(files, repo_id, message="Next", revision="next", tag="v2", api=api).sent == []  # the same again
     (folder / "README.md").write_text(CARD + "\nThird.\n")
-    with pytest.raises(UserError, match=r"--tag v1 is at another commit of someone/model already .*choose a new name"):
-        push(folder, api, tag="v1")
+    for name in ("v1", "main", "next"):
+        with pytest.raises(UserError, match=f"--tag {name}: someone/model has a tag or branch of this name already"):
+            push(folder, api, tag=name)
     assert repository.files("v1")["README.md"] == CARD.encode() and len(repository.messages) == 3
-    for branch in ("main", "next"):
-        with pytest.raises(UserError, match=f"--tag {branch} is the name of a branch of someone/model; choose another"):
-            push(folder, api, tag=branch)
-    assert repository.tags.keys() == {"v1", "v2"} and len(repository.messages) == 3
+    assert repository.tags.keys() == {"v1", "v2"}
 
 
 def test_private_is_private(hub, api, folder):
@@ -255,6 +251,29 @@ def test_a_fault_is_got_past_without_a_second_commit(hub, api, folder, monkeypat
         assert repository.files("v1")[name] == path.read_bytes()
 
 
+def test_a_commit_of_somebody_else_in_between_is_noticed(hub, api, folder):
+    """It adds an adapter after we looked, which would be loaded with our weights: the second look removes it."""
+    push(folder, api)
+    (folder / "README.md").write_text(CARD + "\nMore.\n")
+    repository = hub.repositories["models/someone/model"]
+
+    def commit_an_adapter():
+        files = repository.commits[repository.branches["main"]]
+        repository.commit({**files, "adapter_config.json": files["config.json"]}, "Of somebody else")
+
+    hub.fail("POST", "/commit/", commit_an_adapter)
+    pushed = push(folder, api)
+    assert repository.messages == ["initial commit", "Publish", "Of somebody else", "Publish"]
+    assert pushed.sent and pushed.removed == ["adapter_config.json"]
+    assert "adapter_config.json" not in repository.files()
+    assert repository.files()["README.md"].endswith(b"More.\n")
+    hub.fail("POST", "/commit/", commit_an_adapter, times=4)
+    (folder / "README.md").write_text(CARD)
+    with pytest.raises(UserError, match=r"failed 4 times, the last time with: .*412.*A commit has happened since"):
+        push(folder, api)
+    assert repository.messages[4:] == ["Of somebody else"] * 4
+
+
 def test_an_upload_that_is_cut_again_and_again_goes_on_later(hub, api, folder, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.fail("PUT", "/lfs/", "cut", times=6)  # as often as the library tries
@@ -264,7 +283,7 @@ def test_an_upload_that_is_cut_again_and_again_goes_on_later(hub, api, folder, m
 
 def test_a_push_that_failed_for_good_is_resumed_without_uploading_again(hub, api, folder):
     hub.fail("POST", "/commit/", 500, times=4)
-    with pytest.raises(UserError, match=r"failed 4 times, at last with: .*500.*the same push goes on from it"):
+    with pytest.raises(UserError, match=r"failed 4 times, the last time with: .*500.*push again"):
         push(folder, api)
     repository = hub.repositories["models/someone/model"]
     assert repository.messages == ["initial commit"]  # nothing half published
@@ -277,12 +296,12 @@ def test_a_push_that_failed_for_good_is_resumed_without_uploading_again(hub, api
 @pytest.mark.parametrize(
     ("token", "repo_id", "message"),
     [
-        ("hf_wrong", "someone/model", r"the token was refused \(401\); run `hf auth login`, or set HF_TOKEN"),
-        (False, "someone/model", r"no token is set \(401\)"),
+        ("hf_wrong", "someone/model", r"no token, or a wrong one \(401\); run `hf auth login`, or set HF_TOKEN"),
+        (False, "someone/model", r"no token, or a wrong one \(401\)"),
         (READ_TOKEN, "someone/model", r"may not write there \(403\)"),
         (READ_TOKEN, "someone/readable", r"may not write there \(403\)"),
         (WRITE_TOKEN, "other/model", r"may not write there \(403\).*namespace 'other'"),
-        (WRITE_TOKEN, "not a name", "is no name of a repository; write owner/name"),
+        (WRITE_TOKEN, "not a name", "not a name: this is no name of a repository; write owner/name"),
     ],
 )
 def test_who_may_not_write_is_told_so_at_once(hub, monkeypatch, token, repo_id, message):
@@ -297,7 +316,7 @@ def test_a_hub_that_is_off_or_gone(hub, api, folder, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.add("models/someone/model")
     files = files_to_push(folder)
-    with pytest.raises(UserError, match="no such revision"):
+    with pytest.raises(UserError, match=r"check owner, name and revision .*none"):
         push_files(files, "someone/model", message="x", revision="none", api=api)
     with pytest.raises(UserError, match=r"someone/none: not found, or not for this token \(404\)"):
         push_files(files, "someone/none", message="x", api=api)
@@ -339,7 +358,7 @@ def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub
     start = time.perf_counter()
     saved(push, folder, 2)
     saved(push, folder, 3)  # skipped: the one before is still on its way
-    assert capsys.readouterr().out == "  step 3: not pushed, an earlier push is still under way\n"
+    assert capsys.readouterr().out == "  checkpoint-3: not pushed, an earlier push is still running\n"
     assert time.perf_counter() - start < 2
     shutil.rmtree(folder / "checkpoint-2")
     threading.Timer(0.2, hub.released.set).start()
@@ -355,8 +374,8 @@ def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub
         f"last-checkpoint/{name}"
         for name in ("model.safetensors", "config.json", "trainer_state.json", "optimizer.pt", "rng_state.pth")
     }
-    digest = [request.path for request in hub.sent("PUT", "/lfs/")]
-    assert len(digest) == len(set(digest))  # weights that stand twice in the repository went once
+    uploads = [request.path for request in hub.sent("PUT", "/lfs/")]
+    assert len(uploads) == len(set(uploads))  # weights that are in the repository twice were sent once
     assert not (folder / ".push").exists()
 
 
@@ -383,43 +402,35 @@ def test_strategies_without_checkpoints(hub, api, folder, strategy):
 
 
 def test_a_push_that_fails_while_training_is_told_and_made_good(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
-    hub.fail("POST", "/commit/", 403)
-    saved(push, folder, 2)
-    pushed = push.finish(folder)
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("  step 2: not pushed: someone/model: the token may not write")
-    assert {change.path for change in pushed.sent} == files_to_push(folder).keys()
-
-
-def test_a_checkpoint_that_failed_is_pushed_in_the_end(hub, api, folder, capsys):
     push = PushToHub(open_repository("someone/model", api=api), "checkpoint", api=api)
     hub.fail("POST", "/commit/", 403)
     saved(push, folder, 2)
-    push.finish(folder)
+    assert push.finish(folder).sent
+    failed, pushed = capsys.readouterr().out.splitlines()
+    assert failed.startswith("  checkpoint-2: not pushed: someone/model: the token may not write")
+    assert pushed == "  checkpoint-2: pushed to someone/model"
     repository = hub.repositories["models/someone/model"]
     assert repository.messages == ["initial commit", "Training in progress, step 2, checkpoint", "End of training"]
     assert json.loads(repository.files()["last-checkpoint/optimizer.pt"])["step"] == 2
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert files_to_push(folder).keys() <= repository.files().keys()
 
 
 def test_what_is_missing_for_resuming_is_told(hub, api, folder, capsys):
     push = PushToHub(open_repository("someone/model", api=api), "all_checkpoints", api=api)
     hub.fail("POST", "/commit/", 403)
     saved(push, folder, 2)
+    wait(push._jobs)
     shutil.rmtree(folder / "checkpoint-2")
     assert push.finish(folder).sent
     [_, line] = capsys.readouterr().out.splitlines()
-    assert line == (
-        f"  step 2: what resuming needs is not on the Hub: {folder / 'checkpoint-2'} was removed before it was pushed"
-    )
+    assert line.startswith("  checkpoint-2: not pushed: ") and str(folder / "checkpoint-2") in line
 
 
 def test_a_save_that_cannot_be_staged_does_not_stop_training(hub, api, folder, capsys):
     (folder / ".push").write_text("in the way")
     push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
     saved(push, folder, 2)
-    assert capsys.readouterr().out.startswith("  step 2: not pushed: [Errno ")
+    assert capsys.readouterr().out.startswith("  checkpoint-2: not pushed: [Errno ")
     assert push.finish(folder).sent
 
 
@@ -433,8 +444,8 @@ def test_saves_that_wait_are_not_pushed_when_training_fails(hub, api, folder, ca
         raise ZeroDivisionError
     assert hub.repositories["models/someone/model"].messages == ["initial commit", "Training in progress, step 2"]
     waiting, pushed = capsys.readouterr().out.splitlines()
-    assert waiting.startswith("waiting for the push to someone/model that is under way; Ctrl-C ends it")
-    assert pushed == "  step 2: pushed to someone/model" and not list((folder / ".push").iterdir())
+    assert waiting == "waiting for the push to someone/model that is still running"
+    assert pushed == "  checkpoint-2: pushed to someone/model"
 
 
 def command_in(error: UserError) -> list[str]:
@@ -471,7 +482,7 @@ def test_the_stock_trainer_is_told_not_to_push(hub, monkeypatch, tmp_path):
         str(tmp_path / "run"), push_to_hub=True, hub_strategy="checkpoint", hub_private_repo=True, hub_revision="next",
         hub_always_push=True,
     )  # fmt: skip
-    push = take_over_push(args)
+    push = replace_trainer_push(args)
     assert args.push_to_hub is False
     assert (push.repo_id, push.strategy, push.revision, push.always) == ("someone/run", "checkpoint", "next", True)
     repository = hub.repositories["models/someone/run"]
@@ -565,7 +576,7 @@ def test_ctrl_c_waits_for_the_push_that_is_under_way_and_no_other(cache, tmp_pat
         try:
             until(lambda: len(list((tmp_path / "run" / ".push").glob("*"))) > 1)  # one is held, others wait
             process.send_signal(signal.SIGINT)
-            until(lambda: "waiting for the push to someone/tuned that is under way" in log.read_text())
+            until(lambda: "waiting for the push to someone/tuned that is still running" in log.read_text())
             hub.released.set()
             assert process.wait(timeout=60) == 1
         finally:
@@ -574,7 +585,7 @@ def test_ctrl_c_waits_for_the_push_that_is_under_way_and_no_other(cache, tmp_pat
     said = log.read_text()
     assert hub.repositories["models/someone/tuned"].messages == ["initial commit", "Training in progress, step 2"]
     assert said.splitlines()[-1].startswith("interrupted: --resume_from_checkpoint true goes on")
-    assert "step 2: pushed" in said and "Traceback" not in said and "after interpreter shutdown" not in said
+    assert "checkpoint-2: pushed" in said and "Traceback" not in said and "after interpreter shutdown" not in said
 
 
 def until(happened: Callable[[], bool], seconds: float = 120) -> None:
@@ -589,9 +600,7 @@ def test_a_wrong_token_costs_no_training(cache, tmp_path):
         done = train(hub.endpoint, cache, "--output_dir", str(tmp_path / "run"), token="hf_wrongwrongwrongwrong")
         assert done.returncode == 1 and not (tmp_path / "run").exists() and len(hub.sent("POST", "")) == 1
     [line] = [line for line in done.stderr.splitlines() if line.strip()]
-    assert (
-        line == "error: run: the token was refused (401); run `hf auth login`, or set HF_TOKEN to one with write access"
-    )
+    assert line.startswith("error: run: no token, or a wrong one (401); run `hf auth login`, or set HF_TOKEN")
 
 
 def test_a_token_as_a_flag_is_refused_and_not_repeated(cache, tmp_path):
