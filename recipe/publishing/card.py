@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData, parse_local_safetensors_file_metadata, try_to_load_from_cache
 
 from recipe.config import UserError
+from recipe.console import one_line, visible
 from recipe.files import read_json
 from recipe.provenance import weights_hash
 from recipe.publishing.model_index import eval_results, is_data_file, is_hub_id
@@ -25,7 +26,7 @@ CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 EXAMPLE = {"instruction": "Rewrite the sentence in the past tense.", "input": "She walks to school."}
 SHOWN = 3  # best and worst examples, of each
 RANKED_BY = "chrf"  # the score that tells close answers apart, in any script
-LONGEST, WIDTH = 300, 100  # characters of a text in an example, and of a line
+LONGEST = 300  # characters of a text in an example
 PATH_IN_WORD = re.compile(r'(^|=|")((?:/|~/)[^"]*)')
 
 
@@ -63,10 +64,9 @@ def make_model_card(
     """
     adapter = (output_dir / "adapter_config.json").is_file()
     weights = [parse_local_safetensors_file_metadata(path) for path in output_dir.glob("*.safetensors")]
-    hub, data = run["hub"], run["config"]["data"]["data"]
+    hub = run["hub"]
     name = Path(repo_id or output_dir.resolve()).name
-    same_data = evaluation is not None and evaluation.metrics["provenance"]["data"] == data
-    scores = eval_results(evaluation.metrics, hub["data"] if same_data else None) if evaluation else []
+    scores = eval_results(evaluation.metrics) if evaluation else []
     metadata = ModelCardData(
         language=list(language) or None,
         license=license,
@@ -89,13 +89,12 @@ def make_model_card(
         language=language,
         adapter=adapter,
         parameters=sum(count for file in weights for count in file.parameter_count.values()),
-        sources=list(sources(data)),
+        sources=sources,
         address=json.dumps(repo_id or public_path(str(output_dir)), ensure_ascii=False),
         example=EXAMPLE,
         prompt=rendered_prompt(output_dir),
         has_curve=(output_dir / "loss.png").is_file(),
         evaluation=evaluation_parts(evaluation) if evaluation else None,
-        same_data=same_data,
         escape=escape,
         code=code,
         fence=fence,
@@ -103,9 +102,6 @@ def make_model_card(
         public_command=public_command,
     )
     return str(card)
-
-
-# --- the model and its data -------------------------------------------------------------------------------------------
 
 
 def hub_sources(base: str | None, data: Any, revision: str | None = None) -> dict[str, Any]:
@@ -139,19 +135,14 @@ def sources(data: Any) -> Iterator[tuple[str | None, str]]:
             yield split, source
 
 
-def rendered_prompt(output_dir: Path) -> str | None:
-    """The prompt of the example, as the saved tokenizer makes it; None without a chat template."""
-    if not (output_dir / "chat_template.jinja").is_file():
-        return None
+def rendered_prompt(output_dir: Path) -> str:
+    """The prompt of the example, as the saved tokenizer makes it."""
     from transformers import AutoTokenizer  # here: --help needs none of it
 
     from recipe.templates import to_messages
 
     tokenizer: Any = AutoTokenizer.from_pretrained(output_dir)
     return tokenizer.apply_chat_template(to_messages(EXAMPLE), tokenize=False, add_generation_prompt=True)
-
-
-# --- the evaluation ---------------------------------------------------------------------------------------------------
 
 
 def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
@@ -210,7 +201,6 @@ def evaluation_parts(evaluation: Evaluation) -> dict[str, Any]:
     return {
         **evaluation._asdict(),
         **metrics["provenance"]["models"],
-        "sources": list(sources(metrics["provenance"]["data"])),
         "verdicts": [verdict(metrics, split).sentence for split in metrics["splits"]],
         "worse": findings(metrics, "worse"),
         "score_row": score_row,
@@ -237,16 +227,13 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
 
     def example(index: int) -> dict[str, str]:
         row = rows[index]
-        texts = {"instruction": row["instruction"], "input": row.get("input"), "reference": row["output"]}
-        texts = {name: text for name, text in texts.items() if text or name != "input"}
+        texts = {"instruction": row["instruction"], "input": row.get("input") or None, "reference": row["output"]}
         texts |= {model_name(label).lower(): row[label]["text"] for label in labels}
-        said = ", ".join(f"{model_name(label).lower()} {PERCENT.value(scores[label][index])}" for label in labels)
-        return {"id": escape(row["id"]), "scores": said, "block": labelled(texts)}
+        lines = [labelled(name, text) for name, text in texts.items() if text is not None]
+        marks = [f"{model_name(label).lower()} {PERCENT.value(scores[label][index])}" for label in labels]
+        return {"id": escape(row["id"]), "scores": ", ".join(marks), "block": fence("\n".join(lines))}
 
     return {"Best": [example(index) for index in best], "Worst": [example(index) for index in worst]}
-
-
-# --- paths and commands that may be shown -----------------------------------------------------------------------------
 
 
 def public_path(source: str) -> str:
@@ -281,17 +268,12 @@ def public_command(command: str, processes: int = 1) -> str:
     return "\n".join(shlex.join(PATH_IN_WORD.sub(shorten, word) for word in words) for words in lines)
 
 
-# --- text in Markdown -------------------------------------------------------------------------------------------------
-
-
 def escape(text: str) -> str:
     """A text on one line of Markdown, also in a table: nothing in it is markup.
 
     >>> print(escape("a|b <script> *c*"))
     a\\|b \\<script\\> \\*c\\*
     """
-    from recipe.console import visible  # here: it brings a library for tables, and --help needs none of it
-
     return re.sub(r"([\\`*\[\]<>|~$&#])", r"\\\1", " ".join(visible(text).split()))
 
 
@@ -301,8 +283,6 @@ def code(text: str) -> str:
     >>> print(code("a`b"))
     ``a`b``
     """
-    from recipe.console import visible
-
     shown = " ".join(visible(text).split()).replace("|", "\\|")
     ticks = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
@@ -315,21 +295,11 @@ def fence(text: str, language: str = "text") -> str:
     return f"{ticks}{language}\n{text}\n{ticks}"
 
 
-def labelled(texts: Mapping[str, str]) -> str:
-    """Texts below each other in one block of code, each behind its label, wrapped, long ones cut.
+def labelled(label: str, text: str) -> str:
+    """A text on wrapped lines behind its label, cut if it is long.
 
-    >>> print(labelled({"input": "a cat", "tuned": "cats"}))
-    ```text
-    input        a cat
-    tuned        cats
-    ```
+    >>> labelled("input", "a cat")
+    'input        a cat'
     """
-    from recipe.console import one_line
-
-    lines = [
-        textwrap.fill(
-            one_line(text, LONGEST) or "(empty)", WIDTH, initial_indent=f"{label:<13}", subsequent_indent=" " * 13
-        )
-        for label, text in texts.items()
-    ]
-    return fence("\n".join(lines))
+    shown = one_line(text, LONGEST) or "(empty)"
+    return textwrap.fill(shown, width=100, initial_indent=f"{label:<13}", subsequent_indent=" " * 13)

@@ -17,12 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from recipe.config import UserError
@@ -74,13 +69,10 @@ class Push:
     removed: list[str]
 
 
-# --- which files go -------------------------------------------------------------------------------------------------
-
-
 def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Path]:
     """The files of a saved model's folder, and of its evaluation's, that go to the Hub: path in the repository to file.
 
-    Whether the evaluation is of this model is checked elsewhere: see `recipe.publishing.card.read_scores`.
+    Whether the evaluation is of this model is checked elsewhere: see `recipe.publishing.card.read_evaluation`.
 
     >>> files_to_push(Path("recipe/demo/base"))["model.safetensors"].as_posix()
     'recipe/demo/base/model.safetensors'
@@ -94,9 +86,7 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
         raise UserError(f"--evaluation {evaluation}: no such folder; name the --output_dir of scripts/eval.py")
     files = matching_files(folder, (*WEIGHTS, *SETTINGS, *RECORDS))
     if not any(path.suffix == ".safetensors" for path in files.values()):
-        raise UserError(
-            f"{folder}: no weights in safetensors (model.safetensors) to push; name a finished run's folder"
-        )
+        raise UserError(f"{folder}: no model.safetensors to push; name a finished run's folder")
     if "model.safetensors.index.json" in files:
         shards = set(read_json(files["model.safetensors.index.json"])["weight_map"].values())
         if missing := shards - files.keys():
@@ -108,8 +98,12 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
 
 def matching_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     """Name to path of each file in a folder whose name matches one of the patterns."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: path for path in paths if any(fnmatchcase(path.name, pattern) for pattern in patterns)}
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, patterns))
+    return {path.name: path for path in paths}
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def refuse_secrets(files: Mapping[str, Path], drafts: Mapping[str, str] | None = None) -> None:
@@ -143,9 +137,6 @@ def refuse_secrets(files: Mapping[str, Path], drafts: Mapping[str, str] | None =
         raise UserError(
             "\n".join([*problems, "nothing was pushed: take it out of the file, or the file out of the folder"])
         )
-
-
-# --- the push -------------------------------------------------------------------------------------------------------
 
 
 def open_repository(
@@ -228,8 +219,10 @@ def commit_files(
     parent = api.model_info(repo_id, revision=revision).sha
     tree = api.list_repo_tree(repo_id, recursive=True, revision=parent)
     stale = stale_files(files, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)})
-    additions = [CommitOperationAdd(path, file) for path, file in files.items()]
-    operations = [*additions, *map(CommitOperationDelete, stale)]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(path, file) for path, file in files.items()),
+        *(CommitOperationDelete(path) for path in stale),
+    ]
     done = api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=parent)
     return done.oid, stale
 
@@ -240,26 +233,20 @@ def stale_files(files: Mapping[str, Path], remote: Mapping[str, RepoFile]) -> li
     That is other weights in the same folder, which could be loaded instead of the new ones; and, when the weights at
     the top change, files of an evaluation of the old ones.
     """
-    folders = {PurePosixPath(path).parent for path in files if is_weights(path)}
-    others = [path for path in remote if path not in files]
-    stale = [path for path in others if is_weights(path) and PurePosixPath(path).parent in folders]
+    others = [PurePosixPath(path) for path in remote if path not in files]
+    folders = {file.parent for file in map(PurePosixPath, files) if matches(file.name, WEIGHTS)}
+    stale = [file for file in others if matches(file.name, WEIGHTS) and file.parent in folders]
     weights = [path for path in files if "/" not in path and path.endswith(".safetensors")]
-    if any("/" not in path for path in stale) or not all(is_same(files[path], remote.get(path)) for path in weights):
-        stale += [path for path in others if any(fnmatchcase(path, f"evaluation/{pattern}") for pattern in EVALUATION)]
-    return stale
-
-
-def is_weights(path: str) -> bool:
-    return any(fnmatchcase(PurePosixPath(path).name, pattern) for pattern in WEIGHTS)
+    same = all(is_same(files[path], remote.get(path)) for path in weights)
+    if not same or PurePosixPath() in {file.parent for file in stale}:
+        stale += [file for file in others if str(file.parent) == "evaluation" and matches(file.name, EVALUATION)]
+    return list(map(str, stale))
 
 
 def is_same(file: Path, remote: RepoFile | None) -> bool:
     """Whether the Hub has this large file (LFS) already."""
     lfs = remote.lfs if remote is not None else None
     return lfs is not None and f"sha256:{lfs.sha256}".startswith(file_hash(file))
-
-
-# --- faults ---------------------------------------------------------------------------------------------------------
 
 
 def with_retries(attempt: Callable[[], Result], repo_id: str) -> Result:

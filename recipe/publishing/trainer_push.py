@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import HfApi
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -20,6 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from recipe.config import UserError
 from recipe.publishing.hub import SETTINGS, WEIGHTS, Push, files_to_push, matching_files, open_repository, push_files
 
+MODEL = (*WEIGHTS, *SETTINGS)
 # What resuming needs beside the model. Pickles, all but the last; transformers loads them with `weights_only=True`.
 RESUMING = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_*.pth", "trainer_state.json")
 STAGE = ".push"  # under the output folder: links to the files of the checkpoints that are being pushed
@@ -29,16 +30,14 @@ class PushToHub(TrainerCallback):
     """Pushes checkpoints in the background while training goes on, and the finished run at the end.
 
     It replaces the push of the stock Trainer, which uploads everything in the output folder, `training_args.bin` with
-    the token among it. Each save pushes the model; with the strategies `checkpoint` and `all_checkpoints` also what
-    resuming needs, to `last-checkpoint/` or `checkpoint-N/`. A save that comes while an earlier one is still being
-    pushed is skipped. A push that fails or is skipped is reported in a line and does not stop training.
-
-    As a context manager it ends with training: if that fails or is interrupted, the push that is running is waited for,
-    and no other is begun.
+    the token among it. A push that fails, and a save that is skipped because an earlier one is still being pushed, are
+    reported in a line. Used as a context manager around training, it begins no further push when training fails.
 
     Args:
         repo_id: `owner/name`, see `recipe.publishing.hub.open_repository`.
-        strategy: end, every_save, checkpoint or all_checkpoints, as in `transformers.TrainingArguments.hub_strategy`.
+        strategy: as in `transformers.TrainingArguments.hub_strategy`: end (the finished run only), every_save (and the
+            model at every save), checkpoint or all_checkpoints (and what resuming needs, in `last-checkpoint/` or in
+            `checkpoint-N/`).
         always: do not skip saves; they are pushed one after the other.
 
     Example::
@@ -69,23 +68,22 @@ class PushToHub(TrainerCallback):
         self._saved: list[Path] = []  # checkpoints of this run
         self._pushed: set[str] = set()  # the names of those that are on the Hub
         self._jobs: list[Future] = []  # huggingface_hub runs them one after the other
+        self._bars = False  # whether bars were shown before training
 
     def __enter__(self) -> PushToHub:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            return
-        running = [job for job in self._jobs if not job.cancel() and not job.done()]
+        running = [job for job in self._jobs if kind is not None and not job.cancel() and not job.done()]
         if running:
             tqdm.write(f"waiting for the push to {self.repo_id} that is still running")
             wait(running)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Clean up after a run that was killed, and keep the bars of uploads out of the Trainer's own."""
         if state.is_world_process_zero:
-            shutil.rmtree(Path(args.output_dir) / STAGE, ignore_errors=True)
-            disable_progress_bars()
+            shutil.rmtree(Path(args.output_dir) / STAGE, ignore_errors=True)  # of a run that was killed
+            self._bars = not are_progress_bars_disabled()
+            disable_progress_bars()  # those of uploads would break the Trainer's own
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to push the checkpoint that was just saved."""
@@ -100,7 +98,7 @@ class PushToHub(TrainerCallback):
             return
         stage = Path(args.output_dir) / STAGE / checkpoint.name
         try:
-            link_files(matching_files(checkpoint, (*WEIGHTS, *SETTINGS, *RESUMING)), stage)
+            link_files(matching_files(checkpoint, (*MODEL, *RESUMING)), stage)
         except OSError as error:  # for example a full disk; training goes on
             tqdm.write(f"  {checkpoint.name}: not pushed: {error}")
             return
@@ -114,6 +112,8 @@ class PushToHub(TrainerCallback):
         """
         try:
             wait(self._jobs)
+            if self._bars:
+                enable_progress_bars()
             shutil.rmtree(output_dir / STAGE, ignore_errors=True)
             if self.with_checkpoints:
                 for checkpoint in self._saved[-1:] if self.strategy == "checkpoint" else self._saved:
@@ -131,24 +131,22 @@ class PushToHub(TrainerCallback):
             ) from error
 
     def _push_checkpoint(self, folder: Path, with_model: bool = False) -> None:
-        """Push what resuming needs, if the strategy says so, and before it the model; say in a line how it went."""
+        """Push the model, then what resuming needs if the strategy says so; say in a line how it went."""
         message = f"Training in progress, step {folder.name.removeprefix('checkpoint-')}"
         try:
             if with_model:
-                self._push(matching_files(folder, (*WEIGHTS, *SETTINGS)), message)
-            if self.with_checkpoints:
-                # a second commit: the weights are on the Hub now, and are not uploaded again
+                self._push(matching_files(folder, MODEL), message)
+            if self.with_checkpoints:  # a second commit: the weights are on the Hub now, and are not uploaded again
                 path = "last-checkpoint" if self.strategy == "checkpoint" else folder.name
-                files = matching_files(folder, (*WEIGHTS, *SETTINGS, *RESUMING))
+                files = matching_files(folder, (*MODEL, *RESUMING))
                 self._push({f"{path}/{name}": file for name, file in files.items()}, f"{message}, checkpoint")
-        except Exception as error:  # training goes on, whatever it is
+        except Exception as error:  # whatever it is, training goes on
             tqdm.write(f"  {folder.name}: not pushed: {' '.join(str(error).split()) or repr(error)}")
         else:
             self._pushed.add(folder.name)
             tqdm.write(f"  {folder.name}: pushed to {self.repo_id}")
-        finally:
-            if folder.parent.name == STAGE:
-                shutil.rmtree(folder, ignore_errors=True)
+        if with_model:
+            shutil.rmtree(folder, ignore_errors=True)  # the links
 
     def _push(self, files: Mapping[str, Path], message: str) -> Push:
         return push_files(files, self.repo_id, message=message, revision=self.revision, api=self.api)
