@@ -1,7 +1,5 @@
 """A Hub on a loopback port, in the protocol `huggingface_hub` speaks: repositories that are read, made and written.
 
-Used in-process by the tests::
-
     with serve_hub({"models/someone/model": folder}) as endpoint:  # to read from
         subprocess.run(..., env={..., "HF_ENDPOINT": endpoint})
 
@@ -143,8 +141,7 @@ class LoopbackHub:
         """Let the next requests of `method` with `part` in their path fail.
 
         With an HTTP state; "cut", the connection ends in the middle of the body; "lost", the request is obeyed and the
-        answer never arrives; or "hold", it waits until `released` is set. A function is called before the request is
-        obeyed.
+        answer never arrives; or "hold", it waits until `released` is set. A function is called first.
         """
         self.faults.append(Fault(method, part, how, times))
 
@@ -323,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
             match line["key"]:
                 case "header":
                     message = value["summary"]
-                    if value.get("parentCommit", repository.branches[branch]) != repository.branches[branch]:
+                    if value.get("parentCommit") not in (None, repository.branches[branch]):
                         raise RefusedError(412, "", "A commit has happened since. Please refresh and try again.")
                 case "file":
                     files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)

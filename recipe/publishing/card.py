@@ -64,23 +64,9 @@ def make_model_card(
     """
     adapter = (output_dir / "adapter_config.json").is_file()
     weights = [parse_local_safetensors_file_metadata(path) for path in output_dir.glob("*.safetensors")]
-    hub = run["hub"]
     name = Path(repo_id or output_dir.resolve()).name
-    scores = eval_results(evaluation.metrics) if evaluation else []
-    metadata = ModelCardData(
-        language=list(language) or None,
-        license=license,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        base_model=run["config"]["model"]["model_name_or_path"] if hub["base"] else None,
-        base_model_relation=("adapter" if adapter else "finetune") if hub["base"] else None,
-        datasets=list(dict.fromkeys(hub["data"])) or None,
-        tags=["instruction-tuning", "sft"],
-        model_name=name if scores else None,
-        eval_results=scores or None,
-    )
     card = ModelCard.from_template(
-        metadata,
+        card_metadata(name, run, evaluation, adapter, license, language),
         template_path=str(CARD_TEMPLATE),
         title=escape(name),
         run=run,
@@ -102,6 +88,31 @@ def make_model_card(
         public_command=public_command,
     )
     return str(card)
+
+
+def card_metadata(
+    name: str,
+    run: Mapping[str, Any],
+    evaluation: Evaluation | None,
+    adapter: bool,
+    license: str | None,
+    language: Sequence[str],
+) -> ModelCardData:
+    """What the Hub itself reads of the card; what is not on the Hub is not named there."""
+    hub = run["hub"]
+    scores = eval_results(evaluation.metrics) if evaluation else []
+    return ModelCardData(
+        language=list(language) or None,
+        license=license,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=run["config"]["model"]["model_name_or_path"] if hub["base"] else None,
+        base_model_relation=("adapter" if adapter else "finetune") if hub["base"] else None,
+        datasets=list(dict.fromkeys(hub["data"])) or None,
+        tags=["instruction-tuning", "sft"],
+        model_name=name if scores else None,
+        eval_results=scores or None,
+    )
 
 
 def hub_sources(base: str | None, data: Any, revision: str | None = None) -> dict[str, Any]:

@@ -74,10 +74,13 @@ class PushToHub(TrainerCallback):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        running = [job for job in self._jobs if kind is not None and not job.cancel() and not job.done()]
+        if kind is None or not self._jobs:
+            return
+        running = [job for job in self._jobs if not job.cancel() and not job.done()]
         if running:
             tqdm.write(f"waiting for the push to {self.repo_id} that is still running")
             wait(running)
+        shutil.rmtree(self._saved[0].parent / STAGE, ignore_errors=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -158,7 +158,7 @@ def test_it_says_what_was_run(folder, made, run):
     assert said["base model"] == "the weights of the local folder recipe/demo/base"
     assert said["training data"] == "train: train.jsonl, validation: validation.jsonl, test: test.jsonl"
     assert said["licence"] == "apache-2.0" and said["language"] == "en"
-    assert said["steps"] == "6" and said["effective batch"] == "16 records (8 × 2 accumulated × 1 processes)"
+    assert said["steps"] == "6" and said["effective batch"] == "16 records (8 × 2 accumulated × 1 process)"
     assert said["learning rate"].startswith("0.002, ")
     assert "weight decay" in said["optimizer"] and "β₁ 0.9" in said["optimizer"]
     assert said["precision"] == "weights in float32" and said["loss over"] == "the response"
