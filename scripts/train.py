@@ -25,18 +25,18 @@ def main(argv: list[str]) -> None:
     check_trackers(training_args)
     push = None
     if training_args.push_to_hub:  # asked for access now: a wrong token must not cost a training run
-        from recipe.publishing.hub import take_over_push
+        from recipe.publishing.trainer_push import replace_trainer_push
 
-        push = take_over_push(training_args)
+        push = replace_trainer_push(training_args)
 
     # here, because --help and a mistake in the arguments need none of it: models, datasets, matplotlib take seconds
     from recipe import attention
     from recipe.console import print_token_statistics
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
     from recipe.figures import plot_loss
-    from recipe.files import write_json
+    from recipe.files import write_json, write_whole
     from recipe.model import load_model, load_tokenizer, prepare_for_chat
-    from recipe.publishing.card import hub_sources, write_model_card
+    from recipe.publishing.card import hub_sources, make_model_card
     from recipe.templates import load_template
     from recipe.trainer import InstructionTrainer
     from recipe.training.batching import make_collator
@@ -108,7 +108,8 @@ def main(argv: list[str]) -> None:
             run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
             write_json(output_dir / "run.json", run)
             plot_loss(trainer.state.log_history, output_dir / "loss.png")
-            write_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
+            card = make_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
+            write_whole(output_dir / "README.md", card)
             say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
         leave(trainer)
 

@@ -1,7 +1,5 @@
 """A Hub on a loopback port, in the protocol `huggingface_hub` speaks: repositories that are read, made and written.
 
-Used in-process by the tests::
-
     with serve_hub({"models/someone/model": folder}) as endpoint:  # to read from
         subprocess.run(..., env={..., "HF_ENDPOINT": endpoint})
 
@@ -20,7 +18,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,7 +102,7 @@ class Request:
 class Fault:
     method: str
     part: str  # of the path
-    how: int | str
+    how: int | str | Callable[[], object]
     times: int
 
 
@@ -139,18 +137,18 @@ class LoopbackHub:
         repository.commit(files or {".gitattributes": File(b"*.safetensors filter=lfs\n", False)}, "initial commit")
         return repository
 
-    def fail(self, method: str, part: str, how: int | str, times: int = 1) -> None:
+    def fail(self, method: str, part: str, how: int | str | Callable[[], object], times: int = 1) -> None:
         """Let the next requests of `method` with `part` in their path fail.
 
         With an HTTP state; "cut", the connection ends in the middle of the body; "lost", the request is obeyed and the
-        answer never arrives; or "hold", it waits until `released` is set.
+        answer never arrives; or "hold", it waits until `released` is set. A function is called first.
         """
         self.faults.append(Fault(method, part, how, times))
 
     def sent(self, method: str, part: str) -> list[Request]:
         return [request for request in self.requests if request.method == method and part in request.path]
 
-    def take_fault(self, method: str, path: str) -> int | str | None:
+    def take_fault(self, method: str, path: str) -> int | str | Callable[[], object] | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.method == method and fault.part in path:
@@ -183,6 +181,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(Request(self.command, self.path, dict(self.headers), body))
         if how == "hold":
             self.hub.released.wait(timeout=60)
+        if callable(how):
+            how()
         if isinstance(how, int):
             return self.answer({"error": "a fault for the test"}, status=how)
         try:
@@ -320,6 +320,8 @@ class Handler(BaseHTTPRequestHandler):
             match line["key"]:
                 case "header":
                     message = value["summary"]
+                    if value.get("parentCommit") not in (None, repository.branches[branch]):
+                        raise RefusedError(412, "", "A commit has happened since. Please refresh and try again.")
                 case "file":
                     files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
                 case "lfsFile":

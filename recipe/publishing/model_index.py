@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from recipe.files import write_whole
 
-DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+def is_data_file(source: str) -> bool:
+    """Whether a name ends like a file of records."""
+    from recipe.data.sources import FORMATS  # here: it brings datasets, and --help needs none of it
+
+    return Path(source).suffix in FORMATS
 
 
 def is_hub_id(source: Any) -> bool:
@@ -26,38 +31,31 @@ def is_hub_id(source: Any) -> bool:
         validate_repo_id(source or "")
     except HFValidationError:
         return False
-    return not source.endswith(DATA_FILES) and not Path(source).exists()
+    return not is_data_file(source) and not Path(source).exists()
 
 
-def eval_results(metrics: Mapping[str, Any], hub_data: Sequence[str] | None = None) -> list[EvalResult]:
+def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     """The tuned model's scores on every split as `model-index` entries; with each, its interval, `n` and baseline.
-
-    Args:
-        metrics: what `metrics.json` holds.
-        hub_data: the datasets that are known to be named by their Hub ids; None to tell it from here.
 
     Example::
 
-        [first, *_] = eval_results(metrics)
+        [first, *_] = eval_results(json.loads(Path("outputs/demo-eval/metrics.json").read_text()))
         first.metric_type, first.metric_value  # ('exact_match', 0.9225)
         first.metric_args  # {'n': 400, 'baseline': 0.0, 'delta': 0.9225, 'ci95': [0.895, 0.9475], ...}
     """
-    from recipe.evaluation.measures import (  # here: their libraries take a while, and --help needs none of it
-        BEHAVIOUR,
-        METRICS,
-    )
+    from recipe.evaluation.verdict import title  # here: its libraries take a while, and --help needs none of it
 
     data = metrics["provenance"]["data"]
-    on_hub = is_hub_id(data) if hub_data is None else data in hub_data
+    name = Path(data).name if isinstance(data, str) else ""  # a mapping or a list names several files
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Instruction following",
-            dataset_type=data if on_hub else "instruction-records",
-            dataset_name=data if on_hub else dataset_name(data),
+            dataset_type=data if is_hub_id(data) else "instruction-records",
+            dataset_name=data if is_hub_id(data) else name or "instruction records",
             dataset_split=split,
-            metric_type=name,
-            metric_name={**METRICS, **BEHAVIOUR}[name].title,
+            metric_type=metric,
+            metric_name=title(metric),
             metric_value=score["tuned"],
             metric_args={
                 **{key: score[key] for key in ("n", "baseline", "delta", "ci95")},
@@ -65,20 +63,9 @@ def eval_results(metrics: Mapping[str, Any], hub_data: Sequence[str] | None = No
             },
         )
         for split, scores in metrics["splits"].items()
-        for name, score in {**scores["metrics"], **scores["behaviour"]}.items()
+        for metric, score in {**scores["metrics"], **scores["behaviour"]}.items()
         if score is not None and score["tuned"] is not None
     ]
-
-
-def dataset_name(data: Any) -> str:
-    """What records are called: a Hub id as it is, a file by its name without its folders, several in words.
-
-    >>> dataset_name("/home/me/instruction-data.json"), dataset_name({"train": "a.jsonl", "test": "b.jsonl"})
-    ('instruction-data.json', 'instruction records')
-    """
-    if not isinstance(data, str):
-        return "instruction records"
-    return data if is_hub_id(data) else Path(data).name or "instruction records"
 
 
 def write_model_index(path: Path, metrics: Mapping[str, Any]) -> None:

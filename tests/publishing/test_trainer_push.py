@@ -1,0 +1,302 @@
+"""Pushing while a run trains, and the finished run, to a Hub on a loopback port; and the main job in real processes."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import wait
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from huggingface_hub import constants
+from loopback_hub import WRITE_TOKEN, LoopbackHub
+from safetensors.torch import save_file
+from transformers import TrainerState, TrainingArguments
+
+from recipe.config import UserError
+from recipe.publishing.hub import files_to_push, open_repository
+from recipe.publishing.trainer_push import PushToHub, replace_trainer_push
+
+pytest_plugins = ["hub_fixtures"]
+
+
+def save(folder: Path, step: int) -> None:
+    """What a save leaves, in small."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(exist_ok=True)
+    save_file({"weight": torch.full((4,), float(step))}, checkpoint / "model.safetensors")
+    for name in ("config.json", "trainer_state.json", "optimizer.pt", "rng_state.pth", "training_args.bin"):
+        (checkpoint / name).write_text(json.dumps({"name": name, "step": step}))
+
+
+def saved(push: PushToHub, folder: Path, step: int) -> None:
+    save(folder, step)
+    state = TrainerState(global_step=step, is_world_process_zero=True)
+    push.on_save(SimpleNamespace(output_dir=str(folder)), state, None)
+
+
+def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), "checkpoint", api=api)
+    hub.fail("POST", "/preupload/", "hold")
+    start = time.perf_counter()
+    saved(push, folder, 2)
+    saved(push, folder, 3)  # skipped: the one before is still on its way
+    assert capsys.readouterr().out == "  checkpoint-3: not pushed, an earlier push is still running\n"
+    assert time.perf_counter() - start < 2
+    shutil.rmtree(folder / "checkpoint-2")
+    threading.Timer(0.2, hub.released.set).start()
+    push.finish(folder)
+    repository = hub.repositories["models/someone/model"]
+    assert repository.messages == [
+        "initial commit", "Training in progress, step 2", "Training in progress, step 2, checkpoint",
+        "Training in progress, step 3, checkpoint", "End of training",
+    ]  # fmt: skip
+    assert json.loads(repository.files()["last-checkpoint/trainer_state.json"])["step"] == 3
+    files = {path for path in repository.files() if path.startswith("last-checkpoint/")}
+    assert files == {
+        f"last-checkpoint/{name}"
+        for name in ("model.safetensors", "config.json", "trainer_state.json", "optimizer.pt", "rng_state.pth")
+    }
+    uploads = [request.path for request in hub.sent("PUT", "/lfs/")]
+    assert len(uploads) == len(set(uploads))  # weights that are in the repository twice were sent once
+    assert not (folder / ".push").exists()
+
+
+def test_all_checkpoints_always(hub, api, folder):
+    push = PushToHub(open_repository("someone/model", api=api), "all_checkpoints", always=True, api=api)
+    hub.fail("POST", "/preupload/", "hold")
+    for step in (2, 4, 6):
+        saved(push, folder, step)
+    hub.released.set()
+    push.finish(folder)
+    files = hub.repositories["models/someone/model"].files()
+    assert {path.split("/")[0] for path in files if "/" in path} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert json.loads(files["checkpoint-4/config.json"])["step"] == 4
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_strategies_without_checkpoints(hub, api, folder, strategy):
+    push = PushToHub(open_repository("someone/model", api=api), strategy, api=api)
+    saved(push, folder, 2)
+    push.finish(folder)
+    repository = hub.repositories["models/someone/model"]
+    assert len(repository.messages) == (2 if strategy == "end" else 3)
+    assert not any("/" in path or path.endswith((".pt", ".pth", ".bin")) for path in repository.files())
+
+
+def test_a_push_that_fails_while_training_is_told_and_made_good(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), "checkpoint", api=api)
+    hub.fail("POST", "/commit/", 403)
+    saved(push, folder, 2)
+    assert push.finish(folder).sent
+    failed, pushed = capsys.readouterr().out.splitlines()
+    assert failed.startswith("  checkpoint-2: not pushed: someone/model: the token may not write")
+    assert pushed == "  checkpoint-2: pushed to someone/model" and not (folder / ".push").exists()
+    repository = hub.repositories["models/someone/model"]
+    assert repository.messages == ["initial commit", "Training in progress, step 2, checkpoint", "End of training"]
+    assert json.loads(repository.files()["last-checkpoint/optimizer.pt"])["step"] == 2
+    assert files_to_push(folder).keys() <= repository.files().keys()
+
+
+def test_what_is_missing_for_resuming_is_told(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), "all_checkpoints", api=api)
+    hub.fail("POST", "/commit/", 403)
+    saved(push, folder, 2)
+    wait(push._jobs)
+    shutil.rmtree(folder / "checkpoint-2")
+    assert push.finish(folder).sent
+    [_, line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("  checkpoint-2: not pushed: ") and str(folder / "checkpoint-2") in line
+
+
+def test_a_save_that_cannot_be_staged_does_not_stop_training(hub, api, folder, capsys):
+    (folder / ".push").write_text("in the way")
+    push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
+    saved(push, folder, 2)
+    assert capsys.readouterr().out.startswith("  checkpoint-2: not pushed: [Errno ")
+    assert push.finish(folder).sent
+
+
+def test_saves_that_wait_are_not_pushed_when_training_fails(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), "every_save", always=True, api=api)
+    hub.fail("POST", "/preupload/", "hold")
+    threading.Timer(0.5, hub.released.set).start()
+    with pytest.raises(ZeroDivisionError), push:
+        for step in (2, 4, 6):
+            saved(push, folder, step)
+        raise ZeroDivisionError
+    assert hub.repositories["models/someone/model"].messages == ["initial commit", "Training in progress, step 2"]
+    waiting, pushed = capsys.readouterr().out.splitlines()
+    assert waiting == "waiting for the push to someone/model that is still running"
+    assert pushed == "  checkpoint-2: pushed to someone/model" and not (folder / ".push").exists()
+
+
+def command_in(error: UserError) -> list[str]:
+    return shlex.split(str(error).split("this pushes it later: ")[1])
+
+
+def test_a_last_push_that_fails_names_the_command_for_later(hub, api, folder):
+    folder = folder.rename(folder.with_name("my run"))
+    push = PushToHub(open_repository("someone/model", revision="next", api=api), "end", revision="next", api=api)
+    hub.fail("POST", "/commit/", 403)
+    with pytest.raises(UserError, match="may not write there") as error:
+        push.finish(folder)
+    wanted = ["python", "scripts/publish.py", str(folder), "--repo_id", "someone/model", "--revision", "next"]
+    assert command_in(error.value) == wanted
+
+
+def test_an_interrupted_last_push_names_it_too(hub, api, folder):
+    push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
+    hub.fail("POST", "/preupload/", "hold")
+    saved(push, folder, 2)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(UserError, match=r"^the push was interrupted\n") as error:
+        push.finish(folder)
+    assert command_in(error.value)[2:] == [str(folder), "--repo_id", "someone/model"]
+    hub.released.set()
+    with pytest.raises(KeyboardInterrupt), push:  # let the thread end before the Hub does
+        raise KeyboardInterrupt
+
+
+def test_the_stock_trainer_is_told_not_to_push(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    args = TrainingArguments(
+        str(tmp_path / "run"), push_to_hub=True, hub_strategy="checkpoint", hub_private_repo=True, hub_revision="next",
+        hub_always_push=True,
+    )  # fmt: skip
+    push = replace_trainer_push(args)
+    assert args.push_to_hub is False
+    assert (push.repo_id, push.strategy, push.revision, push.always) == ("someone/run", "checkpoint", "next", True)
+    repository = hub.repositories["models/someone/run"]
+    assert repository.private and "next" in repository.branches
+
+
+# --- the main job ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def training(endpoint: str, cache: Path, *flags: str, token: str = WRITE_TOKEN) -> dict:
+    """What a process needs to train and push."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token,
+        "HF_HOME": str(cache / "home"), "HF_DATASETS_CACHE": str(cache),
+    }  # fmt: skip
+    command = [
+        sys.executable, "scripts/train.py", "configs/demo.yaml", "--save_strategy", "steps", "--save_steps", "2",
+        "--max_steps", "4", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "1",
+        "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--push_to_hub", "true", *flags,
+    ]  # fmt: skip
+    return {"args": command, "cwd": ROOT, "env": environment, "text": True}
+
+
+def train(*where: Any, token: str = WRITE_TOKEN) -> subprocess.CompletedProcess:
+    return subprocess.run(**training(*where, token=token), capture_output=True, timeout=200)
+
+
+def test_training_pushes_what_a_download_resumes_from(cache, tmp_path):
+    output_dir = tmp_path / "run"
+    with LoopbackHub() as hub:
+        done = train(
+            hub.endpoint, cache, "--output_dir", str(output_dir), "--hub_model_id", "someone/tuned",
+            "--hub_strategy", "checkpoint", "--hub_always_push", "true", "--hub_private_repo", "true",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"Pushed: {hub.endpoint}/someone/tuned/tree/main" in done.stdout
+        repository = hub.repositories["models/someone/tuned"]
+        steps = [f"Training in progress, step {step}{part}" for step in (2, 4) for part in ("", ", checkpoint")]
+        assert repository.private and repository.messages == ["initial commit", *steps, "End of training"]
+        files = repository.files()
+        assert {"README.md", "run.json", "loss.png", "model.safetensors", "chat_template.jinja"} <= files.keys()
+        assert not any("training_args" in path for path in files)
+        assert files["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
+        assert json.loads(files["run.json"])["config"]["training"]["push_to_hub"] is True
+
+        # nothing secret: in what was sent, and in what was written
+        assert not any(WRITE_TOKEN.encode() in request.body for request in hub.requests)
+        assert not any(WRITE_TOKEN in request.path for request in hub.requests)
+        assert WRITE_TOKEN not in done.stdout + done.stderr
+        for path in output_dir.rglob("*"):
+            assert not path.is_file() or WRITE_TOKEN.encode() not in path.read_bytes(), path
+
+        # from step 2, as the Hub had it then: the weights that the run reached without a break
+        commit = list(repository.commits)[2]
+        downloads = cache / "downloads"
+        code = (
+            "from huggingface_hub import snapshot_download\n"
+            f"snapshot_download('someone/tuned', revision={commit!r}, local_dir={str(downloads)!r})"
+        )
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": WRITE_TOKEN}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=100)
+        assert not (downloads / "last-checkpoint" / "training_args.bin").exists()
+        done = train(
+            hub.endpoint, cache, "--output_dir", str(tmp_path / "resumed"), "--hub_strategy", "every_save",
+            "--hub_revision", "next", "--resume_from_checkpoint", str(downloads / "last-checkpoint"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        resumed = hub.repositories["models/someone/resumed"]
+        assert resumed.messages == ["initial commit", "Training in progress, step 4", "End of training"]
+        assert 'model="someone/resumed"' in resumed.files("next")["README.md"].decode()  # no --hub_model_id, no owner
+        assert resumed.files("next")["model.safetensors"] == files["model.safetensors"]
+        state = json.loads(resumed.files("next")["trainer_state.json"])
+        assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_ctrl_c_waits_for_the_push_that_is_under_way_and_no_other(cache, tmp_path):
+    log = tmp_path / "log"
+    with LoopbackHub() as hub, open(log, "w") as output:
+        hub.fail("POST", "/preupload/", "hold")
+        wanted = training(
+            hub.endpoint, cache, "--output_dir", str(tmp_path / "run"), "--hub_model_id", "someone/tuned",
+            "--hub_always_push", "true", "--max_steps", "400",
+        )  # fmt: skip
+        wanted["env"] |= {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(**wanted, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            until(lambda: len(list((tmp_path / "run" / ".push").glob("*"))) > 1)  # one is held, others wait
+            process.send_signal(signal.SIGINT)
+            until(lambda: "waiting for the push to someone/tuned that is still running" in log.read_text())
+            hub.released.set()
+            assert process.wait(timeout=60) == 1
+        finally:
+            process.kill()
+            process.wait()
+    said = log.read_text()
+    assert hub.repositories["models/someone/tuned"].messages == ["initial commit", "Training in progress, step 2"]
+    assert said.splitlines()[-1].startswith("interrupted: --resume_from_checkpoint true goes on")
+    assert "checkpoint-2: pushed" in said and "Traceback" not in said and "after interpreter shutdown" not in said
+
+
+def until(happened: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_wrong_token_costs_no_training(cache, tmp_path):
+    with LoopbackHub() as hub:
+        done = train(hub.endpoint, cache, "--output_dir", str(tmp_path / "run"), token="hf_wrongwrongwrongwrong")
+        assert done.returncode == 1 and not (tmp_path / "run").exists() and len(hub.sent("POST", "")) == 1
+    [line] = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("error: run: no token, or a wrong one (401); run `hf auth login`, or set HF_TOKEN")
+
+
+def test_a_token_as_a_flag_is_refused_and_not_repeated(cache, tmp_path):
+    done = train("http://127.0.0.1:9", cache, "--output_dir", str(tmp_path / "run"), "--hub_token", WRITE_TOKEN)
+    assert done.returncode == 1 and "set the environment variable HF_TOKEN" in done.stderr
+    assert WRITE_TOKEN not in done.stdout + done.stderr and not (tmp_path / "run").exists()
