@@ -166,6 +166,7 @@ def test_models_that_keep_something_else_share_no_prefix(architecture, tokenizer
     shapes = computed_shapes(model)
     responses = generate_responses(model, tokenizer, prompts, max_new_tokens=STEPS + 4, batch_size=1)
     assert [response.token_ids for response in responses] == expected
+    assert {response.stop_reason for response in responses} == {"length"}  # also where there is no limit of positions
     assert shapes[0] == (1, max(len(ids) for ids in tokenizer(prompts)["input_ids"]))
 
 
@@ -296,7 +297,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_halved(demo_model, tokenizer, mo
     found = generate_responses(demo_model, tokenizer, PROMPTS * 3, max_new_tokens=4, batch_size=9)
     assert found == expected
     assert sizes == [9, 4, 2, 2, 2, 2, 1, 2, 1]
-    assert "going on with batches of 2" in capsys.readouterr().out
+    assert "continuing with batches of 2" in capsys.readouterr().out
 
 
 def test_one_prompt_that_does_not_fit_is_told_and_other_errors_are_not_swallowed(demo_model, tokenizer, monkeypatch):
@@ -348,4 +349,4 @@ def test_memory_that_really_runs_out_halves_the_batch():
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "out of memory: going on with batches of" in done.stdout
+    assert "out of memory: continuing with batches of" in done.stdout

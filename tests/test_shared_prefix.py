@@ -1,12 +1,11 @@
 """The shared-prefix row against the padded batch: losses, gradients, and no example that sees another."""
 
-import importlib.util
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from conftest import DEMO
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from recipe import attention
@@ -19,6 +18,7 @@ from recipe.collator import (
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
 from recipe.trainer import InstructionTrainer
+from recipe.training.batching import make_collator
 
 VOCABULARY = 97
 ARCHITECTURES = {
@@ -119,8 +119,6 @@ def test_padding_to_a_multiple_by_eye():
 @pytest.mark.parametrize("kind", ["mask", "segments"])
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_real_records_give_the_losses_and_gradients_of_the_padded_batch(gpt2_tokenizer, real_data, kind, mask_prompt):
-    from transformers import AutoConfig
-
     data = DataArguments(data={"train": str(real_data)}, validation_ratio=0, test_ratio=0, mask_prompt=mask_prompt)
     rows = load_splits(data, gpt2_tokenizer)["train"].select_columns(["input_ids", "labels"])
     config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -360,9 +358,6 @@ def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp
     ],
 )
 def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, changes, arguments, message, tmp_path):
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     options = ARCHITECTURES["llama"] if architecture in ("llama", "mistral", "gemma3_text") else {}
     implementation = changes.pop("attn_implementation", None)
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **options | changes)
@@ -372,7 +367,7 @@ def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, c
         setattr(training, f"_{name}", value)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 0})
     if message is None:
-        assert script.make_collator(data, training, model, tokenizer).attention == "mask"
+        assert make_collator(data, training, model, tokenizer).attention == "mask"
     else:
         with pytest.raises(UserError, match=message):
-            script.make_collator(data, training, model, tokenizer)
+            make_collator(data, training, model, tokenizer)
