@@ -4,16 +4,14 @@ Importing this module registers it with transformers. In batches of `DataCollato
 `attention="segments"`, each example attends to its group's prefix and to itself. All other batches (generation,
 padding, rows with a mask) are computed by SDPA.
 
-Where FlashAttention runs (CUDA, half precision, no attention dropout), one call computes all segments of the row.
-Elsewhere one call computes the prefix of a group, and one call each bundle of its rests, which are padded to equal
-length. A rest is what an example has behind its prefix.
+A rest is what an example has behind its prefix. Where FlashAttention runs (CUDA, half precision, no attention dropout),
+one call computes a whole row; elsewhere a call computes the prefix of a group, or a bundle of its rests, padded.
 
 Related work: Prefix Grouper (arXiv:2506.05433), Tree Training (arXiv:2511.00413).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -26,8 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
-MATMUL_LIMIT = 512 * 512  # pairs of query and key per row; above it SDPA is faster than two matrix products
-BUNDLE_COST = 32_768  # the overhead of one more call, as pairs of query and key that take as long
+MATMUL_LIMIT = 512 * 512  # queries times keys of a row; up to here, a CPU multiplies matrices instead of calling SDPA
+BUNDLE_COST = 32_768  # of one more call: as many pairs of query and key take as long
 
 Segments = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -60,7 +58,7 @@ def shared_prefix_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (time, heads, head size)
     if dropout == 0 and _flash_runs(query, key, value):
-        return _attend_varlen(rows, segments, scaling, varlen_attn)[None], None
+        return _attend_varlen(rows, segments, scaling)[None], None
     outputs, start = [], 0
     for prefix, rests in segments:
         length = prefix + sum(rests)
@@ -80,26 +78,20 @@ def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     )
 
 
-def _attend_varlen(
-    rows: list[torch.Tensor], segments: Segments, scaling: float | None, kernel: Callable[..., Any]
-) -> torch.Tensor:
-    """All segments of the row in one call: (time, heads, head size).
+def _attend_varlen(rows: list[torch.Tensor], segments: Segments, scaling: float | None) -> torch.Tensor:
+    """All segments of the row in one call; query, key, value and result are (time, heads, head size) each.
 
     The keys of a rest are those of its prefix and its own. Where there are more keys than queries, FlashAttention takes
     the queries for the last positions, which is what a rest needs.
-
-    Args:
-        rows: query, key and value, (time, heads, head size) each.
-        kernel: `torch.nn.attention.varlen.varlen_attn`, or a function with its signature.
     """
     query, key, value = rows
     gather, query_starts, key_starts, most_queries, most_keys = _packing(segments, query.device)
     key, value = _Repeat.apply(key, gather), _Repeat.apply(value, gather)
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}  # torch 2.11 has no such argument
-    return kernel(
-        query, key, value, query_starts, key_starts, most_queries, most_keys,
-        scale=scaling, window_size=(-1, 0), **grouped,
-    )  # fmt: skip
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True  # torch 2.11 has no such argument
+    output: Any = varlen_attn(query, key, value, query_starts, key_starts, most_queries, most_keys, **options)
+    return output
 
 
 def _attend_group(

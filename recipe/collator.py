@@ -17,11 +17,10 @@ class DataCollatorForInstructionTuning:
 
     Padding is masked by length, never by id: GPT-2 pads with its end-of-text token, and the real one that ends a
     response is a target to learn. These are steps 3-5 of the collate function in chapter 7 of *Build a Large Language
-    Model From Scratch* (https://github.com/rasbt/LLMs-from-scratch), vectorised, and correct for texts that contain an
-    end-of-text token of their own.
+    Model From Scratch* (https://github.com/rasbt/LLMs-from-scratch), vectorised.
 
-    Works with any causal language model and with the stock `transformers.Trainer`: `labels` and `shift_labels` are the
-    same, already shifted tensor, which is not shifted again and whose targets are counted correctly.
+    Works with any causal language model and the stock `transformers.Trainer`: `labels` and `shift_labels` are the same,
+    already shifted tensor, which transformers does not shift again and whose targets it counts correctly.
 
     Args:
         pad_token_id: the id to pad `input_ids` with; for GPT-2 the end-of-text id, 50256.
@@ -32,8 +31,8 @@ class DataCollatorForInstructionTuning:
     without `labels`, all of `input_ids` is learned. Other keys are dropped, except `row`, the number of a record.
 
     Returns a dict of int64 tensors, (batch, time) each: `input_ids`, `attention_mask`, `labels`, `shift_labels`. If the
-    features have a `row`: also `row` (batch,), and `supervised` (targets,), the positions in the flattened labels that
-    have a target, found here so that nothing waits for a GPU to find them.
+    features have a `row`: also `row` (batch,), and `supervised` (targets,), where the flattened labels are not -100,
+    so that nothing waits for a GPU to find out.
 
     Raises:
         ValueError: no features, or `labels` and `input_ids` of different lengths.
@@ -104,24 +103,22 @@ class DataCollatorWithSharedPrefix:
 
     `[prefix | rest of example 1 | rest of example 2 | ...]`, or several such groups one after another where a batch
     mixes prompts. A token attends to its group's prefix and to its own example, causally, and to nothing else; its
-    position is the one it has in its example. So losses and gradients are those of the padded batch. The vocabulary
-    head is computed at supervised positions only, through the models' own argument `logits_to_keep`.
+    position is the one it has in its example. So losses and gradients are those of the padded batch.
 
     A group's prefix is the longest common start in which all inputs and all targets are equal; groups are chosen to
-    make the row short. A supervised target inside a prefix counts once for each example of the group: its position
-    occurs that many times in `logits_to_keep`.
+    make the row short. A supervised target inside a prefix counts once for each example of the group.
 
     Works with the stock `transformers.Trainer` and any causal language model of transformers whose `forward` takes
-    `logits_to_keep`. Features are those of `DataCollatorForInstructionTuning`.
+    `logits_to_keep`, by which the vocabulary head is computed at supervised positions only. Features are those of
+    `DataCollatorForInstructionTuning`.
 
     Args:
         pad_token_id: fills the padding, if `pad_to_multiple_of` asks for any.
         attention: "mask" gives a boolean mask, for any model with SDPA attention; "segments" gives lengths instead,
-            which is faster, for models loaded with `attn_implementation="shared_prefix"` after `recipe.attention` has
-            been imported.
-        pad_to_multiple_of: round the row's length, and the number of targets, up to a multiple of this many, so that
-            shapes repeat for `torch.compile`. No example attends to the padding: it is a group without examples.
-            Targets are filled up with -100, at position 0 and for example 0.
+            which is faster, for models loaded with `attn_implementation="shared_prefix"` (import `recipe.attention`).
+        pad_to_multiple_of: round the length of the row and the number of targets up to multiples of this, so that
+            shapes repeat for `torch.compile`. No example attends to the padding, which is a group without examples;
+            targets are padded with -100, at position 0 of example 0.
 
     Returns a dict: `input_ids`, `position_ids` (1, time); `labels` and `shift_labels`, the same tensor of targets
     (1, targets), -100 only as padding; `logits_to_keep` (targets,), the position of each; and `attention_mask`
@@ -146,10 +143,7 @@ class DataCollatorWithSharedPrefix:
     """
 
     def __init__(
-        self,
-        pad_token_id: int,
-        attention: Literal["mask", "segments"] = "mask",
-        pad_to_multiple_of: int | None = None,
+        self, pad_token_id: int, attention: Literal["mask", "segments"] = "mask", pad_to_multiple_of: int | None = None
     ) -> None:
         if attention not in ("mask", "segments"):
             raise ValueError(f"attention={attention!r}: give 'mask' or 'segments'")

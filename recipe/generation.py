@@ -194,13 +194,11 @@ def _generate_batch(
             attention_mask=attention_mask,
             past_key_values=cache,
             logits_processor=sampling,
-            generation_config=GenerationConfig(
-                max_new_tokens=min(steps, max_new_tokens - done),
-                do_sample=False,
-                eos_token_id=eos,
-                pad_token_id=eos,
-                use_cache=True,
-            ),
+            max_new_tokens=min(steps, max_new_tokens - done),
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            use_cache=True,
         )
         for row, token_ids in zip(rows, input_ids[:, width + done :].tolist(), strict=True):
             responses[row] += token_ids
@@ -217,10 +215,7 @@ def _generate_batch(
 
 
 class BlockwiseLayer(DynamicLayer):
-    """A layer's keys and values, (batch, heads, time, head size), with spare room for the next tokens.
-
-    `DynamicLayer` copies them all for each new token. Only methods that transformers documents are overridden or used.
-    """
+    """Keys and values of a layer, (batch, heads, time, head size), with spare room: no copy of all for each token."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -250,9 +245,9 @@ class BlockwiseLayer(DynamicLayer):
 
 
 def compute_cache(model: PreTrainedModel, token_ids: list[int]) -> list[BlockwiseLayer] | None:
-    """Keys and values of one row of tokens, which may be empty, layer by layer.
+    """Keys and values of one row of tokens, layer by layer; None for a model that caches something else.
 
-    None for a model whose cache is not all keys and values of all tokens: Mamba, sliding windows.
+    Mamba keeps a state instead, and a sliding window drops tokens. The row may be empty.
     """
     layers = DynamicCache(config=model.config).layers
     if "past_key_values" not in inspect.signature(model.forward).parameters or {*map(type, layers)} != {DynamicLayer}:
@@ -307,8 +302,6 @@ class SeededGumbelNoise(LogitsProcessor):
 
 def _as_response(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, hit_cap: str, seconds: float) -> Response:
     """The response up to its first end-of-text token; those behind it are padding."""
-    stop_reason = hit_cap
     if tokenizer.eos_token_id in token_ids:
-        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
-        stop_reason = "eos"
-    return Response(str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids, stop_reason, seconds)
+        token_ids, hit_cap = token_ids[: token_ids.index(tokenizer.eos_token_id)], "eos"
+    return Response(str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids, hit_cap, seconds)

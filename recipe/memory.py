@@ -23,11 +23,6 @@ def halve_if_out_of_memory(
 
     Raises:
         UserError: not even a batch of one fits.
-
-    Example::
-
-        for indices, losses in halve_if_out_of_memory([[0, 1, 2, 3], [4, 5]], compute_losses):
-            ...
     """
     limit = None  # the largest batch that may fit
     for batch in batches:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,8 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
     if name is None:
         raise UserError("no tokenizer: give --tokenizer_name with --model_type, or --model_name_or_path")
     check_folder(name)
-    try:
+    with _library_errors(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {name!r}: {_reason(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"tokenizer {name!r} is empty: the tokenizer's files are missing; give --tokenizer_name")
     if tokenizer.eos_token_id is None:
@@ -58,32 +58,29 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
         UserError: neither or both of `model_name_or_path` and `model_type`, a model that is not found or does not fit
             its overrides, or fewer embeddings than the tokenizer has tokens.
     """
-    name = config.model_name_or_path
+    name, subject = config.model_name_or_path, f"model {config.model_name_or_path or config.model_type!r}"
     origin = f"random weights ({config.model_type})" if name is None else name
     options: dict[str, Any] = {
         "config": load_config(config, tokenizer),
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
     }
+    missing: set[str] = set()
     try:
-        if name is None:
-            model = AutoModelForCausalLM.from_config(**options)
-        else:
-            options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
-            model, loading = loaded
-            if loading["missing_keys"]:
-                raise UserError(
-                    f"model {name!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, ...; they "
-                    "would be random: keep the shape of the model in --config_overrides, or use --model_type"
-                )
+        with _library_errors(subject):
+            if name is None:
+                model = AutoModelForCausalLM.from_config(**options)
+            else:
+                options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
+                loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+                model, missing = loaded[0], loaded[1]["missing_keys"]
     except KeyError as error:  # older models look attention classes up in a dict
+        raise UserError(f"{subject} does not know the attention {error}; give another --attn_implementation") from error
+    if missing:
         raise UserError(
-            f"model {name or config.model_type!r} does not know the attention {error}; "
-            "give another --attn_implementation"
-        ) from error
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model {name or config.model_type!r}: {_reason(error)}") from error
+            f"{subject} has no weights for {', '.join(sorted(missing)[:3])}, ...; they would be random: "
+            "keep the model's shape in --config_overrides, or use --model_type"
+        )
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise UserError(
@@ -128,7 +125,7 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
     name, model_type, overrides = config.model_name_or_path, config.model_type, config.config_overrides
     if model_type is not None and model_type not in CONFIG_MAPPING:
         raise UserError(f"unknown --model_type {model_type!r}; for example gpt2, llama, qwen2")
-    try:
+    with _library_errors(f"model {name!r}"):
         if name is not None and model_type is None:
             model_config = AutoConfig.from_pretrained(name, revision=config.model_revision)
         elif model_type is not None and name is None:
@@ -138,13 +135,9 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
             raise UserError(
                 "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
             )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r}: {_reason(error)}") from error
     if overrides:
-        try:
+        with _library_errors(f"--config_overrides {overrides!r}, to be written as key=value,key=value"):
             model_config.update_from_string(overrides)
-        except ValueError as error:
-            raise UserError(f"--config_overrides {overrides!r}: {error}; write key=value,key=value") from error
     return model_config
 
 
@@ -173,6 +166,10 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _reason(error: Exception) -> str:
-    """The start of an error's text, on one line: transformers adds general advice at the end."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...")
+@contextmanager
+def _library_errors(subject: str) -> Iterator[None]:
+    """Turn errors of libraries into ours: one line about the subject, without the advice at the end of their text."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{subject}: {textwrap.shorten(str(error), 300, placeholder=' ...')}") from error

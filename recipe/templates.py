@@ -5,7 +5,6 @@ Training, evaluation and `apply_chat_template` of the saved tokenizer all render
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,17 +32,8 @@ def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:
 class Template:
     """A Jinja chat template and the prompts it renders.
 
-    >>> print(load_template("alpaca").prompt({"instruction": "Make it plural.", "input": "cat"}))
-    Below is an instruction that describes a task. Write a response that appropriately completes the request.
-    <BLANKLINE>
-    ### Instruction:
-    Make it plural.
-    <BLANKLINE>
-    ### Input:
-    cat
-    <BLANKLINE>
-    ### Response:
-    <BLANKLINE>
+    >>> load_template("phi3").prompt({"instruction": "Make it plural.", "input": "cat"})
+    '<|user|>\\nMake it plural.\\ncat\\n<|assistant|>\\n'
     """
 
     name: str
@@ -70,7 +60,12 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
         UserError: no such template, a Jinja error, a template that loses the instruction, the input or the response,
             or one that puts text between the prompt and the response.
     """
-    path = _find_template(name_or_path)
+    path = BUILT_IN / f"{name_or_path}.jinja"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.jinja")))
+        raise UserError(f"unknown template {name_or_path!r}: give one of {names} or the path of a .jinja file")
     special_tokens = {} if tokenizer is None else tokenizer.special_tokens_map
     try:
         template = Template(name_or_path, path.read_text(encoding="utf-8"), special_tokens)
@@ -79,18 +74,6 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
         line = getattr(error, "lineno", None)
         raise UserError(f"template {path}{f' line {line}' if line else ''}: {error}") from error
     return template
-
-
-def _find_template(name_or_path: str) -> Path:
-    for path in (BUILT_IN / f"{name_or_path}.jinja", Path(name_or_path)):
-        if path.is_file():
-            return path
-    names = sorted(file.stem for file in BUILT_IN.glob("*.jinja"))
-    near = difflib.get_close_matches(name_or_path, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(
-        f"unknown template {name_or_path!r}: {hint}give one of {', '.join(names)} or the path of a .jinja file"
-    )
 
 
 def _check(template: Template) -> None:
