@@ -3,10 +3,9 @@
     python examples/accelerate_loop.py
     accelerate launch --config_file configs/accelerate/two_processes.yaml examples/accelerate_loop.py
 
-The usual loop divides each micro-batch's loss by its own tokens, and then by the number of micro-batches. A token in a
-short batch then weighs more than one in a long batch, and the result depends on how the records were cut into
-batches. Here the targets of a step are counted first, over all its micro-batches and all processes: both commands take
-the same steps.
+The usual loop averages each micro-batch over its own tokens, and then averages the micro-batches. So a token in a short
+micro-batch weighs more than one in a long one, and the result depends on how records are batched. Here the targets of a
+step are counted first, over all micro-batches and processes, so both commands take the same steps.
 """
 
 import argparse
@@ -31,15 +30,15 @@ def main() -> None:
     parser.add_argument("--model", default="recipe/demo/base", help="a folder or a Hub id")
     options = parser.parse_args()
 
-    # cpu: without it processes without a GPU do not find each other, and each trains a model of its own.
-    # No gradient_accumulation_steps: accelerate would divide the loss by it once more.
+    # cpu: without it, processes without a GPU do not find each other, and each trains its own model.
+    # No gradient_accumulation_steps: accelerate would divide the loss by it again.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     with accelerator.main_process_first():  # the others read its cache
         splits = load_splits(DataArguments(data=options.data), tokenizer)
-    records = splits["train"].select(range(32))  # a few, so that this ends in seconds; leave out `select` for all
+    records = splits["train"].select(range(32))  # a few, to be done in seconds; without `select`, all
     loader = DataLoader(
         records.select_columns(["input_ids", "labels"]),  # all that the model takes
         batch_size=BATCH_SIZE,
@@ -70,8 +69,8 @@ def main() -> None:
             step += 1
             loss = accelerator.reduce(total, reduction="sum")
             accelerator.print(f"step {step}  targets {targets}  loss {loss:.4f} nats per target")
-    # DDP's reducer goes before the process group. As the group's last owner it would join gloo's threads while it holds
-    # Python's lock, for which one of them may wait: pytorch issue 56297.
+    # Delete DDP's reducer before the process group. If it owned the group last, it would wait for gloo's threads while
+    # holding Python's lock, which one of them may need: pytorch issue 56297.
     accelerator.wait_for_everyone()
     del model
     accelerator.free_memory()

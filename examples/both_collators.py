@@ -3,9 +3,9 @@
     python examples/both_collators.py
     python examples/both_collators.py --data my_records.json --model openai-community/gpt2
 
-`DataCollatorForInstructionTuning` pads. `DataCollatorWithSharedPrefix` lays the batch out as one row in which what the
-prompts begin with stands once, either with a mask, for any model with SDPA attention, or as segments, for models
-loaded with the attention that `recipe.attention` registers.
+`DataCollatorForInstructionTuning` pads. `DataCollatorWithSharedPrefix` lays the batch out as one row that holds the
+common start of the prompts once: with a mask, for any model with SDPA attention, or as segments, for models loaded
+with the attention that `recipe.attention` registers.
 """
 
 import argparse
@@ -48,9 +48,8 @@ def main() -> None:
         batch = collate(records)
         loss, gradients = loss_and_gradients(model, batch)
         padded = padded or gradients
-        # of each weight tensor, relative to its largest gradient
-        pairs = zip(gradients, padded, strict=True)
-        difference = max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
+        pairs = zip(gradients, padded, strict=True)  # for each weight tensor, relative to its largest gradient
+        difference = max(((new - old).abs().max() / old.abs().max()).item() for new, old in pairs)
         print(f"{name:<25}{batch['input_ids'].numel():>15,}{loss:>12.6f}   {difference:.1e}")
 
 

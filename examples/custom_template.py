@@ -3,9 +3,9 @@
     python examples/custom_template.py
     python examples/custom_template.py --template my_template.jinja --data my_records.json
 
-The template is a Jinja chat template, and the only place that knows the prompt: the tokens to learn are made with it,
-and it is saved with the tokenizer, so that `apply_chat_template`, `pipeline` and servers ask as training did. It is
-tried out before anything else: one that loses the instruction, the input or the response is refused.
+The Jinja chat template alone defines the prompt: training encodes records with it, and it is saved with the tokenizer,
+so `apply_chat_template`, `pipeline` and servers render the same prompt. It is checked first: a template that loses the
+instruction, the input or the response is refused.
 """
 
 import argparse
@@ -35,10 +35,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     template = load_template(options.template, tokenizer)
-    prepare_for_chat(model, tokenizer, template)  # what the saved folder needs to answer with this template
+    prepare_for_chat(model, tokenizer, template)  # so that the saved folder answers with this template
 
     data = DataArguments(data=options.data, template=options.template)
-    records = load_records(data)[0]["train"].select(range(16))  # a few, so that this ends in seconds
+    records = load_records(data)[0]["train"].select(range(16))  # a few, to be done in seconds
     encoded = encode_records({"train": records}, tokenizer, data)["train"]
     first = encoded[0]
     learned = [token for token, label in zip(first["input_ids"], first["labels"], strict=True) if label != -100]

@@ -3,9 +3,8 @@
     python examples/stock_trainer_llama.py
     python examples/stock_trainer_llama.py --data my_records.json --model meta-llama/Llama-3.2-1B
 
-No subclass is needed: `labels` and `shift_labels` of a batch are the same, already shifted tensor. transformers takes
-it as it is, and counts its targets right: the loss of a step is the mean over the supervised tokens of all its
-micro-batches.
+No subclass is needed: `labels` and `shift_labels` of a batch are the same, already shifted tensor, which transformers
+does not shift again. The loss of a step is the mean over the supervised tokens of all its micro-batches.
 """
 
 import argparse
@@ -52,7 +51,7 @@ def main() -> None:
     else:
         model = make_llama(len(tokenizer))
     splits = load_splits(DataArguments(data=options.data), tokenizer)
-    records = splits["train"].select(range(32))  # a few, so that this ends in seconds; leave out `select` for all
+    records = splits["train"].select(range(32))  # a few, to be done in seconds; without `select`, all
 
     arguments = TrainingArguments(
         "outputs/stock_trainer_llama",

@@ -4,10 +4,9 @@
     python examples/trl_sft.py
     python examples/trl_sft.py --data my_records.json --model openai-community/gpt2
 
-What it needs so that the loss is right: records that are tokens already, with the `labels` of `load_splits`
-(`skip_prepare_dataset`), and the padded collator as it is. TRL takes its `shift_labels` without shifting them again.
-The collator with shared prefixes is not for TRL, which computes the vocabulary head itself and knows no
-`logits_to_keep`: it stops with an error about the shapes.
+For the right loss, give it records that `load_splits` has encoded (`skip_prepare_dataset`) and the padded collator,
+whose `shift_labels` TRL does not shift again. `DataCollatorWithSharedPrefix` does not work here: TRL computes the
+vocabulary head itself, without `logits_to_keep`, and stops with an error about shapes.
 """
 
 import argparse
@@ -30,7 +29,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     splits = load_splits(DataArguments(data=options.data), tokenizer)
-    records = splits["train"].select(range(32))  # a few, so that this ends in seconds; leave out `select` for all
+    records = splits["train"].select(range(32))  # a few, to be done in seconds; without `select`, all
 
     arguments = SFTConfig(
         "outputs/trl_sft",

@@ -1,18 +1,17 @@
-"""Attention over rows in which a shared prefix stands once: `attn_implementation="shared_prefix"`.
+"""Attention over rows that hold a shared prefix once: `attn_implementation="shared_prefix"`.
 
-Importing this module registers it with transformers. On batches of `recipe.collator.DataCollatorWithSharedPrefix`
-(`attention="segments"`) each example attends to its group's prefix and to itself; all others (generation, padded
-batches, rows with a mask) go to SDPA as with `attn_implementation="sdpa"`.
+Importing this module registers it with transformers. In batches of `DataCollatorWithSharedPrefix` with
+`attention="segments"`, each example attends to its group's prefix and to itself. All other batches (generation,
+padding, rows with a mask) are computed by SDPA.
 
-Where FlashAttention runs (CUDA, half precision, no attention dropout) a layer is one call for all segments of the row;
-elsewhere it is one for each group's prefix, and one for each bundle of its rests, padded to the longest of the bundle.
+A rest is what an example has behind its prefix. Where FlashAttention runs (CUDA, half precision, no attention dropout),
+one call computes a whole row; elsewhere a call computes the prefix of a group, or a bundle of its rests, padded.
 
 Related work: Prefix Grouper (arXiv:2506.05433), Tree Training (arXiv:2511.00413).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -21,12 +20,12 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
-MATMUL_LIMIT = 512 * 512  # queries times keys of a row
-BUNDLE_COST = 32_768  # of a further call, in pairs of query and key
+MATMUL_LIMIT = 512 * 512  # queries times keys of a row; up to here, a CPU multiplies matrices instead of calling SDPA
+BUNDLE_COST = 32_768  # of one more call: as many pairs of query and key take as long
 
 Segments = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -46,21 +45,20 @@ def shared_prefix_attention(
 
     Args:
         query: (1, heads, time, head size); key and value: (1, key heads, time, head size).
-        segments: for each group the length of its prefix and the lengths of the rests of its examples, in tokens, in
-            the order of the row; None for any other batch.
+        segments: for each group, in the order of the row, the length of its prefix and the lengths of its rests, in
+            tokens; None for any other batch.
 
     Returns:
-        (1, time, heads, head size), and None for the weights.
+        (1, time, heads, head size), and None in place of the attention weights.
     """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings make float32 of them under autocast
-    # (time, heads, head size): the rows of a batch of one
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
+    rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (time, heads, head size)
     if dropout == 0 and _flash_runs(query, key, value):
-        return _attend_varlen(rows, segments, scaling, varlen_attn)[None], None
+        return _attend_varlen(rows, segments, scaling)[None], None
     outputs, start = [], 0
     for prefix, rests in segments:
         length = prefix + sum(rests)
@@ -71,7 +69,7 @@ def shared_prefix_attention(
 
 
 def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether FlashAttention knows device, dtype and head size; torch pads other head sizes for SDPA alone."""
+    """Whether FlashAttention supports device, dtype and head size, without the padding of heads that SDPA adds."""
     grouped = query.shape[1] != key.shape[1]
     return (
         query.is_cuda
@@ -80,37 +78,30 @@ def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     )
 
 
-def _attend_varlen(
-    rows: list[torch.Tensor], segments: Segments, scaling: float | None, kernel: Callable[..., Any]
-) -> torch.Tensor:
-    """All segments of the row in one call: (time, heads, head size).
+def _attend_varlen(rows: list[torch.Tensor], segments: Segments, scaling: float | None) -> torch.Tensor:
+    """All segments of the row in one call; query, key, value and result are (time, heads, head size) each.
 
-    The queries are the row as it is. The keys of a rest are its prefix's and its own, and its queries are the last of
-    them: that is how FlashAttention aligns causality where there are more keys than queries.
-
-    Args:
-        rows: query, key and value, (time, heads, head size) each.
-        kernel: `torch.nn.attention.varlen.varlen_attn`, or another of its signature.
+    The keys of a rest are those of its prefix and its own. Where there are more keys than queries, FlashAttention takes
+    the queries for the last positions, which is what a rest needs.
     """
-    query, *shared = rows
+    query, key, value = rows
     gather, query_starts, key_starts, most_queries, most_keys = _packing(segments, query.device)
-    key, value = (_Repeat.apply(states, gather) for states in shared)
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}  # torch 2.11 has no such argument
-    return kernel(
-        query, key, value, query_starts, key_starts, most_queries, most_keys,
-        scale=scaling, window_size=(-1, 0), **grouped,
-    )  # fmt: skip
+    key, value = _Repeat.apply(key, gather), _Repeat.apply(value, gather)
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True  # torch 2.11 has no such argument
+    output: Any = varlen_attn(query, key, value, query_starts, key_starts, most_queries, most_keys, **options)
+    return output
 
 
 def _attend_group(
     group: list[torch.Tensor], prefix: int, rests: tuple[int, ...], dropout: float, scaling: float | None
 ) -> torch.Tensor:
-    """A prefix to itself, and each rest, behind the prefix, to both: (time, heads, head size).
+    """One group: the prefix attends to itself, each rest to the prefix and to itself. (time, heads, head size).
 
-    The rests are padded to the longest of their bundle. Only attention sees the padding, and causality keeps it from
-    real tokens, because it comes last.
+    Rests are padded to the longest of their bundle. No real token attends to padding, because padding comes last.
     """
-    if not any(rests):  # the same example, several times
+    if not any(rests):  # copies of one example
         query, key, value = (states[None] for states in group)
         return _attend(query, key, value, dropout, scaling)[0]
     sizes = [prefix, sum(rests)]
@@ -135,14 +126,15 @@ def _attend_group(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None
 ) -> torch.Tensor:
-    """Causal attention of the last tokens of each row, (batch, time, heads, head size), to all of its keys."""
+    """Causal attention, (batch, time, heads, head size) each; the queries are the last `time` positions of the keys."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    repeats = query.shape[1] // key.shape[1]  # grouped-query attention
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:  # grouped-query attention
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     time, keys = query.shape[2], key.shape[2]
     mask = _causal(time, keys, query.device)
     if query.device.type == "cpu" and time * keys <= MATMUL_LIMIT:
-        # for short rows four times as fast in bfloat16 as the CPU kernel behind SDPA; softmax sums in float32 by itself
+        # for short rows in bfloat16 four times as fast as SDPA's CPU kernel; softmax sums in float32 on its own
         with torch.autocast("cpu", enabled=False):
             scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
             weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -155,7 +147,7 @@ def _attend(
 
 
 class _Repeat(torch.autograd.Function):
-    """(time, ...) to (keys, ...), prefixes once for each example. Sums gradients in float32, whatever the dtype."""
+    """(time, ...) to (keys, ...): a prefix is repeated for each example. Gradients are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
@@ -171,7 +163,7 @@ class _Repeat(torch.autograd.Function):
 
 
 class _Pad(torch.autograd.Function):
-    """(time, ...) to (slots, ...). Its transpose is `_Unpad`, so that no gradient is added up row by row."""
+    """(time, ...) to (slots, ...): rests to padded bundles. Autograd's own backward pass would add row by row."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
@@ -181,11 +173,11 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         (scatter,) = ctx.saved_tensors
-        return gradient.index_select(0, scatter), None, None  # no real token sees a padded one: its gradient is zero
+        return gradient.index_select(0, scatter), None, None  # the gradient of padding is zero: no token attends to it
 
 
 class _Unpad(torch.autograd.Function):
-    """(slots, ...) to (time, ...), the transpose of `_Pad`."""
+    """(slots, ...) to (time, ...): padded bundles back to rests."""
 
     @staticmethod
     def forward(ctx: Any, slots: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
@@ -199,14 +191,14 @@ class _Unpad(torch.autograd.Function):
         return gradient.new_zeros(ctx.slots, *gradient.shape[1:]).index_copy_(0, scatter, gradient), None, None
 
 
-@lru_cache(maxsize=8)  # every layer of a step asks for the same
-@torch.inference_mode(False)  # what evaluation made first, training may save for its backward pass
+@lru_cache(maxsize=8)  # all layers of a step use the same
+@torch.inference_mode(False)  # training may use a tensor that evaluation has put into the cache
 def _packing(segments: Segments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-    """Which keys the segments of a row see, and where each segment starts; empty segments are left out.
+    """The arguments of a call for all segments of a row; empty segments are left out.
 
     Returns:
-        The token of each key, (keys,); where the queries of each segment start and where the last end, and the same
-        of its keys, (segments + 1,) int32; the most queries and the most keys of a segment.
+        The token of each key, (keys,); the first query of each segment and the end of the last one, the same for keys,
+        (segments + 1,) int32 each; the most queries and the most keys of a segment.
     """
     gather, queries, keys, start = [], [0], [0], 0
     for prefix, rests in segments:
@@ -217,8 +209,8 @@ def _packing(segments: Segments, device: torch.device) -> tuple[torch.Tensor, to
                 queries.append(length)
                 keys.append(len(before) + length)
             start += length
-    query_starts, key_starts = (torch.tensor(lengths).cumsum(0, dtype=torch.int32) for lengths in (queries, keys))
-    index, query_starts, key_starts = (_move(each, device) for each in (torch.cat(gather), query_starts, key_starts))
+    starts = (torch.tensor(lengths).cumsum(0, dtype=torch.int32) for lengths in (queries, keys))
+    index, query_starts, key_starts = (_move(each, device) for each in (torch.cat(gather), *starts))
     return index, query_starts, key_starts, max(queries), max(keys)
 
 
@@ -227,36 +219,37 @@ def _packing(segments: Segments, device: torch.device) -> tuple[torch.Tensor, to
 def _padding(
     lengths: tuple[int, ...], prefix: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
-    """Rests of like length side by side in padded bundles; empty ones are left out.
+    """Rests of similar length in padded bundles; empty rests are left out.
 
     Returns:
-        The token each slot holds, (slots,), in padding the first of its example; the slot of each token, (time,); and
-        of each bundle the number of examples and the longest.
+        The token in each slot, (slots,), for padding the first token of its rest; the slot of each token, (time,);
+        and for each bundle its number of rests and the length of the longest.
     """
-    each = torch.tensor(lengths)
-    first = each.cumsum(0) - each
-    order = each.argsort(stable=True)[int((each == 0).sum()) :]
-    tokens, real, bundles = [], [], []
-    for members in order.split(bundle_sizes(each[order].tolist(), prefix)):
-        slots = torch.arange(int(each[members[-1]]))
-        real.append((slots < each[members, None]).flatten())
-        tokens.append((first[members, None] + slots.where(slots < each[members, None], 0)).flatten())
+    sizes = torch.tensor(lengths)
+    first = sizes.cumsum(0) - sizes
+    order = sizes.argsort(stable=True)[int((sizes == 0).sum()) :]
+    tokens, filled, bundles = [], [], []
+    for members in order.split(bundle_sizes(sizes[order].tolist(), prefix)):
+        slots = torch.arange(int(sizes[members[-1]]))
+        real = slots < sizes[members, None]  # (rests, slots)
+        filled.append(real.flatten())
+        tokens.append((first[members, None] + slots.where(real, 0)).flatten())
         bundles.append((len(members), len(slots)))
-    gather, taken = torch.cat(tokens), torch.cat(real).nonzero().flatten()
+    gather, taken = torch.cat(tokens), torch.cat(filled).nonzero().flatten()
     scatter = torch.empty_like(taken).index_copy_(0, gather[taken], taken)
     return _move(gather, device), _move(scatter, device), bundles
 
 
 def bundle_sizes(lengths: list[int], prefix: int) -> list[int]:
-    """How to cut examples into bundles with the least work; `lengths` of their rests in tokens, shortest first.
+    """How many rests go into each bundle, for the least work; `lengths` in tokens, shortest first.
 
     >>> bundle_sizes([10, 12, 14, 400, 410], prefix=24)
     [3, 2]
     """
     costs, starts = [0], [0]
     for end, longest in enumerate(lengths, start=1):
-        each = longest * (prefix + longest)
-        costs_from = [costs[start] + (end - start) * each for start in range(end)]
+        pairs = longest * (prefix + longest)  # of query and key, for each rest of the bundle
+        costs_from = [costs[start] + (end - start) * pairs for start in range(end)]
         best = min(costs_from)
         costs.append(best + BUNDLE_COST)
         starts.append(costs_from.index(best))
@@ -270,22 +263,19 @@ def bundle_sizes(lengths: list[int], prefix: int) -> list[int]:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _causal(time: int, keys: int, device: torch.device) -> torch.Tensor:
-    """Which of its keys each of the last `time` tokens may see, (time, keys) bool."""
+    """Which keys each of the last `time` tokens attends to, (time, keys) bool."""
     return torch.ones(time, keys, dtype=torch.bool, device=device).tril(keys - time)
 
 
 def _move(index: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without waiting for what it has still to do."""
+    """A tensor on the device; the host does not wait for a GPU."""
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """SDPA's mask; none for a row of segments, which transformers would take for a packed one.
-
-    Without padding, generation comes without a mask too, and what it adds behind a cache needs one.
-    """
-    whole = kwargs["q_length"] == kwargs["kv_length"]
-    return None if kwargs["attention_mask"] is None and whole else sdpa_mask(**kwargs)
+    """SDPA's mask, but none for a row of segments, in which transformers would see packed sequences."""
+    cached = kwargs["q_length"] < kwargs["kv_length"]  # generation: no mask without padding, but new tokens need one
+    return sdpa_mask(**kwargs) if cached or kwargs["attention_mask"] is not None else None
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -1,7 +1,7 @@
-"""Answers of a model to prompts: batched, left-padded, KV-cached, greedy or sampled with a seed.
+"""A model's responses to prompts: batched, left-padded, KV-cached, greedy or sampled with a seed.
 
-What all prompts start with (a template's preamble, a system prompt) is computed once for all of them, the cache grows
-in blocks, and rows that have ended leave their batch. None of it changes a response but by rounding.
+Three savings change a response by rounding at most: the tokens that all prompts start with (a template's preamble, a
+system prompt) are computed once, the cache grows in blocks, and rows that have ended leave their batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,17 +34,16 @@ from transformers import (
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
 
-CACHE_BLOCK = 64  # tokens by which a full cache grows
-STEPS = 16  # tokens to generate before the rows that have ended leave the batch
+CACHE_BLOCK = 64  # tokens that a full cache grows by
+STEPS = 16  # tokens to generate between two looks for rows that have ended
 
 
 @dataclass(frozen=True)
 class Response:
     """What a model answered to one prompt.
 
-    `stop_reason` is `eos` (the model stopped by itself), `length` (cut at `max_new_tokens`) or `context` (the model has
-    no more positions); `token_ids` are without the end-of-text token; `seconds` is this response's share of the time
-    its batch took.
+    `token_ids` exclude the end-of-text token. `stop_reason` is `eos` (the model ended the response), `length` (cut at
+    `max_new_tokens`) or `context` (no position is left). `seconds` is the batch's time divided by its responses.
     """
 
     text: str
@@ -55,8 +56,7 @@ class Response:
 class Decoding:
     """How responses are decoded: greedily at `temperature` 0, else by nucleus sampling (Holtzman et al. 2020).
 
-    Sampling draws from `seed` and the prompt alone, so that a response depends neither on its batch nor on what was
-    generated before it.
+    A sampled response depends on `seed` and its prompt alone, not on its batch or on earlier responses.
     """
 
     max_new_tokens: int = 256
@@ -76,9 +76,9 @@ def generate_responses(
     """The model's greedy response to each prompt, in the order of the prompts.
 
     Args:
-        prompts: whole prompts, as `Template.prompt` makes them.
-        max_new_tokens: cap on each response, in tokens.
-        batch_size: prompts generated together; does not change the responses.
+        prompts: whole prompts, as `Template.prompt` renders them.
+        max_new_tokens: the longest response, in tokens.
+        batch_size: prompts per batch; does not change the responses.
         description: label of a progress bar; None for no bar.
 
     Example::
@@ -102,44 +102,40 @@ def iter_responses(
     batch_size: int = 64,
     description: str | None = None,
 ) -> Iterator[tuple[list[int], list[Response]]]:
-    """The responses batch by batch, as they are finished: indices into `prompts`, and the response to each.
+    """Each batch as soon as it is finished: indices into `prompts`, and their responses.
 
-    Prompts are sorted by length and padded on the left, where padding cannot come between prompt and response; the
-    tokenizer's own padding settings are neither used nor changed. Keys and values of the tokens that all prompts start
-    with are computed once. A prompt that leaves no position for a response gets an empty one with the stop reason
-    `context`. A batch that does not fit in memory is halved, and so are those after it.
+    Prompts are sorted by length, longest first, and padded on the left; the tokenizer's own padding settings are
+    neither used nor changed. A prompt that leaves no position for a response gets an empty one with the stop reason
+    `context`. A batch that does not fit in memory is halved, and so are later ones.
 
     Raises:
         UserError: not even one prompt fits in memory.
     """
     if not prompts:
         return
-    prompt_ids = tokenizer(list(prompts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    tokenized = tokenizer(list(prompts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    prompt_ids, positions = tokenized["input_ids"], context_length(model.config) or sys.maxsize
     was_training, saved_config = model.training, model.generation_config
     model.eval()
-    model.generation_config = GenerationConfig()  # what it holds would fill in whatever is not said below
-    positions = context_length(model.config)
+    model.generation_config = GenerationConfig()  # `generate` takes from it whatever is not given below
     batches = _batches([len(ids) for ids in prompt_ids], decoding.max_new_tokens, batch_size, positions)
-    prefix = _shared_prefix([ids for ids in prompt_ids if positions is None or len(ids) < positions])
+    prefix = _shared_prefix([ids for ids in prompt_ids if len(ids) < positions])
 
-    @functools.cache  # at the first batch, so that running out of memory is told
+    @functools.cache  # computed in the first batch, where an out-of-memory error is handled
     def prefix_cache() -> list[BlockwiseLayer] | None:
         return compute_cache(model, prefix)
 
     def answer(indices: list[int]) -> list[Response]:
         batch, start = [prompt_ids[index] for index in indices], time.perf_counter()
-        room = decoding.max_new_tokens if positions is None else positions - max(map(len, batch))
+        room = positions - max(map(len, batch))
         cap, hit_cap = min((decoding.max_new_tokens, "length"), (room, "context"))
+        generated: list[list[int]] = [[] for _ in batch]
         if cap > 0:
             generated = _generate_batch(model, tokenizer, batch, cap, decoding, prefix_cache())
-        else:
-            generated = [[] for _ in batch]
         seconds = (time.perf_counter() - start) / len(batch)
         return [_as_response(token_ids, tokenizer, hit_cap, seconds) for token_ids in generated]
 
-    # smoothing=0: batches differ in length, so the mean over all of them foretells the end better than the last one
+    # smoothing=0: batches differ in length, so their mean speed predicts the end better than the latest speed
     progress = tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None, smoothing=0)
     try:
         for indices, responses in halve_if_out_of_memory(batches, answer):
@@ -151,25 +147,25 @@ def iter_responses(
         model.generation_config = saved_config
 
 
-def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, positions: int | None) -> Iterator[list[int]]:
+def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, positions: int) -> Iterator[list[int]]:
     """Indices of prompts to generate together, longest first.
 
-    Prompts near the end of the context go one by one: in a batch, the longest would shorten the room of the others.
+    Prompts near the end of the context go one by one: in a batch, the longest would leave the others less room.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    tight = [index for index in order if positions and lengths[index] + max_new_tokens > positions]
+    tight = [index for index in order if lengths[index] + max_new_tokens > positions]
     roomy = order[len(tight) :]
     yield from ([index] for index in tight)
     yield from (roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size))
 
 
 def _shared_prefix(prompt_ids: list[list[int]]) -> list[int]:
-    """The longest common start of the prompts, in tokens; of a single one, none."""
+    """The tokens that all prompts start with; none where there is only one prompt."""
     if len(prompt_ids) < 2:
         return []
-    first, last = min(prompt_ids), max(prompt_ids)  # in lexicographic order, all others share what these two share
-    pairs = enumerate(zip(first, last, strict=False))
-    return first[: next((index for index, (one, other) in pairs if one != other), len(first))]
+    first, last = min(prompt_ids), max(prompt_ids)  # in lexicographic order: what these two share, all prompts share
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return [token for token, _ in pairs]
 
 
 def _generate_batch(
@@ -180,7 +176,7 @@ def _generate_batch(
     decoding: Decoding,
     prefix_cache: list[BlockwiseLayer] | None,
 ) -> list[list[int]]:
-    """The tokens of each response, with padding behind those that end first."""
+    """The tokens of each response, (batch,) lists; behind an end-of-text token there may be padding."""
     width, eos = max(map(len, batch)), tokenizer.eos_token_id
     padding = torch.tensor([width - len(row) for row in batch])
     input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in batch], device=model.device)
@@ -198,33 +194,28 @@ def _generate_batch(
             attention_mask=attention_mask,
             past_key_values=cache,
             logits_processor=sampling,
-            generation_config=GenerationConfig(
-                max_new_tokens=min(steps, max_new_tokens - done),
-                do_sample=False,
-                eos_token_id=eos,
-                pad_token_id=eos,
-                use_cache=True,
-            ),
+            max_new_tokens=min(steps, max_new_tokens - done),
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            use_cache=True,
         )
         for row, token_ids in zip(rows, input_ids[:, width + done :].tolist(), strict=True):
             responses[row] += token_ids
-        going = [index for index, row in enumerate(rows) if eos not in responses[row]]
-        if not going or done + steps >= max_new_tokens or cache is None:
+        unfinished = [index for index, row in enumerate(rows) if eos not in responses[row]]
+        if not unfinished or done + steps >= max_new_tokens or cache is None:
             break
         attention_mask = torch.nn.functional.pad(attention_mask, (0, steps), value=1)
-        if len(going) < len(rows):
-            rows = [rows[index] for index in going]
-            noise.generators = [noise.generators[index] for index in going]
-            input_ids, attention_mask = input_ids[going], attention_mask[going]
-            cache.batch_select_indices(torch.tensor(going, device=model.device))
+        if len(unfinished) < len(rows):
+            rows = [rows[index] for index in unfinished]
+            noise.generators = [noise.generators[index] for index in unfinished]
+            input_ids, attention_mask = input_ids[unfinished], attention_mask[unfinished]
+            cache.batch_select_indices(torch.tensor(unfinished, device=model.device))
     return responses
 
 
 class BlockwiseLayer(DynamicLayer):
-    """A layer's keys and values, (batch, heads, time, head size), with room for those to come.
-
-    `DynamicLayer` copies all of them for each new token.
-    """
+    """Keys and values of a layer, (batch, heads, time, head size), with spare room: no copy of all for each token."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -236,33 +227,33 @@ class BlockwiseLayer(DynamicLayer):
             self.blocks = [states[:, :, :0] for states in new]
         if self.blocks[0].shape[-2] < end:
             full = self.blocks
-            self.blocks = [s.new_empty(*s.shape[:2], end + CACHE_BLOCK, s.shape[-1]) for s in new]
+            self.blocks = [states.new_empty(*states.shape[:2], end + CACHE_BLOCK, states.shape[-1]) for states in new]
             for block, states in zip(self.blocks, full, strict=True):
                 block[:, :, :start] = states[:, :, :start]
         for block, states in zip(self.blocks, new, strict=True):
             block[:, :, start:end] = states
-        return self._show(end)
+        return self._use_first(end)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         length = self.get_seq_length()
         self.blocks = [block[indices.to(block.device)] for block in self.blocks]
-        self._show(length)
+        self._use_first(length)
 
-    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _use_first(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values = keys, values = [block[:, :, :length] for block in self.blocks]
         return keys, values
 
 
 def compute_cache(model: PreTrainedModel, token_ids: list[int]) -> list[BlockwiseLayer] | None:
-    """Keys and values of one row of tokens, possibly of none, layer by layer.
+    """Keys and values of one row of tokens, layer by layer; None for a model that caches something else.
 
-    None for a model that keeps something else, or does not keep all of it: Mamba, sliding windows.
+    Mamba keeps a state instead, and a sliding window drops tokens. The row may be empty.
     """
     layers = DynamicCache(config=model.config).layers
     if "past_key_values" not in inspect.signature(model.forward).parameters or {*map(type, layers)} != {DynamicLayer}:
         return None
     cache = [BlockwiseLayer() for _ in layers]
-    if token_ids:  # the base model: no vocabulary head
+    if token_ids:  # the base model skips the vocabulary head
         input_ids = torch.tensor([token_ids], device=model.device)
         model.base_model(input_ids, past_key_values=Cache(layers=[*cache]), use_cache=True)
     return cache
@@ -271,12 +262,11 @@ def compute_cache(model: PreTrainedModel, token_ids: list[int]) -> list[Blockwis
 def expand_cache(prefix: list[BlockwiseLayer], padding: torch.Tensor, limit: int) -> Cache:
     """The first columns, at most `limit`, of a left-padded batch whose rows all start with `prefix`.
 
-    Row i has `padding[i]` columns of padding, which the attention mask hides, and then of the prefix what the columns
-    have room for; the rest of it is computed again, beside what the longer rows have there of their own. So the batch
-    is laid out as without a cache::
+    Row i has `padding[i]` columns of padding, hidden by the attention mask, and then as much of the prefix as fits
+    into the cached columns. A padded row computes the rest of its prefix again. Example, with the prefix a b c d::
 
         columns     0  1  2  3 | 4  5        cached | to be computed
-        padding 0   a  b  c  d | e  f        prefix a b c d
+        padding 0   a  b  c  d | e  f
         padding 2   .  .  a  b | c  d
     """
     expanded = [BlockwiseLayer() for _ in prefix]
@@ -292,19 +282,16 @@ def expand_cache(prefix: list[BlockwiseLayer], padding: torch.Tensor, limit: int
 
 
 class SeededGumbelNoise(LogitsProcessor):
-    """Turns the argmax of greedy decoding into a sample from the softmax, each row with a generator of its own.
+    """Turns the argmax of greedy decoding into a sample from the softmax, with one generator per row.
 
     The Gumbel-max trick: argmax(logits + Gumbel noise) is distributed as softmax(logits) (Maddison et al. 2014,
-    arXiv:1411.0030). `generate(do_sample=True)` draws from one generator for all rows, which makes a response depend
-    on its batch.
+    arXiv:1411.0030). `generate(do_sample=True)` has one generator for all rows, so a response depends on its batch.
     """
 
     def __init__(self, prompt_ids: Sequence[Sequence[int]], seed: int, device: torch.device) -> None:
-        self.generators = []
-        for row in prompt_ids:
-            digest = hashlib.sha256(repr((seed, list(row))).encode()).digest()
-            generator = torch.Generator(device)
-            self.generators.append(generator.manual_seed(int.from_bytes(digest[:8]) >> 1))
+        digests = [hashlib.sha256(repr((seed, list(row))).encode()).digest() for row in prompt_ids]
+        seeds = [int.from_bytes(digest[:8]) >> 1 for digest in digests]
+        self.generators = [torch.Generator(device).manual_seed(each) for each in seeds]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         noise = torch.empty_like(scores, dtype=torch.float32)  # (batch, vocab)
@@ -314,9 +301,7 @@ class SeededGumbelNoise(LogitsProcessor):
 
 
 def _as_response(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, hit_cap: str, seconds: float) -> Response:
-    """Cut at the first end-of-text token; the ones behind it are padding."""
-    stop_reason = hit_cap
+    """The response up to its first end-of-text token; those behind it are padding."""
     if tokenizer.eos_token_id in token_ids:
-        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
-        stop_reason = "eos"
-    return Response(str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids, stop_reason, seconds)
+        token_ids, hit_cap = token_ids[: token_ids.index(tokenizer.eos_token_id)], "eos"
+    return Response(str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids, hit_cap, seconds)

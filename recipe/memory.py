@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -13,56 +12,43 @@ from recipe.config import UserError
 
 Result = TypeVar("Result")
 
-# all that oneDNN says when no memory is left for its generated code; should_reduce_batch_size does not know it
-ONEDNN_FAILURE = "could not create a primitive"
-
 
 def halve_if_out_of_memory(
     batches: Iterable[list[int]], compute: Callable[[list[int]], Result]
 ) -> Iterator[tuple[list[int], Result]]:
-    """Each batch of indices with what `compute` makes of it; one that does not fit is halved, as are those after it.
+    """Each batch of indices and what `compute` returns for it.
 
-    `accelerate.utils.find_executable_batch_size` starts everything anew instead.
+    A batch that does not fit in memory is halved, and so are later ones. Results so far are kept, where
+    `accelerate.utils.find_executable_batch_size` would start again from the first batch.
 
     Raises:
         UserError: not even a batch of one fits.
-
-    Example::
-
-        for indices, losses in halve_if_out_of_memory([[0, 1, 2, 3], [4, 5]], compute_losses):
-            ...
     """
-    queue, limit = deque(batches), None
-    while queue:
-        batch = queue.popleft()
-        if limit is not None and len(batch) > limit:
-            queue.extendleft(batch[i : i + limit] for i in range(0, len(batch), limit)[::-1])
-            continue
-        outcome = _try(compute, batch)
-        if not isinstance(outcome, _OutOfMemory):
-            yield batch, outcome
-            continue
-        if len(batch) == 1:
-            raise UserError(
-                f"not even one prompt fits in memory ({outcome}); use fewer --max_new_tokens or --dtype bfloat16"
-            )
-        limit = len(batch) // 2
-        tqdm.write(f"out of memory: going on with batches of {limit}")
-        clear_device_cache(garbage_collection=True)
-        queue.appendleft(batch)
+    limit = None  # the largest batch that may fit
+    for batch in batches:
+        while batch:
+            part, failure = batch[:limit], None
+            try:
+                result = compute(part)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error).partition("\n")[0] or type(error).__name__
+            if failure is None:
+                yield part, result
+                batch = batch[len(part) :]
+            elif len(part) == 1:
+                raise UserError(
+                    f"not even one prompt fits in memory ({failure}); use fewer --max_new_tokens or --dtype bfloat16"
+                )
+            else:  # outside the except block, which keeps the tensors of the failed batch alive
+                limit = len(part) // 2
+                tqdm.write(f"out of memory: continuing with batches of {limit}")
+                clear_device_cache(garbage_collection=True)
 
 
-class _OutOfMemory(str):
-    """What the library said."""
-
-
-def _try(compute: Callable[[list[int]], Result], batch: list[int]) -> Result | _OutOfMemory:
-    try:
-        return compute(batch)
-    except MemoryError:
-        said = "MemoryError"
-    except RuntimeError as error:
-        said = str(error)
-        if not should_reduce_batch_size(error) and ONEDNN_FAILURE not in said:
-            raise
-    return _OutOfMemory(said.partition("\n")[0])  # outside of the except block, which holds on to the tensors
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    # oneDNN says no more than this when it cannot allocate its generated code, and accelerate does not know it
+    onednn = "could not create a primitive" in str(error)
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or onednn

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +26,21 @@ from transformers.activations import NewGELUActivation
 from recipe.config import ModelArguments, UserError
 from recipe.templates import Template
 
+SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, or `tokenizer_name`.
+    """The tokenizer that `tokenizer_name` names, or else the model's.
 
     Raises:
-        UserError: none named, not found, or without an end-of-text token.
+        UserError: none is named or found, it is empty, or it has no end-of-text token.
     """
     name = config.tokenizer_name or config.model_name_or_path
     if name is None:
-        raise UserError("no tokenizer: give --tokenizer_name beside --model_type, or --model_name_or_path")
+        raise UserError("no tokenizer: give --tokenizer_name with --model_type, or --model_name_or_path")
     check_folder(name)
-    try:
+    with _library_errors(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {name!r}: {_reason(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"tokenizer {name!r} is empty: the tokenizer's files are missing; give --tokenizer_name")
     if tokenizer.eos_token_id is None:
@@ -49,36 +52,35 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, str]:
-    """The model in `config.dtype`, and where its weights come from, in words: "random weights (gpt2)".
+    """The model in `config.dtype`, and where its weights come from: "random weights (gpt2)", or its name.
 
     Raises:
         UserError: neither or both of `model_name_or_path` and `model_type`, a model that is not found or does not fit
             its overrides, or fewer embeddings than the tokenizer has tokens.
     """
-    name, model_type = config.model_name_or_path, config.model_type
+    name, subject = config.model_name_or_path, f"model {config.model_name_or_path or config.model_type!r}"
+    origin = f"random weights ({config.model_type})" if name is None else name
     options: dict[str, Any] = {
+        "config": load_config(config, tokenizer),
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
     }
-    model_config = load_config(config, tokenizer)
+    missing: set[str] = set()
     try:
-        if name is None:
-            model, origin = AutoModelForCausalLM.from_config(model_config, **options), f"random weights ({model_type})"
-        else:
-            options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=model_config, **options)
-            (model, loading), origin = loaded, name
-            if loading["missing_keys"]:
-                raise UserError(
-                    f"model {name!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, ...; they "
-                    "would be random: take back what --config_overrides changed of the shape, or use --model_type"
-                )
-    except KeyError as error:  # older models keep a table of their own
+        with _library_errors(subject):
+            if name is None:
+                model = AutoModelForCausalLM.from_config(**options)
+            else:
+                options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
+                loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+                model, missing = loaded[0], loaded[1]["missing_keys"]
+    except KeyError as error:  # older models look attention classes up in a dict
+        raise UserError(f"{subject} does not know the attention {error}; give another --attn_implementation") from error
+    if missing:
         raise UserError(
-            f"model {name or model_type!r} does not know the attention {error}; give another --attn_implementation"
-        ) from error
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model {name or model_type!r}: {_reason(error)}") from error
+            f"{subject} has no weights for {', '.join(sorted(missing)[:3])}, ...; they would be random: "
+            "keep the model's shape in --config_overrides, or use --model_type"
+        )
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise UserError(
@@ -89,10 +91,10 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Compute GPT-2's activation, `gelu_new`, in one operator instead of eight; the config that is saved keeps it.
+    """Compute GPT-2's activation, `gelu_new`, with one operator instead of eight; the saved config does not change.
 
-    Both are 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016, arXiv:1606.08415). The eight
-    write, and keep for the backward pass, a tensor each.
+    Both are 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016, arXiv:1606.08415), but each
+    of the eight operators writes a tensor, which is kept for the backward pass.
     """
     for module in model.modules():
         for name, child in module.named_children():
@@ -101,7 +103,7 @@ def fuse_activations(model: nn.Module) -> None:
 
 
 def check_folder(name: str) -> None:
-    """Refuse a path that is not there before transformers takes it for a Hub id, and adapters alone."""
+    """Refuse a missing folder, which transformers would take for a Hub id, and an adapter without its model."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise UserError(
@@ -118,61 +120,56 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
     """The model's configuration with its overrides, before any weight is read.
 
     Raises:
-        UserError: an architecture or a model that is not known, or overrides it does not have.
+        UserError: an unknown architecture or model, or overrides that the configuration does not have.
     """
-    if (config.model_name_or_path is None) == (config.model_type is None):
-        raise UserError(
-            "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
-        )
-    if config.model_type is not None and config.model_type not in CONFIG_MAPPING:
-        raise UserError(f"unknown --model_type {config.model_type!r}; for example gpt2, llama, qwen2")
-    try:
-        if config.model_type is not None:
-            model_config = AutoConfig.for_model(
-                config.model_type,
-                vocab_size=len(tokenizer),
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+    name, model_type, overrides = config.model_name_or_path, config.model_type, config.config_overrides
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise UserError(f"unknown --model_type {model_type!r}; for example gpt2, llama, qwen2")
+    with _library_errors(f"model {name!r}"):
+        if name is not None and model_type is None:
+            model_config = AutoConfig.from_pretrained(name, revision=config.model_revision)
+        elif model_type is not None and name is None:
+            special_tokens = {key: getattr(tokenizer, key) for key in SPECIAL_TOKEN_IDS}
+            model_config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **special_tokens)
         else:
-            model_config = AutoConfig.from_pretrained(str(config.model_name_or_path), revision=config.model_revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {config.model_name_or_path!r}: {_reason(error)}") from error
-    if config.config_overrides:
-        try:
-            model_config.update_from_string(config.config_overrides)
-        except ValueError as error:
             raise UserError(
-                f"--config_overrides {config.config_overrides!r}: {error}; write key=value,key=value"
-            ) from error
+                "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
+            )
+    if overrides:
+        with _library_errors(f"--config_overrides {overrides!r}, to be written as key=value,key=value"):
+            model_config.update_from_string(overrides)
     return model_config
 
 
 def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Let the saved folder answer as it was trained: template, padding, greedy decoding, end-of-text token."""
+    """Set what the saved folder needs to answer as trained: template, left padding, greedy decoding, special tokens."""
     tokenizer.chat_template = template.chat_template
-    tokenizer.padding_side = "left"  # for batched generation; the collator pads by itself
-    tokenizer.init_kwargs["padding_side"] = "left"  # save_pretrained writes only what init_kwargs names
+    pad_left(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(tokenizer, name))
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
-        max_new_tokens=min(256, (context_length(model.config) or 512) // 2),
-    )
+    special_tokens = {key: getattr(tokenizer, key) for key in SPECIAL_TOKEN_IDS}
+    for key, token_id in special_tokens.items():
+        setattr(model.config, key, token_id)
+    longest = min(256, (context_length(model.config) or 512) // 2)
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=longest, **special_tokens)
+
+
+def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad batches of prompts on the left, as generation needs it, after saving and loading too."""
+    tokenizer.padding_side = "left"
+    # undocumented in transformers: `save_pretrained` writes only the attributes that `init_kwargs` names
+    tokenizer.init_kwargs["padding_side"] = "left"
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Positions the model has, in tokens: prompt and response together. None where it has no limit (ALiBi, Mamba)."""
+    """The model's positions, in tokens: prompt and response together. None where there is no limit (ALiBi, Mamba)."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _reason(error: Exception) -> str:
-    """An error of transformers in one line, without its general advice."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+@contextmanager
+def _library_errors(subject: str) -> Iterator[None]:
+    """Turn errors of libraries into ours: one line about the subject, without the advice at the end of their text."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{subject}: {textwrap.shorten(str(error), 300, placeholder=' ...')}") from error

@@ -1,12 +1,10 @@
-"""From a record to a prompt, through the Jinja chat template that is saved with the tokenizer.
+"""Renders records as prompts, with the Jinja chat template that is saved with the tokenizer.
 
-No second place knows the prompt's text: training, evaluation and `tokenizer.apply_chat_template` of the saved folder
-all render the same template.
+Training, evaluation and `apply_chat_template` of the saved tokenizer all render this one template.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ BUILT_IN = Path(__file__).with_name("chat_templates")
 
 
 def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:
-    """The chat messages of a record's prompt; a template finds the record's input beside the content.
+    """The chat messages of a record's prompt; the record's input is a key of its own beside the content.
 
     >>> to_messages({"instruction": "Make it plural.", "input": "cat", "output": "cats"})
     [{'role': 'user', 'content': 'Make it plural.', 'input': 'cat'}]
@@ -32,71 +30,61 @@ def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template in Jinja and the prompts it makes.
+    """A Jinja chat template and the prompts it renders.
 
-    >>> print(load_template("alpaca").prompt({"instruction": "Make it plural.", "input": "cat"}))
-    Below is an instruction that describes a task. Write a response that appropriately completes the request.
-    <BLANKLINE>
-    ### Instruction:
-    Make it plural.
-    <BLANKLINE>
-    ### Input:
-    cat
-    <BLANKLINE>
-    ### Response:
-    <BLANKLINE>
+    >>> load_template("phi3").prompt({"instruction": "Make it plural.", "input": "cat"})
+    '<|user|>\\nMake it plural.\\ncat\\n<|assistant|>\\n'
     """
 
     name: str
     chat_template: str
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # what the template may name: bos_token, ...
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... by name
 
     def prompt(self, record: Mapping[str, str | None]) -> str:
         """The text before the response."""
         return self.prompts([record])[0]
 
     def prompts(self, records: Iterable[Mapping[str, str | None]]) -> list[str]:
-        """`prompt` for many records; the template is compiled once."""
+        """`prompt` of many records."""
         conversations = [to_messages(record) for record in records]
         return _render(conversations, self.chat_template, add_generation_prompt=True, **self.special_tokens)
 
 
 def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """A built-in template (`alpaca`, `phi3`) or the user's own `.jinja` file, tried out on a record before it is used.
+    """A built-in template (`alpaca`, `phi3`) or your own `.jinja` file, checked on a sample record.
 
-    `tokenizer` gives the special tokens, for templates that name `bos_token` or others in their prompt.
+    Args:
+        tokenizer: gives the special tokens, for templates that name `bos_token` or another in their prompt.
 
     Raises:
-        UserError: no such template, a Jinja error, or a template that loses the instruction, the input or the
-            response, or that puts something between the prompt and the response.
+        UserError: no such template, a Jinja error, a template that loses the instruction, the input or the response,
+            or one that puts text between the prompt and the response.
     """
     path = BUILT_IN / f"{name_or_path}.jinja"
     if not path.is_file():
         path = Path(name_or_path)
-        names = sorted(file.stem for file in BUILT_IN.glob("*.jinja"))
-        if not path.is_file():
-            near = difflib.get_close_matches(name_or_path, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
-                f"unknown template {name_or_path!r}: {hint}give one of {', '.join(names)} or the path of a .jinja file"
-            )
-    special_tokens = {} if tokenizer is None else {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.jinja")))
+        raise UserError(f"unknown template {name_or_path!r}: give one of {names} or the path of a .jinja file")
+    special_tokens = {} if tokenizer is None else tokenizer.special_tokens_map
     try:
         template = Template(name_or_path, path.read_text(encoding="utf-8"), special_tokens)
-        _try_out(template)
+        _check(template)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, OSError) as error:
         line = getattr(error, "lineno", None)
         raise UserError(f"template {path}{f' line {line}' if line else ''}: {error}") from error
     return template
 
 
-def _try_out(template: Template) -> None:
+def _check(template: Template) -> None:
+    """Refuse a template that loses a field of a record, or that adds text between its prompt and its response."""
     record = {"instruction": "the-instruction", "input": "the-input", "output": "the-output"}
     prompt = template.prompt(record)
-    for part in ("instruction", "input"):
+    for part, variable in (("instruction", "message.content"), ("input", "message.input")):
         if record[part] not in prompt:
-            where = "message.content" if part == "instruction" else "message.input"
-            raise UserError(f"template {template.name}: the prompt loses the record's {part}; write {{{{ {where} }}}}")
+            raise UserError(
+                f"template {template.name}: the prompt loses the record's {part}; write {{{{ {variable} }}}}"
+            )
     conversation = [*to_messages(record), {"role": "assistant", "content": record["output"]}]
     [rendered] = _render([conversation], template.chat_template, **template.special_tokens)
     if not rendered.startswith(prompt + record["output"]):
@@ -107,6 +95,6 @@ def _try_out(template: Template) -> None:
 
 
 def _render(conversations: list, chat_template: str, **variables: Any) -> list[str]:
-    """Render many conversations with the very function behind `tokenizer.apply_chat_template`."""
+    # transformers documents only `apply_chat_template`, which needs a tokenizer; this is the function it calls
     rendered: Any = render_jinja_template(conversations, chat_template=chat_template, **variables)
     return rendered[0]

@@ -42,7 +42,7 @@ def varlen_by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
 
 
 def random_states(segments, heads, device="cpu", dtype=torch.float32):
-    """query, key, value (1, heads, time, head size), which want gradients, and a gradient of the output."""
+    """query, key, value (1, heads, time, head size), which require gradients, and a gradient of the output."""
     queries, keys, size = heads
     time = sum(prefix + sum(rests) for prefix, rests in segments)
     torch.manual_seed(0)
@@ -68,25 +68,24 @@ def test_bundles_are_the_cheapest_of_all():
 
     for lengths, prefix in (([1, 2, 100, 200, 210, 400], 24), ([50] * 6, 0), ([3, 300, 301, 302], 512), ([7], 5)):
         cuts = itertools.product([False, True], repeat=len(lengths) - 1)
-        ways = [[len([*each]) for _, each in itertools.groupby(itertools.accumulate(cut, initial=0))] for cut in cuts]
-        found = attention.bundle_sizes(lengths, prefix)
-        assert cost(lengths, found, prefix) == min(cost(lengths, way, prefix) for way in ways)
+        every = [[len([*each]) for _, each in itertools.groupby(itertools.accumulate(cut, initial=0))] for cut in cuts]
+        best = min(cost(lengths, sizes, prefix) for sizes in every)
+        assert cost(lengths, attention.bundle_sizes(lengths, prefix), prefix) == best
     assert attention.bundle_sizes([10, 12, 14, 400, 410], 24) == [3, 2]
 
 
 @pytest.mark.usefixtures("bundles")
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
-def test_one_variable_length_call_equals_group_by_group(segments, heads):
+def test_one_variable_length_call_equals_group_by_group(segments, heads, monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_definition)
     states, gradient = random_states(segments, heads)
     expected, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, scaling=0.3, segments=segments)
     gradients = torch.autograd.grad(expected, states, gradient)
 
     rows = [each[0].transpose(0, 1) for each in states]
-    found = attention._attend_varlen(rows, segments, 0.3, varlen_by_definition)[None]
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(torch.autograd.grad(found, states, gradient), gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    output = attention._attend_varlen(rows, segments, 0.3)[None]
+    torch.testing.assert_close([output, *torch.autograd.grad(output, states, gradient)], [expected, *gradients])
 
 
 def test_gradients_of_a_prefix_are_summed_in_float32():
@@ -122,14 +121,14 @@ def test_on_a_gpu_equals_the_cpu(dtype):
     for segments, heads in itertools.product(shapes, [(12, 12, 64), (8, 2, 128)]):
         states, gradient = random_states(segments, heads, "cuda", dtype)
         assert attention._flash_runs(*states) == flash
-        found, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
-        results = [found, *torch.autograd.grad(found, states, gradient.to(dtype))]
+        output, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
+        results = [output, *torch.autograd.grad(output, states, gradient.to(dtype))]
 
         exact = [each.detach().cpu().float().requires_grad_() for each in states]
         expected, _ = attention.shared_prefix_attention(torch.nn.Module(), *exact, None, segments=segments)
         references = [expected, *torch.autograd.grad(expected, exact, gradient.cpu())]
-        for one, other in zip(results, references, strict=True):
-            assert (one.cpu().float() - other).norm() <= tolerance * other.norm(), (segments, heads)
+        for result, reference in zip(results, references, strict=True):
+            assert (result.cpu().float() - reference).norm() <= tolerance * reference.norm(), (segments, heads)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -147,11 +146,10 @@ def test_on_a_gpu_nothing_waits_for_the_device(dtype):
     assert output.isfinite().all() and all(state.grad.isfinite().all() for state in states)
 
 
-def test_sdpa_is_the_reference_of_the_reference():
-    """`varlen_by_definition` of one sequence is SDPA's causal attention."""
+def test_the_definition_equals_sdpa_on_one_sequence():
     (query, key, value), _ = random_states(((0, (9,)),), HEADS["gpt2"])
     starts = torch.tensor([0, 9], dtype=torch.int32)
     rows = [each[0].transpose(0, 1) for each in (query, key, value)]
-    found = varlen_by_definition(*rows, starts, starts, 9, 9, scale=0.25, window_size=(-1, 0))
+    output = varlen_by_definition(*rows, starts, starts, 9, 9, scale=0.25, window_size=(-1, 0))
     expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
-    torch.testing.assert_close(found, expected[0].transpose(0, 1))
+    torch.testing.assert_close(output, expected[0].transpose(0, 1))

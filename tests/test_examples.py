@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT
+from datasets import Dataset
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -28,6 +29,7 @@ TESTED = {
     "stock_trainer_llama.py", "accelerate_loop.py", "trl_sft.py", "both_collators.py", "custom_template.py",
     "custom_metric.py",
 }  # fmt: skip
+OPTIONAL = "make test-all installs the optional clients"
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
@@ -54,7 +56,7 @@ def run(*command: str, cache: Path, expect: int = 0) -> subprocess.CompletedProc
     return done
 
 
-def found(pattern: str, text: str) -> list[float]:
+def numbers_shown(pattern: str, text: str) -> list[float]:
     """The numbers of a pattern's group, where it matches."""
     return [float(number.replace(",", "")) for number in re.findall(pattern, text, flags=re.MULTILINE)]
 
@@ -134,14 +136,15 @@ def test_accelerate_loop_with_one_and_two_processes(cache, records, demo_tokeniz
     expected = first_losses(demo_model, demo_tokenizer, records, learning_rate=1e-3)
     targets = sum(ids.shape[1] - prompt for ids, prompt in (encode(demo_tokenizer, record) for record in records))
     for stdout in (one, two.stdout):
-        losses = found(r"^step \d  targets \d+  loss (\S+)", stdout)
+        losses = numbers_shown(r"^step \d  targets \d+  loss (\S+)", stdout)
         assert losses[:3] == pytest.approx(expected, abs=5e-3)
         assert losses[0] == pytest.approx(expected[0], abs=1e-4)
         assert len(losses) == 5 and losses[-1] < 0.5 * losses[0]
-        assert set(found(r"targets (\d+)", stdout)) == {targets}
+        assert set(numbers_shown(r"targets (\d+)", stdout)) == {targets}
 
 
 def test_trl(cache, records, demo_tokenizer, demo_model):
+    pytest.importorskip("trl", reason=OPTIONAL)
     done = run("examples/trl_sft.py", cache=cache)
     [shown] = re.findall(r"^loss of each step.*: (.*)", done.stdout, flags=re.MULTILINE)
     losses = [float(loss) for loss in shown.split()]
@@ -152,14 +155,12 @@ def test_trl(cache, records, demo_tokenizer, demo_model):
 
 
 def test_trl_refuses_the_shared_prefix_as_the_example_says(demo_tokenizer, demo_model, tmp_path):
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
+    trl = pytest.importorskip("trl", reason=OPTIONAL)
     rows = [{"input_ids": [1, 2, 3, 4, 0], "labels": [-100, -100, 3, 4, 0]}] * 4
-    arguments = SFTConfig(
+    arguments = trl.SFTConfig(
         str(tmp_path), max_steps=1, use_cpu=True, report_to="none", dataset_kwargs={"skip_prepare_dataset": True}
     )
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         demo_model, arguments, train_dataset=Dataset.from_list(rows), processing_class=demo_tokenizer,
         data_collator=DataCollatorWithSharedPrefix(demo_tokenizer.eos_token_id),
     )  # fmt: skip
@@ -176,10 +177,9 @@ def test_both_collators(cache, records, demo_tokenizer, demo_model):
         [float(layout[column].replace(",", "")) for layout in layouts] for column in (1, 2, 3)
     )
     rows = [encode(demo_tokenizer, record)[0][0, :-1].tolist() for record in records]
-    first, last = min(rows), max(rows)  # what these two begin with, all do
-    one_group = next(index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    common = next(index for index, tokens in enumerate(zip(*rows, strict=False)) if len({*tokens}) > 1)
     assert computed[0] == len(rows) * max(map(len, rows))
-    assert computed[1] == computed[2] <= sum(map(len, rows)) - (len(rows) - 1) * one_group
+    assert computed[1] == computed[2] <= sum(map(len, rows)) - (len(rows) - 1) * common
     [expected] = first_losses(demo_model, demo_tokenizer, records, learning_rate=0, count=1)
     assert losses == pytest.approx([expected] * 3, abs=1e-5)
     assert differences[0] == 0 and max(differences) < 1e-4
@@ -191,7 +191,7 @@ def test_a_template_of_ones_own(cache):
     assert f"the first record as text: {first + 'The plural of loaf is loaves.<|endoftext|>'!r}\n" in done.stdout
     assert f"what is learned of it:    {'The plural of loaf is loaves.<|endoftext|>'!r}\n" in done.stdout
     assert f"\n{first}The plural of loaf is loaves.\n" in done.stdout
-    [right] = found(r"^(\d+) of 16 learned records answered word for word", done.stdout)
+    [right] = numbers_shown(r"^(\d+) of 16 learned records answered word for word", done.stdout)
     assert right >= 15
     saved = AutoTokenizer.from_pretrained(ROOT / "outputs" / "custom_template")
     assert saved.chat_template == (EXAMPLES / "question.jinja").read_text(encoding="utf-8")

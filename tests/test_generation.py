@@ -159,13 +159,14 @@ def test_a_shared_prefix_up_to_the_end_of_the_context(tokenizer):
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "mamba"])
-def test_models_that_keep_something_else_share_no_prefix(architecture, tokenizer):
+def test_models_that_cache_something_else_share_no_prefix(architecture, tokenizer):
     """A sliding window shorter than the prompts, and a state instead of keys and values."""
     model, prompts = random_model(architecture, tokenizer), PROMPT_SETS["a long system prompt"]
     expected = [argmax_without_cache(model, tokenizer, prompt, STEPS + 4) for prompt in prompts]
     shapes = computed_shapes(model)
     responses = generate_responses(model, tokenizer, prompts, max_new_tokens=STEPS + 4, batch_size=1)
     assert [response.token_ids for response in responses] == expected
+    assert {response.stop_reason for response in responses} == {"length"}  # also where there is no limit of positions
     assert shapes[0] == (1, max(len(ids) for ids in tokenizer(prompts)["input_ids"]))
 
 
@@ -184,9 +185,10 @@ def test_rows_that_have_ended_leave_their_batch(tokenizer):
     [(indices, responses)] = iter_responses(model, tokenizer, prompts, decoding, batch_size=24)
     assert [response.token_ids for response in responses] == [expected[index].token_ids for index in indices]
     assert [response.stop_reason for response in responses] == [expected[index].stop_reason for index in indices]
-    going = [sum(length >= done for length in lengths) for done in (0, STEPS, 2 * STEPS)]
-    rows = [shape[0] for shape in shapes[1:]]  # behind the prefix
-    assert rows == [count for count in going for _ in range(STEPS)][: len(rows)] and rows[-1] == going[-1] < 24
+    unfinished = [sum(length >= done for length in lengths) for done in (0, STEPS, 2 * STEPS)]
+    rows = [shape[0] for shape in shapes[1:]]  # the first is the prefix
+    assert rows == [count for count in unfinished for _ in range(STEPS)][: len(rows)]
+    assert rows[-1] == unfinished[-1] < 24
 
 
 def test_the_cache_in_blocks_holds_what_the_usual_one_holds():
@@ -202,9 +204,9 @@ def test_the_cache_in_blocks_holds_what_the_usual_one_holds():
             for layer in (blockwise, usual):
                 layer.batch_select_indices(torch.arange(rows))
             assert torch.equal(blockwise.keys, usual.keys) and torch.equal(blockwise.values, usual.values)
-    room = blockwise.keys.untyped_storage()
+    storage = blockwise.keys.untyped_storage()
     blockwise.update(torch.randn(rows, 2, 1, 8), torch.randn(rows, 2, 1, 6))
-    assert blockwise.keys.untyped_storage().data_ptr() == room.data_ptr()
+    assert blockwise.keys.untyped_storage().data_ptr() == storage.data_ptr()  # no copy
 
 
 def test_stop_reasons_and_padding_are_told_apart(demo_model, tokenizer):
@@ -240,14 +242,12 @@ def test_responses_come_batch_by_batch_with_their_seconds(demo_model, tokenizer)
     assert all(response.seconds > 0 for _, responses in batches for response in responses)
 
 
-def sampled(model, tokenizer, prompts: list[str], seed: int, batch_size: int, **how) -> list[list[int]]:
-    decoding = Decoding(max_new_tokens=8, temperature=1.0, seed=seed, **how)
-    found = dict(
-        pair
-        for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size)
-        for pair in zip(indices, responses, strict=True)
-    )
-    return [found[index].token_ids for index in range(len(prompts))]
+def sampled(model, tokenizer, prompts: list[str], seed: int, batch_size: int, **options) -> list[list[int]]:
+    decoding = Decoding(max_new_tokens=8, temperature=1.0, seed=seed, **options)
+    token_ids: dict[int, list[int]] = {}
+    for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size):
+        token_ids |= zip(indices, [response.token_ids for response in responses], strict=True)
+    return [token_ids[index] for index in range(len(prompts))]
 
 
 def test_sampling_depends_on_seed_and_prompt_and_not_on_the_batch(demo_model, tokenizer):
@@ -296,10 +296,10 @@ def test_a_batch_that_does_not_fit_in_memory_is_halved(demo_model, tokenizer, mo
     found = generate_responses(demo_model, tokenizer, PROMPTS * 3, max_new_tokens=4, batch_size=9)
     assert found == expected
     assert sizes == [9, 4, 2, 2, 2, 2, 1, 2, 1]
-    assert "going on with batches of 2" in capsys.readouterr().out
+    assert "continuing with batches of 2" in capsys.readouterr().out
 
 
-def test_one_prompt_that_does_not_fit_is_told_and_other_errors_are_not_swallowed(demo_model, tokenizer, monkeypatch):
+def test_one_prompt_that_does_not_fit_is_an_error_and_other_errors_are_raised(demo_model, tokenizer, monkeypatch):
     def out_of_memory(self, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
@@ -348,4 +348,4 @@ def test_memory_that_really_runs_out_halves_the_batch():
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "out of memory: going on with batches of" in done.stdout
+    assert "out of memory: continuing with batches of" in done.stdout

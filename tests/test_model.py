@@ -1,4 +1,4 @@
-"""Where weights come from, and what is said when they cannot."""
+"""Where weights and tokenizers come from, and the messages where they cannot be loaded."""
 
 import copy
 
@@ -162,7 +162,7 @@ def test_the_fused_activation_gives_the_same_logits_and_gradients_and_is_not_sav
     for model in (demo_model, fused):
         logits = model(ids).logits
         results.append([logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))])
-    for one, other in zip(*results, strict=True):
-        assert (one - other).norm() <= 1e-5 * one.norm()
+    for expected, fused_result in zip(*results, strict=True):
+        assert (expected - fused_result).norm() <= 1e-5 * expected.norm()
     fused.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.activation_function == "gelu_new"

@@ -1,12 +1,12 @@
 """The shared-prefix row against the padded batch: losses, gradients, and no example that sees another."""
 
-import importlib.util
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from conftest import DEMO
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from recipe import attention
@@ -18,7 +18,9 @@ from recipe.collator import (
 )
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
+from recipe.generation import generate_responses
 from recipe.trainer import InstructionTrainer
+from recipe.training.batching import make_collator
 
 VOCABULARY = 97
 ARCHITECTURES = {
@@ -63,33 +65,33 @@ def loss_and_gradients(model: PreTrainedModel, batch: dict) -> tuple[torch.Tenso
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def assert_same(model, other, features, kind, pad_to_multiple_of=None) -> None:
-    padded = DataCollatorForInstructionTuning(0)(features)
-    expected, gradients = loss_and_gradients(model, padded)
-    loss, found = loss_and_gradients(other, DataCollatorWithSharedPrefix(0, kind, pad_to_multiple_of)(features))
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, gradient in gradients.items():
-        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, name
+def assert_same(reference, model, features, kind, pad_to_multiple_of=None) -> None:
+    """The row gives `model` the loss and gradients that the padded batch gives `reference`."""
+    expected_loss, expected = loss_and_gradients(reference, DataCollatorForInstructionTuning(0)(features))
+    loss, gradients = loss_and_gradients(model, DataCollatorWithSharedPrefix(0, kind, pad_to_multiple_of)(features))
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("kind", ["mask", "segments"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_random_batches_give_the_losses_and_gradients_of_the_padded_batch(architecture, kind):
-    model, other = make_model(architecture, "padded"), make_model(architecture, kind)
+    reference, model = make_model(architecture, "padded"), make_model(architecture, kind)
     for seed in range(20):
         generator = np.random.default_rng(seed)
-        assert_same(model, other, random_features(generator, mask_prompt=seed % 3 > 0), kind)
+        assert_same(reference, model, random_features(generator, mask_prompt=seed % 3 > 0), kind)
 
 
 @pytest.mark.parametrize("kind", ["mask", "segments"])
 def test_padding_to_a_multiple_changes_neither_losses_nor_gradients(kind):
-    model, other = make_model("llama", "padded"), make_model("llama", kind)
+    reference, model = make_model("llama", "padded"), make_model("llama", kind)
     collate = DataCollatorWithSharedPrefix(0, kind, pad_to_multiple_of=16)
     for seed in range(10):
         features = random_features(np.random.default_rng(seed), mask_prompt=seed % 2 > 0)
         batch = collate(features)
         assert batch["input_ids"].shape[1] % 16 == batch["labels"].shape[1] % 16 == 0
-        assert_same(model, other, features, kind, pad_to_multiple_of=16)
+        assert_same(reference, model, features, kind, pad_to_multiple_of=16)
 
 
 def test_padding_to_a_multiple_by_eye():
@@ -119,8 +121,6 @@ def test_padding_to_a_multiple_by_eye():
 @pytest.mark.parametrize("kind", ["mask", "segments"])
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_real_records_give_the_losses_and_gradients_of_the_padded_batch(gpt2_tokenizer, real_data, kind, mask_prompt):
-    from transformers import AutoConfig
-
     data = DataArguments(data={"train": str(real_data)}, validation_ratio=0, test_ratio=0, mask_prompt=mask_prompt)
     rows = load_splits(data, gpt2_tokenizer)["train"].select_columns(["input_ids", "labels"])
     config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -199,8 +199,8 @@ def pairs(*rows: list[int]) -> list[np.ndarray]:
     ],
 )
 def test_groups_make_the_row_shortest(rows, expected):
-    found = {(tuple(sorted(group.examples)), group.prefix) for group in shared_prefixes(pairs(*rows))}
-    assert found == expected
+    groups = {(tuple(sorted(group.examples)), group.prefix) for group in shared_prefixes(pairs(*rows))}
+    assert groups == expected
 
 
 def test_groups_are_the_best_cut_into_runs():
@@ -240,13 +240,13 @@ def test_one_example_and_copies_of_it(kind, copies):
     features = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORE_INDEX, IGNORE_INDEX, 7, 8]}] * copies
     batch = DataCollatorWithSharedPrefix(0, kind)(features)
     assert batch["input_ids"].shape == (1, 3) and batch["labels"].shape == (1, 2 * copies)
-    model, other = make_model("gpt2", "padded"), make_model("gpt2", kind)
+    reference, model = make_model("gpt2", "padded"), make_model("gpt2", kind)
     with torch.inference_mode():
-        other(**batch)
-    assert_same(model, other, features, kind)
+        model(**batch)
+    assert_same(reference, model, features, kind)
 
 
-def test_batches_without_targets_and_bad_arguments_are_told():
+def test_batches_without_targets_and_bad_arguments_are_refused():
     collate = DataCollatorWithSharedPrefix(0)
     with pytest.raises(ValueError, match="nothing to learn"):
         collate([{"input_ids": [1, 2], "labels": [IGNORE_INDEX, IGNORE_INDEX]}])
@@ -259,8 +259,6 @@ def test_batches_without_targets_and_bad_arguments_are_told():
 
 
 def test_gradient_checkpointing_and_lora_change_nothing():
-    from peft import LoraConfig, get_peft_model
-
     features = random_features(np.random.default_rng(1), mask_prompt=True)
     for kind in ("mask", "segments"):
         models = []
@@ -300,8 +298,6 @@ def test_the_stock_trainer_trains_on_rows_with_a_mask(tmp_path):
 
 
 def test_generation_with_the_registered_attention_equals_sdpa(demo_tokenizer):
-    from recipe.generation import generate_responses
-
     prompts = ["Below is an instruction.", "Below", "Write the plural of the word. " * 4]
     responses = []
     for name in ("sdpa", attention.NAME):
@@ -360,9 +356,6 @@ def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp
     ],
 )
 def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, changes, arguments, message, tmp_path):
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     options = ARCHITECTURES["llama"] if architecture in ("llama", "mistral", "gemma3_text") else {}
     implementation = changes.pop("attn_implementation", None)
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **options | changes)
@@ -372,7 +365,7 @@ def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, c
         setattr(training, f"_{name}", value)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 0})
     if message is None:
-        assert script.make_collator(data, training, model, tokenizer).attention == "mask"
+        assert make_collator(data, training, model, tokenizer).attention == "mask"
     else:
         with pytest.raises(UserError, match=message):
-            script.make_collator(data, training, model, tokenizer)
+            make_collator(data, training, model, tokenizer)

@@ -1,5 +1,7 @@
 """Prompts: exactly the seed's text, and the same from the saved tokenizer."""
 
+import json
+
 import pytest
 from conftest import DEMO
 from transformers import AutoTokenizer
@@ -40,8 +42,6 @@ def test_saved_tokenizer_gives_the_training_tokens(name, tmp_path, demo_tokenize
     prepare_for_chat(model, tokenizer, load_template(name))
     tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
-
-    import json
 
     records = [json.loads(line) for line in (DEMO / "records" / "validation.jsonl").read_text("utf-8").splitlines()]
     for row in encoded:
@@ -94,6 +94,6 @@ def test_templates_that_cannot_work_are_refused(tmp_path, text, message):
     assert "bad.jinja" in str(error.value)
 
 
-def test_unknown_template_names_the_near_one():
-    with pytest.raises(UserError, match="unknown template 'alpacca': did you mean 'alpaca'"):
+def test_an_unknown_template_names_those_there_are():
+    with pytest.raises(UserError, match=r"unknown template 'alpacca': give one of alpaca, phi3 or the path"):
         load_template("alpacca")
