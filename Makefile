@@ -58,7 +58,7 @@ test-lowest: $(VENV)-lowest/.installed
 # a quarter of an hour on two cores; docs/performance.md has the command for all of it
 bench: $(VENV)/.bench
 	$(RUN)/python benchmarks/benchmark.py --output outputs/benchmark/quick.json --minutes 15 --rounds 1 --steps 4 \
-		--only batch_8 batch_32 startup preprocessing generation --records 20000 \
+		--only batch_8 batch_32 preprocessing generation --records 20000 \
 		--contenders recipe_shared_prefix recipe_padded trainer_by_length trl_by_length plain_loop
 
 lint: $(VENV)/.dev
