@@ -112,7 +112,7 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("hub_token: secret\n", "--hub_token would be written in clear"),
         ("label_smoothing_factor: 0.1\n", "leave it at 0"),
         ("warmup_steps: -5\n", "warmup_steps"),
-        ("seed: 1\nseed: 2\n", "the key 'seed' stands twice"),
+        ("seed: 1\nseed: 2\n", "the key 'seed' is repeated"),
         ("mask_prompt: null\n", "'mask_prompt' is null; give a value, or leave the key out for True"),
         ("per_device_train_batch_size: 0\n", "--per_device_train_batch_size 0: give at least 1"),
         ("learning_rate: -1\n", "--learning_rate -1.0: give a number from 0 up"),
