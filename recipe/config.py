@@ -80,12 +80,10 @@ class DataArguments:
                 self.data = json.loads(self.data)
             except json.JSONDecodeError as error:
                 raise UserError(f"--data {self.data}: not valid JSON ({error})") from error
-        for name in ("validation_ratio", "test_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give a share from 0 up to, but not including, 1")
-        if self.validation_ratio + self.test_ratio >= 1:
+        validation, test = self.validation_ratio, self.test_ratio
+        if min(validation, test) < 0 or validation + test >= 1:
             raise UserError(
-                f"--validation_ratio {self.validation_ratio} and --test_ratio {self.test_ratio} leave no train split"
+                f"--validation_ratio {validation}, --test_ratio {test}: give shares from 0 up, below 1 together"
             )
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"--max_length {self.max_length}: a record needs at least 2 tokens")
@@ -134,31 +132,22 @@ class InstructionTrainingArguments(TrainingArguments):
                      "generation_max_new_tokens", "max_tokens_per_batch"):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if self.max_tokens_per_batch is not None:
+            clashing = [name for name in ("dataloader_drop_last", "auto_find_batch_size") if getattr(self, name)]
+            if self.train_sampling_strategy in ("sequential", "batch_rebalance"):
+                clashing.append(f"train_sampling_strategy {self.train_sampling_strategy}")
+            if clashing:
+                raise UserError(
+                    f"--max_tokens_per_batch decides what forms a batch: leave out --{', --'.join(clashing)}"
+                )
         if not 0 <= self.learning_rate < float("inf"):
             raise UserError(f"--learning_rate {self.learning_rate}: give a number from 0 up")
-        if self.max_tokens_per_batch is not None:
-            self._check_token_budget()
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if torch.cuda.is_available() and self.dataloader_pin_memory and self.accelerator_config is None:
             # a blocking copy would wait for the step before it; now the host prepares the next batch meanwhile
             self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
-
-    def _check_token_budget(self) -> None:
-        """Refuse what also decides which records form a batch."""
-        clashing = {
-            f"--train_sampling_strategy {self.train_sampling_strategy}": self.train_sampling_strategy
-            in ("sequential", "batch_rebalance"),
-            "--dataloader_drop_last": self.dataloader_drop_last,
-            "--auto_find_batch_size": self.auto_find_batch_size,
-        }
-        for flag, is_set in clashing.items():
-            if is_set:
-                raise UserError(
-                    f"--max_tokens_per_batch {self.max_tokens_per_batch} decides by itself which records form a batch, "
-                    f"and so does {flag}: leave out one of the two"
-                )
 
 
 class _Parser(HfArgumentParser):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with a clear message."""
+"""Files: written whole or not at all, and read with a clear message if they are damaged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from recipe.config import UserError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, whatever happens on the way; text in UTF-8.
+    """Write a file whole or not at all, even if the process dies or the disk is full; text in UTF-8.
 
     Raises:
-        OSError: it cannot be written; with the file's name, also when the disk is full.
+        OSError: it cannot be written; the error names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")

@@ -107,7 +107,7 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("mask_prompt: perhaps\n", "Truthy value expected"),
         ("- a\n- b\n", "expected `key: value` lines, found list"),
         ("a: [1\n", "cannot be read as YAML"),
-        ("validation_ratio: 1.5\n", "--validation_ratio 1.5: give a share"),
+        ("validation_ratio: 1.5\n", "--validation_ratio 1.5, --test_ratio 0.1: give shares"),
         ("max_length: 1\n", "--max_length 1: a record needs at least 2 tokens"),
         ("hub_token: secret\n", "--hub_token would be written in clear"),
         ("label_smoothing_factor: 0.1\n", "leave it at 0"),

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from recipe.config import UserError
 from recipe.evaluation.measures import METRICS
 from recipe.generation import generate_responses
 from recipe.templates import load_template
+from recipe.training.output_dir import explain_full_disk
 
 ONE = ("--config_file", "accelerate_config.yaml")
 TWO = ("--config_file", "configs/accelerate/two_processes.yaml", "--main_process_port", "0")
@@ -175,16 +175,15 @@ def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
 
 
 def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
-    naming_a_full_disk = runpy.run_path(str(ROOT / "scripts" / "train.py"))["naming_a_full_disk"]
     model = SimpleNamespace(get_memory_footprint=lambda: 10**18)  # more than any disk has left
 
     def cut_short() -> str:
-        with pytest.raises(UserError) as error, naming_a_full_disk(tmp_path, model):
+        with pytest.raises(UserError) as error, explain_full_disk(tmp_path, model):
             raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of it
         return str(error.value)
 
     assert cut_short().endswith(
-        "nothing was saved before it: free some space, and start again with --overwrite_output_dir"
+        "no checkpoint was saved before it: free some space, and start again with --overwrite_output_dir"
     )
     for step, files in ((4, ["trainer_state.json"]), (8, [])):  # the second was cut short
         folder = tmp_path / f"checkpoint-{step}"

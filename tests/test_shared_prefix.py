@@ -1,12 +1,11 @@
 """The shared-prefix row against the padded batch: losses, gradients, and no example that sees another."""
 
-import importlib.util
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from conftest import DEMO
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from recipe import attention
@@ -19,6 +18,7 @@ from recipe.collator import (
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
 from recipe.trainer import InstructionTrainer
+from recipe.training.batching import make_collator
 
 VOCABULARY = 97
 ARCHITECTURES = {
@@ -352,17 +352,14 @@ def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp
             "gpt_neo",
             {"hidden_size": 48, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]},
             {},
-            "GPTNeoForCausalLM has no attention that a mask could",
+            "GPTNeoForCausalLM has no attention in which a mask",
         ),
-        ("llama", {"attn_implementation": "eager"}, {}, "--attn_implementation eager knows no mask of true and false"),
+        ("llama", {"attn_implementation": "eager"}, {}, "--attn_implementation eager does not take a boolean mask"),
         ("llama", {}, {"n_gpu": 2}, "a row cannot be cut into parts for 2 GPUs of one process"),
         ("llama", {}, {}, None),
     ],
 )
 def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, changes, arguments, message, tmp_path):
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     options = ARCHITECTURES["llama"] if architecture in ("llama", "mistral", "gemma3_text") else {}
     implementation = changes.pop("attn_implementation", None)
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **options | changes)
@@ -372,7 +369,7 @@ def test_models_and_settings_that_a_row_does_not_fit_are_refused(architecture, c
         setattr(training, f"_{name}", value)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 0})
     if message is None:
-        assert script.make_collator(data, training, model, tokenizer).attention == "mask"
+        assert make_collator(data, training, model, tokenizer).attention == "mask"
     else:
         with pytest.raises(UserError, match=message):
-            script.make_collator(data, training, model, tokenizer)
+            make_collator(data, training, model, tokenizer)
