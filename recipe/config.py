@@ -40,7 +40,7 @@ class ModelArguments:
         "float32", "Of the weights in memory. Use --bf16 true for mixed precision on top."
     )
     attn_implementation: str | None = setting(
-        None, "sdpa, eager, flash_attention_2, ...; default: the one that is fastest with --batching."
+        None, "sdpa, eager, flash_attention_2, ...; default: as --batching needs."
     )
 
 
@@ -64,9 +64,7 @@ class DataArguments:
     template: str = setting("alpaca", "alpaca, phi3 or the path of a Jinja chat template.")
     mask_prompt: bool = setting(True, "Learn from the response only, not from the prompt.")
     max_length: int | None = setting(None, "Longest record in tokens; default: what tokenizer and model allow.")
-    overflow: Literal["truncate", "drop", "error"] = setting(
-        "truncate", "What happens to a record longer than max_length."
-    )
+    overflow: Literal["truncate", "drop", "error"] = setting("truncate", "What to do with records over max_length.")
     batching: Literal["padded", "shared_prefix"] = setting(
         "padded",
         "Layout of a batch: rows padded to the longest, or one row in which a shared beginning of prompts is stored "
@@ -107,9 +105,7 @@ class InstructionTrainingArguments(TrainingArguments):
         "tokens, padding included. Bounds memory, and replaces per_device_train_batch_size.",
     )
     overwrite_output_dir: bool = setting(False, "Start over in an output_dir that holds another run, replacing it.")
-    num_sample_generations: int = setting(
-        3, "Validation prompts answered, shown and saved at each evaluation; 0 for none."
-    )
+    num_sample_generations: int = setting(3, "Validation prompts whose answers each evaluation shows; 0 for none.")
     eval_generate: bool = setting(
         False,
         "Answer the validation prompts at each evaluation and score the answers; metric_for_best_model may then be "
@@ -120,14 +116,10 @@ class InstructionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise UserError(
-                "--hub_token would be written in clear into training_args.bin; "
-                "set the environment variable HF_TOKEN or run `hf auth login` instead"
+                "--hub_token would be saved in training_args.bin; set HF_TOKEN or run `hf auth login` instead"
             )
         if self.label_smoothing_factor:
-            raise UserError(
-                f"--label_smoothing_factor {self.label_smoothing_factor}: the Trainer's label smoothing shifts labels "
-                "that are shifted already; leave it at 0"
-            )
+            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: not supported; leave it at 0")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "generation_max_new_tokens", "max_tokens_per_batch"):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:

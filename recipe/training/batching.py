@@ -23,19 +23,15 @@ def make_collator(
     Raises:
         UserError: `--batching shared_prefix` with a model or settings that it does not fit.
     """
-    compiled = training_args.torch_compile
+    pad_id, compiled = tokenizer.eos_token_id, training_args.torch_compile
     if data_args.batching == "padded":
         fits = (context_length(model.config) or 0) % 8 == 0
-        return DataCollatorForInstructionTuning(
-            tokenizer.eos_token_id, pad_to_multiple_of=8 if compiled and fits else None
-        )
+        return DataCollatorForInstructionTuning(pad_id, pad_to_multiple_of=8 if compiled and fits else None)
     if reason := _why_not_one_row(model, training_args):
         raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
     if compiled:  # a row with a mask is one graph for all lengths; segments are Python values and break the graph
-        return DataCollatorWithSharedPrefix(tokenizer.eos_token_id, "mask", pad_to_multiple_of=32)
-    return DataCollatorWithSharedPrefix(
-        tokenizer.eos_token_id, "segments" if attention_of(model) == attention.NAME else "mask"
-    )
+        return DataCollatorWithSharedPrefix(pad_id, "mask", pad_to_multiple_of=32)
+    return DataCollatorWithSharedPrefix(pad_id, "segments" if attention_of(model) == attention.NAME else "mask")
 
 
 def _why_not_one_row(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:

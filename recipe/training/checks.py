@@ -34,7 +34,7 @@ def check_trackers(args: InstructionTrainingArguments) -> None:
 
 
 def check_splits(splits: DatasetDict, data_args: DataArguments, args: InstructionTrainingArguments) -> None:
-    """Refuse settings that need a split, or a column, that the data does not have."""
+    """Refuse settings that need a split the data does not have."""
     if "train" not in splits:
         raise UserError(f"data {data_args.data}: no train split, only {', '.join(splits)}; name one")
     if "validation" not in splits and args.eval_strategy != "no":

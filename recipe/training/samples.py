@@ -71,12 +71,10 @@ class SampleGenerations(TrainerCallback):
             for row in rows:
                 sample = {"step": state.global_step, **dict(zip(COLUMNS, row, strict=True))}
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        for instruction, given, reference, response, _ in rows:
-            question = " | ".join(text for text in (instruction, given) if text)
-            tqdm.write(
-                f"  step {state.global_step}  {one_line(question)}\n"
-                f"    reference  {one_line(reference)}\n    response   {one_line(response)}"
-            )
+        for instruction, input_text, reference, response, _ in rows:
+            question = " | ".join(filter(None, (instruction, input_text)))
+            tqdm.write(f"  step {state.global_step}  {one_line(question)}")
+            tqdm.write(f"    reference  {one_line(reference)}\n    response   {one_line(response)}")
         for tracker in self.trackers:
             # through its own callback, which holds the run, knows its step and turns the name into "eval/samples"
             [table] = (table for kind, table in TABLE_OF.items() if isinstance(tracker, kind))

@@ -1,4 +1,4 @@
-"""Which records form a batch: similar lengths together, as a pure function of the lengths, a seed and the epoch."""
+"""Which records form a batch: similar lengths together, decided by the lengths, a seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ BUCKET = 8  # input tokens: widths are rounded up to it, so that records can cha
 class LengthGroupedBatchSampler(Sampler[list[int]]):
     """Batches of records of similar length: of `batch_size` records, or of as many as a token budget holds.
 
-    Every epoch shuffles the records of similar width among themselves, and the order of the batches. What an epoch
-    holds depends on the arguments and the epoch alone: a resumed run sees the batches of a run that never stopped, and
-    every process plans the same. (transformers' `LengthGroupedSampler` draws from the global random state.)
+    An epoch depends on the arguments and its number alone, so a resumed run sees the batches of a run that never
+    stopped, and every process plans the same; transformers' `LengthGroupedSampler` draws from the global random
+    state. Each epoch shuffles records of equal width among themselves, then the order of the batches.
 
-    The number of batches is the same in every epoch, and a multiple of `num_processes`; the batches that the processes
-    take in one step cost alike. The largest batches are halved until the number fits; no record is repeated or left
-    out. (Where every batch already holds one record, accelerate repeats some.)
+    The number of batches is the same in every epoch, and a multiple of `num_processes`: the largest are halved until it
+    is; no record is repeated or left out. (Where every batch already holds one record, accelerate repeats some.)
 
-    `max_tokens` bounds rows times width of a padded batch; its width is the longest row, rounded up to a multiple of
-    `BUCKET`. A record of `length` tokens has `length - 1` inputs. The idea is that of fairseq's `--max-tokens`
+    `max_tokens` bounds rows times width of a padded batch, its width being the longest row rounded up to a multiple of
+    `BUCKET`; a record of `length` tokens has `length - 1` inputs. The idea is that of fairseq's `--max-tokens`
     (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
 
     Args:
         lengths: of each record, in tokens.
         batch_size: records in a batch of one process.
         max_tokens: input tokens, with padding, in a batch of one process; instead of `batch_size`.
-        seed: with the epoch, of the shuffling.
-        num_processes: processes that share the batches, batch i going to process i modulo this.
-        drop_last: with `batch_size`: leave out of each epoch the records that do not fill a batch for every process.
+        num_processes: processes that share the batches; batch i goes to process i modulo this.
+        drop_last: with `batch_size`: each epoch leaves out the records that do not fill a batch for every process.
 
     Raises:
         ValueError: not exactly one of `batch_size` and `max_tokens`, a record longer than `max_tokens`, or no batch.
@@ -89,10 +87,10 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         order = generator.permutation(len(self.widths))[: self.records]
         order = order[np.argsort(-self.widths[order], kind="stable")]  # longest first, equal widths shuffled
         ends = np.cumsum(self.sizes)
-        steps = -(-len(self.sizes) // self.num_processes)
-        for step in generator.permutation(steps):
-            for index in range(step * self.num_processes, min((step + 1) * self.num_processes, len(self.sizes))):
-                yield order[ends[index] - self.sizes[index] : ends[index]].tolist()
+        batches = [order[end - size : end].tolist() for end, size in zip(ends, self.sizes, strict=True)]
+        steps = -(-len(batches) // self.num_processes)
+        for step in generator.permutation(steps):  # the batches of one step stay together: they cost alike
+            yield from batches[step * self.num_processes : (step + 1) * self.num_processes]
 
 
 def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:

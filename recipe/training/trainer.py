@@ -28,17 +28,20 @@ from recipe.templates import Template
 from recipe.training.loss import linear_cross_entropy, token_losses
 from recipe.training.sampling import LengthGroupedBatchSampler, record_lengths
 
+Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
+
+NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "supervised")
+UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait to be checked; a check is one host sync
+# Keeps the last hidden states and no others. transformers documents only true and false: recent versions take an index
+# too, earlier ones read it as true and keep the hidden states of all layers.
+LAST_HIDDEN_STATES = {"output_hidden_states": -1}
+LOADER_OPTIONS = (
+    "num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order",
+)  # fmt: skip
 ADVICE = (
     "Training stopped; nothing has been saved since the last checkpoint. Look at the rows, lower --learning_rate, or "
     "use --bf16 or float32 in place of --fp16."
 )
-Batch = dict[str, Any]  # tensors, and `segments` of a shared row
-
-NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "supervised")
-UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait to be checked; a check is one host sync
-# The last hidden states alone. transformers documents true and false; recent versions also take indices, earlier ones
-# read any as true and keep the hidden states of all layers.
-LAST_HIDDEN_STATES = {"output_hidden_states": -1}
 
 
 class InstructionTrainer(Trainer):
@@ -55,8 +58,8 @@ class InstructionTrainer(Trainer):
       on the device and fetched when something is logged, never in between.
     - Generation: each evaluation answers `generation_records` and adds `eval_exact_match`, `eval_chrf` and others,
       which `metric_for_best_model` may name.
-    - A loss, an evaluation loss or weights that are not finite raise `FloatingPointError` before anything is saved; for
-      a loss with the step and the rows of the first bad batch, at the next log or save.
+    - A loss, an evaluation loss or weights that are not finite raise `FloatingPointError` before anything is saved; a
+      loss at the next log or save, with the step and the rows of the first bad batch.
 
     Takes the arguments of `transformers.Trainer` but for `compute_metrics`, which is its own, and three more:
     `generation_records`, mappings with `instruction`, `input` and `output`; the `template` of their prompts; and the
@@ -107,32 +110,24 @@ class InstructionTrainer(Trainer):
     # --- batches ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """`Trainer.get_train_dataloader`; with a token budget or `group_by_length`, of records of similar length.
-
-        Raises:
-            ValueError: the training data has no column of lengths, or a record is longer than `max_tokens_per_batch`.
-        """
+        """`Trainer.get_train_dataloader`, or the batches of `length_sampler`."""
         args, sampler = self.args, self.length_sampler()
         if sampler is None:
             return super().get_train_dataloader()
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=args.dataloader_in_order,
-        )
+        dataset: Any = self.train_dataset
+        options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS}
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator, **options)
         loader = self.accelerator.prepare(loader)
         loader.set_sampler(sampler)  # accelerate tells samplers the epoch, but not batch samplers behind its own
         self._records_per_step = sampler.records / len(sampler) * args.gradient_accumulation_steps * args.world_size
         return loader
 
     def length_sampler(self) -> LengthGroupedBatchSampler | None:
-        """The batches of records of similar length that the arguments ask for; None where they ask for none."""
+        """With a token budget or `group_by_length`, batches of records of similar length; else None.
+
+        Raises:
+            ValueError: the training data has no column of lengths, or a record is longer than `max_tokens_per_batch`.
+        """
         args, max_tokens = self.args, self._max_tokens_per_batch
         if max_tokens is None and args.train_sampling_strategy != "group_by_length":
             return None
@@ -333,11 +328,9 @@ class InstructionTrainer(Trainer):
     def _count_micro_batch(self, inputs: Batch, loss: torch.Tensor) -> None:
         """Keep what the next log and check need, on the device."""
         computed = inputs["input_ids"].numel()
+        real = inputs.get("lengths", inputs.get("attention_mask"))  # lengths of records in a shared row, or a 0/1 mask
         self._computed_tokens += computed
-        if "lengths" in inputs:
-            self._real_tokens += inputs["lengths"].sum()
-        else:
-            self._real_tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else computed
+        self._real_tokens += computed if real is None else real.sum()
         self._unchecked.append((self.state.global_step + 1, loss, inputs.get("row")))
         if len(self._unchecked) >= UNCHECKED_LIMIT:
             self._fetch_counts()
