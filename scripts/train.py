@@ -18,6 +18,7 @@ from transformers import set_seed
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
 from recipe.training.checks import check_splits, check_trackers, fit_max_length, print_model
 from recipe.training.output_dir import clear_output_dir, explain_full_disk, find_checkpoint
+from recipe.training.run import describe_data, describe_result, describe_run, shut_down
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +45,9 @@ def main(argv: list[str]) -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model()
             trainer.save_state()
-        save_reports(trainer, model_args, data_args, about_data | about_model, push)
+        if trainer.is_world_process_zero():
+            save_reports(trainer, model_args, data_args, about_data | about_model, push)
+        shut_down(trainer)
     if push is not None and trainer.is_world_process_zero():  # no other process waits any more
         pushed = push.finish(Path(training_args.output_dir))
         print(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
@@ -56,7 +59,6 @@ def prepare_data(model_args, data_args, training_args):
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
     from recipe.model import load_tokenizer
     from recipe.templates import load_template
-    from recipe.training.run import describe_data
 
     tokenizer = load_tokenizer(model_args)
     template = load_template(data_args.template, tokenizer)
@@ -122,21 +124,18 @@ def make_trainer(model, tokenizer, template, records, splits, data_args, trainin
 
 
 def save_reports(trainer, model_args, data_args, about, push):
-    """run.json, loss.png and the model card beside the model; then let all processes end together."""
+    """Write run.json, loss.png and the model card beside the model."""
     from recipe.figures import plot_loss
     from recipe.files import write_json
     from recipe.publishing.card import write_model_card
-    from recipe.training.run import describe_result, describe_run, shut_down
 
-    if trainer.is_world_process_zero():
-        output_dir = Path(trainer.args.output_dir)
-        run = describe_run(model_args, data_args, trainer.args) | about | {"result": describe_result(trainer)}
-        run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
-        write_json(output_dir / "run.json", run)
-        plot_loss(trainer.state.log_history, output_dir / "loss.png")
-        write_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
-        print(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
-    shut_down(trainer)
+    output_dir = Path(trainer.args.output_dir)
+    run = describe_run(model_args, data_args, trainer.args) | about | {"result": describe_result(trainer)}
+    run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
+    write_json(output_dir / "run.json", run)
+    plot_loss(trainer.state.log_history, output_dir / "loss.png")
+    write_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
+    print(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
 
 
 if __name__ == "__main__":

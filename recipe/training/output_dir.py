@@ -79,12 +79,9 @@ def explain_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None
         free = shutil.disk_usage(output_dir).free
         if free > model.get_memory_footprint():
             raise
-        way_out = "no checkpoint was saved before it: free some space, and start again with --overwrite_output_dir"
-        if whole := last_whole_checkpoint(output_dir):
-            way_out = (
-                f"{whole} is whole: free some space, or keep fewer checkpoints with --save_total_limit, and add "
-                "--resume_from_checkpoint true"
-            )
+        whole = last_whole_checkpoint(output_dir)
+        way_out = "--resume_from_checkpoint true" if whole else "--overwrite_output_dir"
         raise UserError(
-            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free), and a save failed; {way_out}"
+            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free), and a save failed; last whole checkpoint: "
+            f"{whole or 'none'}; free some space, or keep fewer with --save_total_limit, and start again with {way_out}"
         ) from error

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
-
-from datasets import DatasetDict
+from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments
-from recipe.data.split import data_hash
 from recipe.provenance import command_line, hardware, versions
-from recipe.training.trainer import InstructionTrainer
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from recipe.training.trainer import InstructionTrainer
 
 
 def describe_run(
@@ -32,6 +33,8 @@ def describe_data(records: DatasetDict, statistics: list[dict], duplicates: int)
 
     `statistics` are those of `recipe.data.token_statistics`; `duplicates` were left out of train.
     """
+    from recipe.data.split import data_hash  # here, because datasets takes a second to import
+
     return {
         "data_hash": data_hash(records),
         "splits": {row["split"]: row for row in statistics},

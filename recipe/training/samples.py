@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +93,13 @@ def _markdown_cell(text: str) -> str:
     return MARKUP.sub(lambda match: f"&#{ord(match[0])};", visible(text)).replace("\n", "<br>")
 
 
-def _wandb_table(rows: Sequence[Sequence[str]]) -> Any:
-    import wandb  # here, because it is optional; so is trackio
-
-    return wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
-
-
-def _trackio_table(rows: Sequence[Sequence[str]]) -> Any:
-    import trackio
-
-    return trackio.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+def _library_table(library: str, rows: Sequence[Sequence[str]]) -> Any:
+    """The `Table` of wandb or trackio, which take the same arguments; both are optional, so imported here."""
+    return importlib.import_module(library).Table(columns=list(COLUMNS), data=[list(row) for row in rows])
 
 
-TABLE_OF = {TensorBoardCallback: _markdown_table, WandbCallback: _wandb_table, TrackioCallback: _trackio_table}
+TABLE_OF: dict[type[TrainerCallback], Callable[[Sequence[Sequence[str]]], Any]] = {
+    TensorBoardCallback: _markdown_table,
+    WandbCallback: partial(_library_table, "wandb"),
+    TrackioCallback: partial(_library_table, "trackio"),
+}

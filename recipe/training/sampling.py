@@ -94,13 +94,15 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
 
 def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
-    """The column of lengths in tokens, (records,), out of Arrow as it is: no record is read.
+    """The column of lengths in tokens, (records,), straight from Arrow: no record is read.
 
     Raises:
         ValueError: the dataset has no such column.
     """
     if column not in (getattr(dataset, "column_names", None) or ()):
-        raise ValueError(f"no column {column!r} in the training data, which would hold their lengths in tokens")
+        raise ValueError(
+            f"no column {column!r} in the training data; length_column_name names the one of lengths in tokens"
+        )
     return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
 
 
@@ -108,11 +110,9 @@ def _sizes_within(widths: np.ndarray, max_tokens: int) -> list[int]:
     """How many records each batch holds, longest first; `widths` are sorted, longest first."""
     sizes, start = [], 0
     while start < len(widths):
-        size = max(
-            1, max_tokens // max(1, int(widths[start]))
-        )  # a single row may, rounded up, be wider than the budget
-        sizes.append(min(size, len(widths) - start))
-        start += size
+        fitting = max_tokens // max(1, int(widths[start]))  # 0 if the longest row, rounded up, is over the budget
+        sizes.append(min(max(1, fitting), len(widths) - start))
+        start += sizes[-1]
     return sizes
 
 
