@@ -61,7 +61,9 @@ def _parse(content: bytes, where: str) -> Any:
     try:
         return json.loads(content)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); remove the file and run again what writes it") from error
+        raise UserError(
+            f"{where}: not JSON ({error}); fix it, or remove the file and run again what writes it"
+        ) from error
 
 
 def file_hash(path: str | Path) -> str:
