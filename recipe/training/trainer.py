@@ -74,7 +74,7 @@ class InstructionTrainer(Trainer):
         trainer.train()
     """
 
-    loss_is_scaled_for_ga = True  # `compute_loss` divides by itself; earlier versions read model_accepts_loss_kwargs
+    loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole step (read by recent transformers)
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class InstructionTrainer(Trainer):
         self._generation_references = [record["output"] for record in records]
         self._max_new_tokens = max_new_tokens
         self._max_tokens_per_batch = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
-        self.model_accepts_loss_kwargs = True  # whatever forward() takes
-        self._head: nn.Module | None = None  # the head that was examined, and whether it alone makes the logits
+        self.model_accepts_loss_kwargs = True  # the same for earlier transformers, whatever the model's forward takes
+        self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
         self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
@@ -118,7 +118,7 @@ class InstructionTrainer(Trainer):
         options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS}
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator, **options)
         loader = self.accelerator.prepare(loader)
-        loader.set_sampler(sampler)  # accelerate tells samplers the epoch, but not batch samplers behind its own
+        loader.set_sampler(sampler)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
         self._records_per_step = sampler.records / len(sampler) * args.gradient_accumulation_steps * args.world_size
         return loader
 
@@ -205,7 +205,7 @@ class InstructionTrainer(Trainer):
             self._head, self._head_makes_logits = head, self._head_is_plain(head, causal_model)
         if not self._head_makes_logits:
             return None
-        # the logits of the last position only, to compare with
+        # logits only at the last position, for the comparison below
         outputs = model(**_model_inputs(inputs) | {"logits_to_keep": 1, "use_cache": False} | LAST_HIDDEN_STATES)
         # (batch, time, hidden size), without what prompt tuning puts before a row
         hidden = outputs.hidden_states[-1][:, -inputs["input_ids"].shape[1] :]
@@ -303,7 +303,7 @@ class InstructionTrainer(Trainer):
     # --- log --------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`; beside every training loss stand throughput and what the batches were made of."""
+        """`Trainer.log`, with throughput and shares of the tokens in every entry that has a training loss."""
         if "loss" in logs and self._window_start is not None:
             self._fetch_counts()
             real, computed, supervised = self._window_tokens
