@@ -145,4 +145,4 @@ if __name__ == "__main__":
         # one process speaks; the launcher ends the others
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume_from_checkpoint true continues from the last checkpoint, if one was saved")
+        sys.exit("interrupted: --resume_from_checkpoint true goes on from the last checkpoint, if one was saved")
