@@ -35,7 +35,7 @@ from recipe.data.split import data_hash
 from recipe.files import read_json, write_whole
 from recipe.model import context_length, load_config, load_tokenizer
 from recipe.provenance import command_line, versions
-from recipe.training.checks import bfloat16_is_fast
+from recipe.training.checks import has_bfloat16_instructions
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipe" / "demo"
@@ -78,7 +78,7 @@ class BenchmarkArguments:
 
     def __post_init__(self) -> None:
         if self.precision == "auto":
-            native = bfloat16_is_fast()
+            native = has_bfloat16_instructions()
             if torch.cuda.is_available():
                 native = torch.cuda.is_bf16_supported(including_emulation=False)
             self.precision = "bf16" if native else "fp32"

@@ -1,12 +1,14 @@
-"""What a run can be told: dataclasses, filled from one YAML file and the command line (flags win).
+"""The settings of a run: dataclasses, filled from one YAML file and the command line (flags win).
 
-`TrainingArguments` of transformers goes straight through: every one of its fields is a YAML key and a flag.
+Every field of transformers' `TrainingArguments` is a YAML key and a flag too.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,38 +19,28 @@ from transformers import HfArgumentParser, TrainingArguments
 
 
 class UserError(Exception):
-    """Something the user can mend; scripts print its text alone, without a traceback, and exit with 1."""
+    """An error the user can fix: scripts print its text alone, without a traceback, and exit with 1."""
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field: its default, and what `--help` says of it."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class ModelArguments:
     """Which weights and which tokenizer."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a causal language model, e.g. openai-community/gpt2."}
+    model_name_or_path: str | None = setting(None, "Hub id or folder of a model, e.g. openai-community/gpt2.")
+    model_revision: str = setting("main", "Branch, tag or commit of a Hub model.")
+    tokenizer_name: str | None = setting(None, "Hub id or folder of the tokenizer; default: the model's own.")
+    model_type: str | None = setting(None, "Start from random weights of this architecture (gpt2, llama, ...) instead.")
+    config_overrides: str | None = setting(None, "Changes to the model's config: n_layer=2,resid_pdrop=0.0")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "Of the weights in memory. Use --bf16 true for mixed precision on top."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub model."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the tokenizer, if it is not the model's."}
-    )
-    model_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Random weights from this architecture's config (gpt2, llama, ...) instead of a trained model."
-        },
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Changes to the model's config: n_layer=2,resid_pdrop=0.0"}
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Of the weights in memory. Use --bf16 true for mixed precision on top."}
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "sdpa, eager, flash_attention_2, ...; default: what transformers picks; with --batching "
-            "shared_prefix the recipe's own, or sdpa."
-        },
+    attn_implementation: str | None = setting(
+        None, "sdpa, eager, flash_attention_2, ...; default: as --batching needs."
     )
 
 
@@ -63,32 +55,22 @@ class DataArguments:
             'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}.'
         },
     )
-    instruction_column: str = field(default="instruction", metadata={"help": "Column of the instruction."})
-    input_column: str = field(default="input", metadata={"help": "Column of the optional input."})
-    output_column: str = field(default="output", metadata={"help": "Column of the response to learn."})
-    validation_ratio: float = field(
-        default=0.05, metadata={"help": "Share of the training records for validation where the data names none."}
+    instruction_column: str = setting("instruction", "Column of the instruction.")
+    input_column: str = setting("input", "Column of the optional input.")
+    output_column: str = setting("output", "Column of the response to learn.")
+    validation_ratio: float = setting(0.05, "Share of the training records for validation if the data names no split.")
+    test_ratio: float = setting(0.10, "Share of the training records for testing if the data names no split.")
+    split_seed: int = setting(123, "Seed of the split, apart from the seed of training.")
+    template: str = setting("alpaca", "alpaca, phi3 or the path of a Jinja chat template.")
+    mask_prompt: bool = setting(True, "Learn from the response only, not from the prompt.")
+    max_length: int | None = setting(None, "Longest record in tokens; default: what tokenizer and model allow.")
+    overflow: Literal["truncate", "drop", "error"] = setting("truncate", "What to do with records over max_length.")
+    batching: Literal["padded", "shared_prefix"] = setting(
+        "padded",
+        "Layout of a batch: rows padded to the longest, or one row in which a shared beginning of prompts is stored "
+        "once (same losses and gradients, faster).",
     )
-    test_ratio: float = field(
-        default=0.10, metadata={"help": "Share of the training records for testing where the data names none."}
-    )
-    split_seed: int = field(default=123, metadata={"help": "Seed of the split, apart from the seed of training."})
-    template: str = field(default="alpaca", metadata={"help": "alpaca, phi3 or the path of a Jinja chat template."})
-    mask_prompt: bool = field(default=True, metadata={"help": "Learn from the response only, not from the prompt."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest record in tokens; default: the tokenizer's model_max_length."}
-    )
-    overflow: Literal["truncate", "drop", "error"] = field(
-        default="truncate", metadata={"help": "What happens to a record longer than max_length."}
-    )
-    batching: Literal["padded", "shared_prefix"] = field(
-        default="padded",
-        metadata={
-            "help": "How a batch is laid out: rows padded to the longest, or one row in which what the prompts begin "
-            "with stands once (same losses and gradients, faster)."
-        },
-    )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize; default: this one."})
+    num_proc: int | None = setting(None, "Processes that tokenize; default: this one.")
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str) and self.data.lstrip()[:1] in ("{", "["):
@@ -96,12 +78,10 @@ class DataArguments:
                 self.data = json.loads(self.data)
             except json.JSONDecodeError as error:
                 raise UserError(f"--data {self.data}: not valid JSON ({error})") from error
-        for name in ("validation_ratio", "test_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give a share from 0 up to, but not including, 1")
-        if self.validation_ratio + self.test_ratio >= 1:
+        validation, test = self.validation_ratio, self.test_ratio
+        if min(validation, test) < 0 or validation + test >= 1:
             raise UserError(
-                f"--validation_ratio {self.validation_ratio} and --test_ratio {self.test_ratio} leave no train split"
+                f"--validation_ratio {validation}, --test_ratio {test}: give shares from 0 up, below 1 together"
             )
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"--max_length {self.max_length}: a record needs at least 2 tokens")
@@ -112,86 +92,55 @@ class InstructionTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the defaults instruction tuning needs, and a few fields more."""
 
     # The data step hands over only columns that are needed; `row` must reach the trainer to name a bad batch.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
+    remove_unused_columns: bool = setting(False, "Drop columns the model does not take.")
     # The stock filter hides NaN and costs a device sync per step; InstructionTrainer stops on NaN instead.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and Inf losses in the log."})
+    logging_nan_inf_filter: bool = setting(False, "Hide NaN and Inf losses in the log.")
     # Kept in the saved config, so that the model generates fast; InstructionTrainer itself trains without a cache.
-    use_cache: bool = field(default=True, metadata={"help": "Whether the saved model generates with a KV cache."})
+    use_cache: bool = setting(True, "Whether the saved model generates with a KV cache.")
     # The Trainer's own default searches the graph at each step for parameters that a causal model does not have.
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "For models of which some parameters take no part in the loss."}
+    ddp_find_unused_parameters: bool | None = setting(False, "For models in which the loss leaves parameters unused.")
+    max_tokens_per_batch: int | None = setting(
+        None,
+        "Token budget: each batch of a process takes as many records of similar length as fit into this many input "
+        "tokens, padding included. Bounds memory, and replaces per_device_train_batch_size.",
     )
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Token budget: each batch of a process takes as many records of like length as fit into this many "
-            "input tokens, padding included. Bounds memory. Replaces per_device_train_batch_size, which then means "
-            "nothing; the loss stays the mean over the supervised tokens of a step."
-        },
+    overwrite_output_dir: bool = setting(False, "Start over in an output_dir that holds another run, replacing it.")
+    num_sample_generations: int = setting(3, "Validation prompts whose answers each evaluation shows; 0 for none.")
+    eval_generate: bool = setting(
+        False,
+        "Answer the validation prompts at each evaluation and score the answers; metric_for_best_model may then be "
+        "exact_match, token_f1, rouge_l, chrf, ...",
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start over in an output_dir that holds another run, replacing it."}
-    )
-    num_sample_generations: int = field(
-        default=3, metadata={"help": "Validation prompts answered, shown and saved at each evaluation; 0 for none."}
-    )
-
-    eval_generate: bool = field(
-        default=False,
-        metadata={
-            "help": "Answer the validation prompts at each evaluation and score the answers; metric_for_best_model may "
-            "then be exact_match, token_f1, rouge_l, chrf, ..."
-        },
-    )
-    generation_max_new_tokens: int = field(
-        default=128, metadata={"help": "Cap on each response of eval_generate, in tokens."}
-    )
+    generation_max_new_tokens: int = setting(128, "Longest response of eval_generate, in tokens.")
 
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise UserError(
-                "--hub_token would be written in clear into training_args.bin; "
-                "set the environment variable HF_TOKEN or run `hf auth login` instead"
+                "--hub_token would be saved in training_args.bin; set the environment variable HF_TOKEN or run "
+                "`hf auth login` instead"
             )
         if self.label_smoothing_factor:
-            raise UserError(
-                f"--label_smoothing_factor {self.label_smoothing_factor}: the Trainer's label smoothing shifts labels "
-                "that are shifted already; leave it at 0"
-            )
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "generation_max_new_tokens",
-        ):
-            if getattr(self, name) < 1:
+            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: not supported; leave it at 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                     "generation_max_new_tokens", "max_tokens_per_batch"):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
         if self.max_tokens_per_batch is not None:
-            self._check_token_budget(self.max_tokens_per_batch)
+            clashing = [name for name in ("dataloader_drop_last", "auto_find_batch_size") if getattr(self, name)]
+            if self.train_sampling_strategy in ("sequential", "batch_rebalance"):
+                clashing.append(f"train_sampling_strategy {self.train_sampling_strategy}")
+            if clashing:
+                raise UserError(
+                    f"--max_tokens_per_batch decides what forms a batch: leave out --{', --'.join(clashing)}"
+                )
         if not 0 <= self.learning_rate < float("inf"):
             raise UserError(f"--learning_rate {self.learning_rate}: give a number from 0 up")
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if torch.cuda.is_available() and self.dataloader_pin_memory and self.accelerator_config is None:
-            # a copy that waits would wait for the whole step before; so the host makes the next batch meanwhile
+            # a blocking copy would wait for the step before it; now the host prepares the next batch meanwhile
             self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
-
-    def _check_token_budget(self, max_tokens: int) -> None:
-        budget = f"--max_tokens_per_batch {max_tokens}"
-        if max_tokens < 1:
-            raise UserError(f"{budget}: give at least 1")
-        if self.train_sampling_strategy in ("sequential", "batch_rebalance"):
-            raise UserError(
-                f"{budget} makes batches of records of like length, --train_sampling_strategy "
-                f"{self.train_sampling_strategy} others: leave out one of the two"
-            )
-        if self.dataloader_drop_last:
-            raise UserError(f"{budget} leaves no record out: set --dataloader_drop_last false, or use a batch size")
-        if self.auto_find_batch_size:
-            raise UserError(
-                f"{budget} makes batches by tokens, --auto_find_batch_size by records: leave out one of the two"
-            )
 
 
 class _Parser(HfArgumentParser):
@@ -211,48 +160,58 @@ def parse_arguments(
     Raises:
         UserError: a file that cannot be read, unknown keys or flags (each with its nearest known name), a wrong type.
     """
-    parser = _Parser(
-        dataclass_types,  # type: ignore[arg-type]
-        description=description,
-        allow_abbrev=False,
-        usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
-    )
-    known = sorted({f.name for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init})
+    usage = "%(prog)s [CONFIG.yaml] [--flag value ...]"
+    parser = _Parser(dataclass_types, description=description, allow_abbrev=False, usage=usage)  # type: ignore[arg-type]
+    known = {f.name: f.default for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
     config_path = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if config_path else argv
-
     settings = dict(defaults or {})
     if config_path:
         content = _read_yaml(config_path)
-        _check_keys(content, dataclass_types, config_path)
-        _let_flags_choose_the_model(content, flags)
+        _check_keys(content, known, config_path)
+        _drop_replaced_model(content, flags)
         settings |= content
-    # lists and mappings are taken as they are; everything else goes through the flags' type checks
+
+    # Lists and mappings are taken as they are; everything else goes through the type checks of the flags.
     structured = {name: value for name, value in settings.items() if isinstance(value, list | dict)}
-    config_argv = [
-        f"--{name}={_as_flag(v)}" for name, v in settings.items() if v is not None and name not in structured
+    as_flags = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in settings.items()
+        if name not in structured and value is not None
     ]
-    _parse(parser, config_argv, known, where=config_path or "defaults")
-    _parse(parser, flags, known, where="command line")
-    values = vars(parser.parse_args(config_argv + flags))
-    values |= {name: value for name, value in structured.items() if name not in _named_flags(flags)}
+    values = _parse(parser, as_flags, known, config_path or "defaults")
+    vars(values).update(structured)
+    values = _parse(parser, flags, known, "command line", values)
     try:
-        return tuple(
-            dataclass_type(**{f.name: values[f.name] for f in fields(dataclass_type) if f.init})
-            for dataclass_type in dataclass_types
-        )
+        return parser.parse_dict(vars(values))
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks that its fields go together
         raise UserError(f"{config_path or 'command line'}: {error}") from error
 
 
+def _parse(
+    parser: _Parser, argv: list[str], known: Iterable[str], source: str, earlier: Namespace | None = None
+) -> Namespace:
+    """The values of the flags in `argv`, and where they have none those of `earlier`."""
+    try:
+        values, rest = parser.parse_known_args(argv, earlier)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    unknown = [word.split("=")[0] for word in rest if word.startswith("--")]  # without the value: it may be a secret
+    problems = [f"unknown flag {flag}{_did_you_mean(flag.strip('-').replace('-', '_'), known)}" for flag in unknown]
+    if rest:
+        problems = problems or [f"unexpected {rest[0]!r}; write --flag value"]
+        raise UserError("\n".join(f"{source}: {problem}" for problem in problems))
+    return values
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error and not the last one's."""
+    """YAML in which a repeated key is an error, where the stock loader keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is repeated", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -268,64 +227,31 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _check_keys(content: dict[str, Any], dataclass_types: list[type], path: str) -> None:
-    """Refuse unknown keys, and null where a field has a value by default."""
-    defaults = {f.name: f.default for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
-    problems = [
-        f"{path}: unknown key {key!r}{_did_you_mean(str(key), sorted(defaults))}"
-        for key in content
-        if key not in defaults
-    ]
-    problems += [
-        f"{path}: {key!r} is null; give a value, or leave the key out for {defaults[key]!r}"
-        for key, value in content.items()
-        if value is None and defaults.get(key) is not None
-    ]
+def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> None:
+    """Refuse unknown keys, and null for a setting that has a value by default; `known` holds the defaults."""
+    problems = []
+    for key, value in content.items():
+        if key not in known:
+            problems.append(f"{path}: unknown key {key!r}{_did_you_mean(str(key), known)}")
+        elif value is None and known[key] is not None:
+            problems.append(f"{path}: {key!r} is null; give a value, or leave the key out for {known[key]!r}")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _named_flags(flags: list[str]) -> set[str]:
-    return {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "; see --help for all names"
 
 
-def _as_flag(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _drop_replaced_model(content: dict[str, Any], flags: list[str]) -> None:
+    """Remove from the file's settings the model that a flag replaces.
 
-
-def _let_flags_choose_the_model(content: dict[str, Any], flags: list[str]) -> None:
-    """A `--model_type` flag wins over the file's `model_name_or_path` (which still names the tokenizer).
-
-    A `--model_name_or_path` flag wins over the file's `model_type` and its tokenizer.
+    `--model_type` keeps the tokenizer of the file's model; `--model_name_or_path` brings its own.
     """
-    named = _named_flags(flags)
+    named = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
     if "model_type" in named and "model_name_or_path" not in named:
-        replaced = content.pop("model_name_or_path", None)
-        if replaced is not None:
-            content.setdefault("tokenizer_name", replaced)
+        content.setdefault("tokenizer_name", content.pop("model_name_or_path", None))
     elif "model_name_or_path" in named and "model_type" not in named:
         content.pop("model_type", None)
         content.pop("tokenizer_name", None)
-
-
-def _parse(parser: _Parser, argv: list[str], known: list[str], where: str) -> None:
-    try:
-        _, rest = parser.parse_known_args(argv)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    if rest:
-        raise UserError(
-            "\n".join(
-                f"{where}: unknown flag {name}{_did_you_mean(name.lstrip('-').replace('-', '_'), known)}"
-                if name.startswith("--")  # without the value, which may be a secret
-                else f"{where}: unexpected {word!r}; write --flag value"
-                for word in rest
-                for name in [word.split("=")[0]]
-                if word.startswith("--") or not any(other.startswith("--") for other in rest)
-            )
-        )
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "; see --help for all names"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with a clear message."""
+"""Files: written whole or not at all, and read with a clear message if they are damaged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from recipe.config import UserError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, whatever happens on the way; text in UTF-8.
+    """Write a file whole or not at all, even if the process dies or the disk is full; text in UTF-8.
 
     Raises:
-        OSError: it cannot be written; with the file's name, also when the disk is full.
+        OSError: it cannot be written; the error names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
@@ -44,25 +44,26 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it is not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it and run again what writes it") from error
+    return _parse(path.read_bytes(), str(path))
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The rows of a JSON lines file of ours; other line ends than a newline are text.
+    """The rows of a JSON lines file of ours; only a newline ends a row.
 
     Raises:
         UserError: a line is not JSON.
     """
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error}); run again what writes the file") from error
-    return rows
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    return [_parse(line, f"{path} line {number}") for number, line in lines if line.strip()]
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: not JSON ({error}); fix it, or remove the file and run again what writes it"
+        ) from error
 
 
 def file_hash(path: str | Path) -> str:

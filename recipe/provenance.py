@@ -1,27 +1,23 @@
-"""What a run was made of: versions, seed, data, configuration, counts."""
+"""Where results come from: versions, weights, machine, command, and the run.json of a training run."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import UserError
-from recipe.files import file_hash
-
-if TYPE_CHECKING:
-    pass
+from recipe.files import file_hash, read_json
 
 HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
 SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
@@ -34,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def weights_hash(model: str) -> str | None:
-    """What tells a model's weights apart: a hash of its safetensors files, or the commit of a Hub id.
+    """What identifies a model's weights: a hash of its safetensors files, or the commit of a Hub id.
 
     Raises:
         UserError: a Hub id that cannot be found.
@@ -58,11 +54,11 @@ def hardware() -> str:
 
 
 def command_line() -> str:
-    """The command that started this process, ready for a shell, without what is secret in it.
+    """The command that started this process, ready for a shell, without its secrets.
 
     Addresses lose their credentials, and flags such as `--hub_token` their value: `--hub_token '<HUB_TOKEN>'`.
     """
-    words, secret = [], None  # what stands in the place of a value, after the flag it belongs to
+    words, secret = [], None  # what replaces the next word, if that is the value of a secret flag
     for word in sys.argv:
         name, equals, _ = word.partition("=")
         placeholder = f"<{name.strip('-').replace('-', '_').upper()}>" if SECRET_FLAG.fullmatch(name) else None
@@ -76,7 +72,7 @@ def command_line() -> str:
 
 
 def read_run(output_dir: str | Path) -> dict[str, Any] | None:
-    """The `run.json` of a training run's folder, or of the run a `checkpoint-N` stands in; None without one.
+    """The `run.json` of a training run's folder, or of the run that a `checkpoint-N` belongs to; None without one.
 
     Raises:
         UserError: the file is not what a training run writes.
@@ -85,11 +81,9 @@ def read_run(output_dir: str | Path) -> dict[str, Any] | None:
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
     if not path.is_file():
         return None
+    run = read_json(path)
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
         run["config"]["data"]["data"], run["data_hash"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not what a training run writes ({error!r}); train again or remove the file"
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what a training run writes ({error!r}); train again or remove it") from error
     return run

@@ -1,73 +1,100 @@
 """Fine-tune a causal language model on instruction records.
 
 accelerate launch --config_file accelerate_config.yaml scripts/train.py configs/demo.yaml --flag value
+
+Each step imports what it needs: --help and a mistake in the arguments answer without waiting for the libraries.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
 
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
-from recipe.training.checks import check_splits, check_trackers, fit_max_length, say_model
-from recipe.training.output_dir import clear_output_dir, find_checkpoint, naming_a_full_disk
+from recipe.training.checks import check_splits, check_trackers, fit_max_length, print_model
+from recipe.training.output_dir import clear_output_dir, explain_full_disk, find_checkpoint
+from recipe.training.run import describe_data, describe_result, describe_run, shut_down
 
 
 def main(argv: list[str]) -> None:
+    """Data, model, trainer, train, save, push."""
     model_args, data_args, training_args = parse_arguments(
         [ModelArguments, DataArguments, InstructionTrainingArguments], argv, description=__doc__.split("\n")[0]
     )
     checkpoint = find_checkpoint(training_args)
     check_trackers(training_args)
     push = None
-    if training_args.push_to_hub:  # asked for access now: a wrong token must not cost a training run
+    if training_args.push_to_hub:  # asks for access now: a wrong token must not cost a training run
         from recipe.publishing.trainer_push import replace_trainer_push
 
         push = replace_trainer_push(training_args)
+    set_seed(training_args.seed)
 
-    # here, because --help and a mistake in the arguments need none of it: models, datasets, matplotlib take seconds
-    from recipe import attention
+    tokenizer, template, records, splits, about_data = prepare_data(model_args, data_args, training_args)
+    model, about_model = prepare_model(model_args, data_args, training_args, tokenizer, template)
+    trainer = make_trainer(model, tokenizer, template, records, splits, data_args, training_args, push)
+
+    clear_output_dir(training_args, checkpoint)
+    with push or nullcontext():  # if training fails, waiting pushes do not keep this process alive
+        with explain_full_disk(Path(training_args.output_dir), model):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+        if trainer.is_world_process_zero():
+            save_reports(trainer, model_args, data_args, about_data | about_model, push)
+        shut_down(trainer)
+    if push is not None and trainer.is_world_process_zero():  # no other process waits any more
+        pushed = push.finish(Path(training_args.output_dir))
+        print(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
+
+
+def prepare_data(model_args, data_args, training_args):
+    """Tokenizer and template; the records of all splits, as text and as tokens; and what run.json says of them."""
     from recipe.console import print_token_statistics
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
-    from recipe.figures import plot_loss
-    from recipe.files import write_json, write_whole
-    from recipe.model import load_model, load_tokenizer, prepare_for_chat
-    from recipe.publishing.card import hub_sources, make_model_card
+    from recipe.model import load_tokenizer
     from recipe.templates import load_template
-    from recipe.trainer import InstructionTrainer
-    from recipe.training.batching import make_collator
-    from recipe.training.run import leave, run_record
-    from recipe.training.samples import SampleGenerations
 
-    set_seed(training_args.seed)
-    say = PartialState().print
-
-    # data
     tokenizer = load_tokenizer(model_args)
     template = load_template(data_args.template, tokenizer)
     fit_max_length(data_args, model_args, tokenizer)
     with training_args.main_process_first(desc="data"):  # the others read its cache
-        records, leaked = load_records(data_args)
+        records, duplicates = load_records(data_args)
         splits = encode_records(records, tokenizer, data_args)
     check_splits(splits, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
     statistics = token_statistics(records, splits, preamble)
     if training_args.should_log:
-        print_token_statistics(statistics, leaked)
+        print_token_statistics(statistics, duplicates)
+    return tokenizer, template, records, splits, describe_data(records, statistics, duplicates)
 
-    # model
+
+def prepare_model(model_args, data_args, training_args, tokenizer, template):
+    """The model, ready to be saved for chat, and what run.json says of where it comes from."""
+    from recipe import attention
+    from recipe.model import load_model, prepare_for_chat
+    from recipe.publishing.card import hub_sources
+
     if data_args.batching == "shared_prefix" and model_args.attn_implementation is None:
         model_args.attn_implementation = attention.NAME
     model, origin = load_model(model_args, tokenizer)
     hub = hub_sources(model_args.model_name_or_path, data_args.data, model_args.model_revision)
     prepare_for_chat(model, tokenizer, template)
-    say_model(origin, model, training_args)
+    print_model(origin, model, training_args)
+    return model, {"weights_from": origin, "hub": hub}
 
-    # trainer
+
+def make_trainer(model, tokenizer, template, records, splits, data_args, training_args, push):
+    """The trainer, with the callbacks that show sample answers and push."""
+    from recipe.trainer import InstructionTrainer
+    from recipe.training.batching import make_collator
+    from recipe.training.samples import SampleGenerations
+
     collator = make_collator(data_args, training_args, model, tokenizer)
     try:
         trainer = InstructionTrainer(
@@ -81,12 +108,11 @@ def main(argv: list[str]) -> None:
             template=template,
             max_new_tokens=training_args.generation_max_new_tokens,
         )
+        trainer.length_sampler()  # a record that no batch may hold is named before the folder is touched
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, flags that clash
         raise UserError(str(error)) from error
     if "validation" in splits and training_args.num_sample_generations:
-        samples = list(
-            records["validation"].take(min(training_args.num_sample_generations, len(records["validation"])))
-        )
+        samples = list(islice(records["validation"], training_args.num_sample_generations))
         trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:
         if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and push.with_checkpoints:
@@ -94,29 +120,23 @@ def main(argv: list[str]) -> None:
                 f"--hub_strategy {push.strategy}: the state of a sharded optimizer is not pushed; use every_save or end"
             )
         trainer.add_callback(push)
+    return trainer
 
-    # train and save; when that fails, pushes that wait do not keep this process
-    clear_output_dir(training_args, checkpoint)
-    output_dir = Path(training_args.output_dir)
-    with push or nullcontext():
-        with naming_a_full_disk(output_dir, model):
-            trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.save_model()
-            trainer.save_state()
-        if trainer.is_world_process_zero():
-            run = run_record(model_args, data_args, training_args, origin, hub, records, statistics, leaked, trainer)
-            run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
-            write_json(output_dir / "run.json", run)
-            plot_loss(trainer.state.log_history, output_dir / "loss.png")
-            card = make_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
-            write_whole(output_dir / "README.md", card)
-            say(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
-        leave(trainer)
 
-    # push, when no other process waits any more
-    if push is not None and trainer.is_world_process_zero():
-        pushed = push.finish(output_dir)
-        say(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
+def save_reports(trainer, model_args, data_args, about, push):
+    """Write run.json, loss.png and the model card beside the model."""
+    from recipe.figures import plot_loss
+    from recipe.files import write_json, write_whole
+    from recipe.publishing.card import make_model_card
+
+    output_dir = Path(trainer.args.output_dir)
+    run = describe_run(model_args, data_args, trainer.args) | about | {"result": describe_result(trainer)}
+    run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
+    write_json(output_dir / "run.json", run)
+    plot_loss(trainer.state.log_history, output_dir / "loss.png")
+    card = make_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
+    write_whole(output_dir / "README.md", card)
+    print(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_unknown_parts_are_refused():
 @pytest.mark.parametrize("native, precision", [(True, "bf16"), (False, "fp32")])
 def test_the_precision_is_what_the_cpu_has_instructions_for(monkeypatch, native, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(benchmark, "bfloat16_is_fast", lambda: native)
+    monkeypatch.setattr(benchmark, "has_bfloat16_instructions", lambda: native)
     assert benchmark.BenchmarkArguments().precision == precision
 
 

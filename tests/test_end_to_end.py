@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from recipe.config import UserError
 from recipe.evaluation.measures import METRICS
 from recipe.generation import generate_responses
 from recipe.templates import load_template
+from recipe.training.output_dir import explain_full_disk
 
 ONE = ("--config_file", "accelerate_config.yaml")
 TWO = ("--config_file", "configs/accelerate/two_processes.yaml", "--main_process_port", "0")
@@ -175,23 +175,20 @@ def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
 
 
 def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
-    naming_a_full_disk = runpy.run_path(str(ROOT / "scripts" / "train.py"))["naming_a_full_disk"]
     model = SimpleNamespace(get_memory_footprint=lambda: 10**18)  # more than any disk has left
 
     def cut_short() -> str:
-        with pytest.raises(UserError) as error, naming_a_full_disk(tmp_path, model):
+        with pytest.raises(UserError) as error, explain_full_disk(tmp_path, model):
             raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of it
         return str(error.value)
 
-    assert cut_short().endswith(
-        "nothing was saved before it: free some space, and start again with --overwrite_output_dir"
-    )
+    assert "last whole checkpoint: none" in cut_short() and "--overwrite_output_dir" in cut_short()
     for step, files in ((4, ["trainer_state.json"]), (8, [])):  # the second was cut short
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for name in files:
             (folder / name).write_text("{}")
-    assert f"{tmp_path / 'checkpoint-4'} is whole" in cut_short() and "--resume_from_checkpoint true" in cut_short()
+    assert f"checkpoint: {tmp_path / 'checkpoint-4'};" in cut_short() and "--resume_from_checkpoint true" in cut_short()
 
 
 def test_bad_records_stop_everything_before_anything_is_written(cache, tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from recipe import attention
@@ -259,13 +258,14 @@ def test_batches_without_targets_and_bad_arguments_are_refused():
 
 
 def test_gradient_checkpointing_and_lora_change_nothing():
+    peft = pytest.importorskip("peft", reason="make setup installs it")
     features = random_features(np.random.default_rng(1), mask_prompt=True)
     for kind in ("mask", "segments"):
         models = []
         for each in ("padded", kind):
             torch.manual_seed(1)
-            lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-            models.append(get_peft_model(make_model("gpt2", each), lora))
+            lora = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+            models.append(peft.get_peft_model(make_model("gpt2", each), lora))
         batches = DataCollatorForInstructionTuning(0)(features), DataCollatorWithSharedPrefix(0, kind)(features)
         models[1].gradient_checkpointing_enable({"use_reentrant": False})
         models[1].train()
@@ -348,9 +348,9 @@ def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp
             "gpt_neo",
             {"hidden_size": 48, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]},
             {},
-            "GPTNeoForCausalLM has no attention that a mask could",
+            "GPTNeoForCausalLM has no attention in which a mask",
         ),
-        ("llama", {"attn_implementation": "eager"}, {}, "--attn_implementation eager knows no mask of true and false"),
+        ("llama", {"attn_implementation": "eager"}, {}, "--attn_implementation eager does not take a boolean mask"),
         ("llama", {}, {"n_gpu": 2}, "a row cannot be cut into parts for 2 GPUs of one process"),
         ("llama", {}, {}, None),
     ],

@@ -18,35 +18,46 @@ def make_collator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataCollatorForInstructionTuning | DataCollatorWithSharedPrefix:
-    """The collator of `--batching`; for `torch.compile` one whose shapes repeat, with 2 to 5 % more tokens for it."""
-    compiled = training_args.torch_compile
+    """The collator of `--batching`; under `torch.compile` it pads 2 to 5 % more, so that few shapes occur.
+
+    Raises:
+        UserError: `--batching shared_prefix` with a model or settings that it does not fit.
+    """
+    pad_id, compiled = tokenizer.eos_token_id, training_args.torch_compile
     if data_args.batching == "padded":
         fits = (context_length(model.config) or 0) % 8 == 0
-        return DataCollatorForInstructionTuning(
-            tokenizer.eos_token_id, pad_to_multiple_of=8 if compiled and fits else None
-        )
+        return DataCollatorForInstructionTuning(pad_id, pad_to_multiple_of=8 if compiled and fits else None)
     if reason := _why_not_one_row(model, training_args):
         raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
-    if compiled:  # a row with a mask is one graph for all lengths; segments are Python, and break it into many
-        return DataCollatorWithSharedPrefix(tokenizer.eos_token_id, "mask", pad_to_multiple_of=32)
-    kind = "segments" if model.config._attn_implementation == attention.NAME else "mask"
-    return DataCollatorWithSharedPrefix(tokenizer.eos_token_id, kind)
+    if compiled:  # a row with a mask is one graph for all lengths; segments are Python values and break the graph
+        return DataCollatorWithSharedPrefix(pad_id, "mask", pad_to_multiple_of=32)
+    return DataCollatorWithSharedPrefix(pad_id, "segments" if attention_of(model) == attention.NAME else "mask")
 
 
 def _why_not_one_row(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:
-    """What keeps all examples of a batch from standing in one row."""
+    """Why the examples of a batch cannot share one row; None if they can."""
     config, kind = model.config, type(model).__name__
     missing = {"logits_to_keep", "position_ids"} - inspect.signature(model.forward).parameters.keys()
     if missing:
         return f"{kind} does not take {' and '.join(sorted(missing))}"
-    if not model._supports_sdpa:
-        return f"{kind} has no attention that a mask could keep apart"
+    if not takes_boolean_mask(model):
+        return f"{kind} has no attention in which a mask could separate the examples of a row"
     layers = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in (layers or ()) or (layers is None and window is not None):
-        return f"{kind} attends to a window of {window} tokens, which this layout does not keep to"
+        return f"{kind} attends to a window of {window} tokens, which a shared row does not respect"
     if args.n_gpu > 1:
         return f"a row cannot be cut into parts for {args.n_gpu} GPUs of one process; start one process for each GPU"
-    if config._attn_implementation not in ("sdpa", attention.NAME):
-        return f"--attn_implementation {config._attn_implementation} knows no mask of true and false"
+    if attention_of(model) not in ("sdpa", attention.NAME):
+        return f"--attn_implementation {attention_of(model)} does not take a boolean mask"
     return None
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """The attention a model was loaded with; transformers has a public way to set it, but none to read it."""
+    return model.config._attn_implementation
+
+
+def takes_boolean_mask(model: PreTrainedModel) -> bool:
+    """Whether the model can compute SDPA attention; transformers keeps it in a private field of the class alone."""
+    return model._supports_sdpa

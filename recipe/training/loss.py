@@ -1,4 +1,4 @@
-"""Cross-entropy straight from hidden states: the head in chunks, so that no logits of a whole batch exist."""
+"""Cross-entropy straight from hidden states: the vocabulary head is computed in chunks, never for a whole batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from recipe.collator import IGNORE_INDEX
 
-CHUNK = 2048  # positions whose logits are in memory at a time, for GPT-2 in bfloat16 206 MB
+CHUNK = 2048  # positions whose logits are in memory at a time: 206 MB for GPT-2 in bfloat16
 # logits in float32 at a time: on a CPU as many as a cache holds, on a GPU as many as make a launch worthwhile
 SLICE = {"cpu": 2**20}
 SLICE_ON_ACCELERATORS = 2**26
@@ -22,12 +22,12 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropies in nats, summed in float32 at least, of a linear layer's logits.
 
-    Equal to `cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")`, which keeps all logits in
-    three copies. Here one chunk of logits becomes its own slope in place; more than one are made gradients with the
-    loss, chunk by chunk, and only these are kept, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989). Under
-    autocast the products are in its type. Good for one backward pass.
+    Equal to `cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")`, which keeps three copies
+    of all logits. Here each chunk of logits is overwritten by its own gradient. If there are several chunks, the
+    gradients of the arguments are computed with the loss, chunk by chunk, and only they are kept, as in Liger Kernel
+    (Hsu et al. 2024, arXiv:2410.10989). Under autocast the products are in its type. Good for one backward pass.
 
-    `torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same, but returns a bfloat16 loss from bfloat16
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same, but returns a bfloat16 loss for bfloat16
     inputs, which is off by up to half a percent.
 
     Args:
@@ -47,45 +47,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
-        wanted = ctx.needs_input_grad[:3]
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         precision = _precise(hidden.dtype)
         states = _in_autocast_type(hidden)
         one_chunk = len(states) <= CHUNK
-        of_hidden = torch.empty_like(states) if wanted[0] else None
-        of_weight = torch.zeros_like(weight, dtype=precision) if wanted[1] and not one_chunk else None
-        of_bias = torch.zeros_like(bias, dtype=precision) if wanted[2] and bias is not None else None
+        hidden_gradient = torch.empty_like(states) if for_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=precision) if for_weight and not one_chunk else None
+        bias_gradient = torch.zeros_like(bias, dtype=precision) if for_bias and bias is not None else None
         total = hidden.new_zeros((), dtype=precision)
         logits = states.new_empty(0)
         for chunk, logits in _chunks(states, weight, bias):
-            for piece, log_probabilities in _slices(logits):
-                target = targets[chunk][piece, None]
+            for rows, log_probabilities in _slices(logits):
+                target = targets[chunk][rows, None]
                 counted = target != IGNORE_INDEX
                 target = target.where(counted, 0)
                 total -= log_probabilities.gather(-1, target).where(counted, 0).sum()
-                # the slope, in place of the logits: the softmax, minus one at the target
-                slope = log_probabilities.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=precision))
-                logits[piece] = slope.mul_(counted)
-            if of_hidden is not None:
-                of_hidden[chunk] = logits @ weight
-            if of_weight is not None:
-                of_weight += logits.T @ states[chunk]
-            if of_bias is not None:
-                of_bias += logits.sum(0, dtype=precision)
-        # The head's gradient is as large as the head: written twice less where it is made once, by the backward pass.
-        kept = (hidden, logits) if wanted[1] and one_chunk else (None, None)
-        ctx.save_for_backward(of_hidden, of_weight, of_bias, *kept)
+                # the gradient of the logits, in their place: the softmax, minus one at the target
+                gradient = log_probabilities.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=precision))
+                logits[rows] = gradient.mul_(counted)
+            if hidden_gradient is not None:
+                hidden_gradient[chunk] = logits @ weight
+            if weight_gradient is not None:
+                weight_gradient += logits.T @ states[chunk]
+            if bias_gradient is not None:
+                bias_gradient += logits.sum(0, dtype=precision)
+        # The head's gradient is as large as the head. With one chunk the backward pass computes it, which saves two
+        # passes over that memory.
+        kept = (hidden, logits) if for_weight and one_chunk else (None, None)
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient, *kept)
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        *slopes, hidden, slope = ctx.saved_tensors
-        scaled = [None if each is None else each.to(scale.dtype).mul_(scale) for each in slopes]
-        if slope is not None:
-            scaled[1] = slope.T @ (hidden * scale).to(slope.dtype)
-        gradients = (None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.types, strict=True))
-        return *gradients, None
+        *computed, hidden, logits_gradient = ctx.saved_tensors
+        gradients = [None if each is None else each.to(scale.dtype).mul_(scale) for each in computed]
+        if logits_gradient is not None:
+            gradients[1] = logits_gradient.T @ (hidden * scale).to(logits_gradient.dtype)
+        return *(
+            None if each is None else each.to(dtype) for each, dtype in zip(gradients, ctx.types, strict=True)
+        ), None
 
 
 @torch.no_grad()
@@ -98,8 +100,8 @@ def token_losses(
     """
     losses, correct = [], []
     for chunk, logits in _chunks(_in_autocast_type(hidden), weight, bias):
-        for piece, log_probabilities in _slices(logits):
-            target = targets[chunk][piece]
+        for rows, log_probabilities in _slices(logits):
+            target = targets[chunk][rows]
             losses.append(functional.nll_loss(log_probabilities, target, reduction="none", ignore_index=IGNORE_INDEX))
             correct.append(log_probabilities.argmax(-1) == target)
     return torch.cat(losses), torch.cat(correct)
@@ -112,22 +114,22 @@ def _in_autocast_type(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
-    """Half precision loses small probabilities."""
+    """Float32 at least: half precision loses small probabilities."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _chunks(
     states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits, (at most `CHUNK`, vocab), and the positions they belong to."""
+    """Positions, and their logits: (at most `CHUNK`, vocab)."""
     for start in range(0, max(1, len(states)), CHUNK):
         chunk = slice(start, start + CHUNK)
         yield chunk, functional.linear(states[chunk], weight, bias)
 
 
 def _slices(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Log-probabilities of a few rows at a time, and which rows of the chunk they are."""
-    rows = max(1, SLICE.get(logits.device.type, SLICE_ON_ACCELERATORS) // logits.shape[-1])
-    for start in range(0, max(1, len(logits)), rows):
-        piece = slice(start, start + rows)
-        yield piece, functional.log_softmax(logits[piece], -1, dtype=_precise(logits.dtype))
+    """A few rows of a chunk at a time, and their log-probabilities."""
+    count = max(1, SLICE.get(logits.device.type, SLICE_ON_ACCELERATORS) // logits.shape[-1])
+    for start in range(0, max(1, len(logits)), count):
+        rows = slice(start, start + count)
+        yield rows, functional.log_softmax(logits[rows], -1, dtype=_precise(logits.dtype))

@@ -1,4 +1,4 @@
-"""The folder of a training run: what may go on in it, what a new run removes from it, and a disk that is full."""
+"""The folder of a training run: which checkpoint to resume from, what a new run removes, and a full disk."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
     Raises:
         UserError: the folder holds another run and neither resuming nor overwriting was asked for; nothing to resume.
     """
-    output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint and args.resume_from_checkpoint.lower() != "false":
-        checkpoint: str | None = args.resume_from_checkpoint
-        if checkpoint.lower() in ("true", "last"):
-            checkpoint = last_whole_checkpoint(output_dir)
-        if checkpoint is not None and output_dir.resolve() not in Path(checkpoint).resolve().parents:
-            _refuse_used(output_dir, args)
-        if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; name a checkpoint-N "
-                "folder, or leave the flag out to start a new run"
-            )
-        return checkpoint
-    _refuse_used(output_dir, args)
-    return None
+    output_dir = Path(args.output_dir or "")
+    resume = (args.resume_from_checkpoint or "false").lower()
+    if resume == "false":
+        _refuse_used(output_dir, args.overwrite_output_dir)
+        return None
+    checkpoint = last_whole_checkpoint(output_dir) if resume in ("true", "last") else args.resume_from_checkpoint
+    if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; name a checkpoint-N "
+            "folder, or leave the flag out to start a new run"
+        )
+    if output_dir.resolve() not in Path(checkpoint).resolve().parents:
+        _refuse_used(output_dir, args.overwrite_output_dir)
+    return checkpoint
 
 
 def last_whole_checkpoint(output_dir: Path) -> str | None:
@@ -45,32 +44,35 @@ def last_whole_checkpoint(output_dir: Path) -> str | None:
     return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
 
 
-def _refuse_used(output_dir: Path, args: InstructionTrainingArguments) -> None:
+def _refuse_used(output_dir: Path, overwrite: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise UserError(
             f"--output_dir {output_dir} already holds another run or other files; add --resume_from_checkpoint true to "
-            "go on, --overwrite_output_dir to start over, or name another folder"
+            "resume it, --overwrite_output_dir to start over, or name another folder"
         )
 
 
 def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None) -> None:
-    """Remove what a new run would mix with in the folder of an earlier one, after everything else was checked."""
-    output_dir = Path(args.output_dir)
+    """Make the folder; where a new run replaces an earlier one, remove what that one wrote."""
+    output_dir = Path(args.output_dir or "")
     output_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is None and args.overwrite_output_dir and args.should_save:
         for folder in output_dir.glob("checkpoint-*"):
             shutil.rmtree(folder)
-        written = ("model*.safetensors*", "samples.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
-        for pattern in written:
-            for path in output_dir.glob(pattern):
-                path.unlink()
+        files = ("model*.safetensors*", "samples.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
+        for path in [path for pattern in files for path in output_dir.glob(pattern)]:
+            path.unlink()
 
 
 @contextmanager
-def naming_a_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None]:
-    """Say that the disk is full where torch and safetensors say something else."""
+def explain_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None]:
+    """Say that the disk is full where torch and safetensors report another error.
+
+    Raises:
+        UserError: a save failed, and the disk has less space left than the model takes.
+    """
     try:
         yield
     except (RuntimeError, SafetensorError, OSError) as error:
@@ -78,12 +80,8 @@ def naming_a_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[Non
         if free > model.get_memory_footprint():
             raise
         whole = last_whole_checkpoint(output_dir)
-        way_out = (
-            f"{whole} is whole: free some space, or keep fewer with --save_total_limit, and add "
-            "--resume_from_checkpoint true"
-            if whole
-            else "nothing was saved before it: free some space, and start again with --overwrite_output_dir"
-        )
+        way_out = "--resume_from_checkpoint true" if whole else "--overwrite_output_dir"
         raise UserError(
-            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free) and a save was cut short; {way_out}"
+            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free), and a save failed; last whole checkpoint: "
+            f"{whole or 'none'}; free some space, or keep fewer with --save_total_limit, and start again with {way_out}"
         ) from error

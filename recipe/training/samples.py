@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,7 @@ MARKUP = re.compile(r"[\\`*_\[\]<>&|]")  # of Markdown and HTML, inside a line
 class SampleGenerations(TrainerCallback):
     """At each evaluation, answers a few prompts, shows the answers and appends them to `output_dir/samples.jsonl`.
 
-    TensorBoard, W&B and trackio get them too, as the table `eval/samples` at the step of the evaluation, in the run
-    that has the scalars.
+    TensorBoard, W&B and trackio get them too, as the table `eval/samples` beside the numbers of that evaluation.
 
     Example::
 
@@ -33,10 +34,9 @@ class SampleGenerations(TrainerCallback):
 
     Args:
         records: what to answer: `instruction`, `input`, `output` (the reference) of each.
-        template: the prompt's template.
-        max_new_tokens: cap on each answer.
-        trackers: the trainer's callbacks. Those of the three trackers among them are handed the samples; the others are
-            left alone.
+        template: of the prompts.
+        max_new_tokens: longest answer, in tokens.
+        trackers: the trainer's callbacks; those of the three trackers among them get the samples.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class SampleGenerations(TrainerCallback):
         self.records = records
         self.prompts = template.prompts(records)
         self.max_new_tokens = max_new_tokens
-        self.trackers = [callback for callback in trackers if isinstance(callback, tuple(AS_SHOWN_BY))]
+        self.trackers = [callback for callback in trackers if isinstance(callback, tuple(TABLE_OF))]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the samples of steps that a resumed run takes again, and a last line that was cut short."""
+        """Drop the samples of steps that a resumed run repeats, and a last line that was cut short."""
         path = Path(args.output_dir) / "samples.jsonl"
         if state.is_world_process_zero and path.is_file():
             content = path.read_bytes()
@@ -73,15 +73,13 @@ class SampleGenerations(TrainerCallback):
             for row in rows:
                 sample = {"step": state.global_step, **dict(zip(COLUMNS, row, strict=True))}
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        for instruction, given, reference, response, _ in rows:
-            question = " | ".join(text for text in (instruction, given) if text)
-            tqdm.write(
-                f"  step {state.global_step}  {one_line(question)}\n"
-                f"    reference  {one_line(reference)}\n    response   {one_line(response)}"
-            )
+        for instruction, input_text, reference, response, _ in rows:
+            question = " | ".join(filter(None, (instruction, input_text)))
+            tqdm.write(f"  step {state.global_step}  {one_line(question)}")
+            tqdm.write(f"    reference  {one_line(reference)}\n    response   {one_line(response)}")
         for tracker in self.trackers:
-            # by its own callback, which holds the run, knows its step and makes "eval/samples" of the name
-            [table] = (table for kind, table in AS_SHOWN_BY.items() if isinstance(tracker, kind))
+            # through its own callback, which holds the run, knows its step and turns the name into "eval/samples"
+            [table] = (table for kind, table in TABLE_OF.items() if isinstance(tracker, kind))
             tracker.on_log(args, state, control, logs={"eval_samples": table(rows)}, model=kwargs["model"])
 
 
@@ -91,20 +89,17 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    """A text that Markdown shows as it is: markup as character references, lines apart."""
-    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", visible(text)).replace("\n", "<br>")
+    """A text that Markdown shows as it is: markup becomes character references, a newline a line break."""
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", visible(text)).replace("\n", "<br>")
 
 
-def _wandb_table(rows: Sequence[Sequence[str]]) -> Any:
-    import wandb  # here, because it is optional; so is trackio
-
-    return wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
-
-
-def _trackio_table(rows: Sequence[Sequence[str]]) -> Any:
-    import trackio
-
-    return trackio.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+def _library_table(library: str, rows: Sequence[Sequence[str]]) -> Any:
+    """The `Table` of wandb or trackio, which take the same arguments; both are optional, so imported here."""
+    return importlib.import_module(library).Table(columns=list(COLUMNS), data=[list(row) for row in rows])
 
 
-AS_SHOWN_BY = {TensorBoardCallback: _markdown_table, WandbCallback: _wandb_table, TrackioCallback: _trackio_table}
+TABLE_OF: dict[type[TrainerCallback], Callable[[Sequence[Sequence[str]]], Any]] = {
+    TensorBoardCallback: _markdown_table,
+    WandbCallback: partial(_library_table, "wandb"),
+    TrackioCallback: partial(_library_table, "trackio"),
+}

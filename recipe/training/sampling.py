@@ -1,4 +1,4 @@
-"""Which records form a batch: similar lengths together, as a pure function of the lengths, a seed and the epoch."""
+"""Which records form a batch: similar lengths together, decided by the lengths, a seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-BUCKET = 8  # input tokens: widths that count as the same, so that records change company and few shapes occur
+BUCKET = 8  # input tokens: widths are rounded up to it, so that records can change batches and few shapes occur
 
 
 class LengthGroupedBatchSampler(Sampler[list[int]]):
     """Batches of records of similar length: of `batch_size` records, or of as many as a token budget holds.
 
-    Every epoch deals the records of like width out anew and shuffles the order of the batches. What an epoch holds
-    depends on the arguments and the epoch alone, never on a global random state: a resumed run sees the batches that a
-    run without a stop sees, and every process plans the same. transformers' own `LengthGroupedSampler` draws from the
-    global state and does neither.
+    An epoch depends on the arguments and its number alone, so a resumed run sees the batches of a run that never
+    stopped, and every process plans the same; transformers' `LengthGroupedSampler` draws from the global random
+    state. Each epoch shuffles records of equal width among themselves, then the order of the batches.
 
-    The number of batches is the same in every epoch, because only records of like width change places. It is a multiple
-    of `num_processes`, and the batches that the processes take in one step cost alike. Batches are halved until it is
-    one; no record is repeated or left out. (Where every batch holds one record already, accelerate repeats some.)
+    The number of batches is the same in every epoch, and a multiple of `num_processes`: the largest are halved until it
+    is; no record is repeated or left out. (Where every batch already holds one record, accelerate repeats some.)
 
-    `max_tokens` bounds what a batch costs the model when it is padded, rows times width, where the width is the
-    longest row rounded up to a multiple of `BUCKET`. A record of `length` tokens has `length - 1` inputs. In a row with
-    shared prefixes the same batch costs less. The same idea as fairseq's `--max-tokens`
+    `max_tokens` bounds rows times width of a padded batch, its width being the longest row rounded up to a multiple of
+    `BUCKET`; a record of `length` tokens has `length - 1` inputs. The idea is that of fairseq's `--max-tokens`
     (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
 
     Args:
         lengths: of each record, in tokens.
         batch_size: records in a batch of one process.
         max_tokens: input tokens, with padding, in a batch of one process; instead of `batch_size`.
-        seed: with the epoch, of the shuffling.
-        num_processes: processes that share the batches, batch i going to process i modulo this.
-        drop_last: with `batch_size`: leave out of each epoch the records that fill no batch of all processes.
+        num_processes: processes that share the batches; batch i goes to process i modulo this.
+        drop_last: with `batch_size`: each epoch leaves out the records that do not fill a batch for every process.
 
     Raises:
         ValueError: not exactly one of `batch_size` and `max_tokens`, a record longer than `max_tokens`, or no batch.
@@ -56,27 +52,28 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         num_processes: int = 1,
         drop_last: bool = False,
     ) -> None:
-        self.widths = -(-(np.asarray(lengths) - 1) // BUCKET) * BUCKET  # (records,)
+        inputs = np.asarray(lengths) - 1  # (records,)
+        self.widths = -(-inputs // BUCKET) * BUCKET  # (records,)
         self.seed = seed
         self.num_processes = num_processes
         self.epoch = 0
-        self.records = len(self.widths)  # of an epoch
+        self.records = len(inputs)  # of an epoch
         if batch_size is not None and max_tokens is None:
             if drop_last:
                 self.records -= self.records % (batch_size * num_processes)
-            sizes = [batch_size] * (self.records // batch_size) + [self.records % batch_size]
+            sizes = [min(batch_size, self.records - start) for start in range(0, self.records, batch_size)]
         elif max_tokens is not None and batch_size is None:
-            inputs = np.asarray(lengths) - 1
             if inputs.max() > max_tokens:
                 raise ValueError(
-                    f"record {inputs.argmax()} has {inputs.max()} input tokens, more than a batch may: {max_tokens}"
+                    f"record {inputs.argmax()} alone has {inputs.max()} input tokens, and max_tokens_per_batch is "
+                    f"{max_tokens}; give at least {inputs.max()}, or a smaller max_length"
                 )
             sizes = _sizes_within(np.sort(self.widths)[::-1], max_tokens)
         else:
             raise ValueError("give either batch_size or max_tokens")
-        self.sizes = _divisible([size for size in sizes if size], num_processes)
-        if not self.sizes:
-            raise ValueError(f"{len(self.widths)} records fill no batch of {batch_size} on {num_processes} process(es)")
+        if not sizes:
+            raise ValueError(f"{len(inputs)} records fill no batch of {batch_size} on {num_processes} process(es)")
+        self.sizes = _divisible(sizes, num_processes)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -88,22 +85,24 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.widths))[: self.records]
-        order = order[np.argsort(-self.widths[order], kind="stable")]  # longest first, like widths shuffled
+        order = order[np.argsort(-self.widths[order], kind="stable")]  # longest first, equal widths shuffled
         ends = np.cumsum(self.sizes)
-        steps = -(-len(self.sizes) // self.num_processes)
-        for step in generator.permutation(steps):
-            for index in range(step * self.num_processes, min((step + 1) * self.num_processes, len(self.sizes))):
-                yield order[ends[index] - self.sizes[index] : ends[index]].tolist()
+        batches = [order[end - size : end].tolist() for end, size in zip(ends, self.sizes, strict=True)]
+        steps = -(-len(batches) // self.num_processes)
+        for step in generator.permutation(steps):  # the batches of one step stay together: they cost alike
+            yield from batches[step * self.num_processes : (step + 1) * self.num_processes]
 
 
 def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
-    """The column of lengths in tokens, (records,), out of Arrow as it is: no record is read.
+    """The column of lengths in tokens, (records,), straight from Arrow: no record is read.
 
     Raises:
         ValueError: the dataset has no such column.
     """
     if column not in (getattr(dataset, "column_names", None) or ()):
-        raise ValueError(f"no column {column!r} in the training data, whose lengths in tokens would tell what to batch")
+        raise ValueError(
+            f"no column {column!r} in the training data; length_column_name names the one of lengths in tokens"
+        )
     return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
 
 
@@ -111,9 +110,9 @@ def _sizes_within(widths: np.ndarray, max_tokens: int) -> list[int]:
     """How many records each batch holds, longest first; `widths` are sorted, longest first."""
     sizes, start = [], 0
     while start < len(widths):
-        size = max(1, max_tokens // max(1, int(widths[start])))  # rounded up, a single row may be wider than the budget
-        sizes.append(min(size, len(widths) - start))
-        start += size
+        fitting = max_tokens // max(1, int(widths[start]))  # 0 if the longest row, rounded up, is over the budget
+        sizes.append(min(max(1, fitting), len(widths) - start))
+        start += sizes[-1]
     return sizes
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -28,37 +28,42 @@ from recipe.templates import Template
 from recipe.training.loss import linear_cross_entropy, token_losses
 from recipe.training.sampling import LengthGroupedBatchSampler, record_lengths
 
-ADVICE = (
-    "Training stopped, and nothing was saved of it since; look at the rows, lower --learning_rate, or leave half "
-    "precision (--fp16) for --bf16 or float32."
-)
+Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
+
 NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "supervised")
-UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait for a look; a look is one host sync
+UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait to be checked; a check is one host sync
+# Keeps the last hidden states and no others. transformers documents only true and false: recent versions take an index
+# too, earlier ones read it as true and keep the hidden states of all layers.
+LAST_HIDDEN_STATES = {"output_hidden_states": -1}
+LOADER_OPTIONS = (
+    "num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order",
+)  # fmt: skip
+ADVICE = (
+    "Training stopped; nothing has been saved since the last checkpoint. Look at the rows, lower --learning_rate, or "
+    "use --bf16 or float32 in place of --fp16."
+)
 
 
 class InstructionTrainer(Trainer):
     """Fine-tunes a causal language model on the batches of `DataCollatorForInstructionTuning`.
 
-    What it does beyond the stock Trainer:
+    It differs from the stock `transformers.Trainer` in this:
 
-    - Loss: sum of token cross-entropies over the supervised targets, divided by their count over all micro-batches of
-      the optimizer step and all processes. 8 x 1 and 1 x 8 accumulated give the same gradients, as do one process and
-      two.
+    - Loss: the sum of token cross-entropies over the supervised targets, divided by their count over all micro-batches
+      of the optimizer step and all processes. So 8 x 1 and 1 x 8 accumulated give the same gradients, as do one process
+      and two.
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
-      tokens, so that none depends on the batch size; no logits are kept, so memory does not grow with the split.
-    - Log: `tokens_per_second` (without padding), `padding` (share of the tokens computed that were padding), `shared`
-      (share of the tokens that were not computed, because a shared prefix stands once), `supervised` (share of the
-      tokens whose prediction is learned) and `num_input_tokens_seen`, summed on the device and fetched when something
-      is logged, never in between.
-    - Generation: at each evaluation it answers `generation_records`, if given, and adds `eval_exact_match`,
-      `eval_token_f1`, `eval_rouge_l`, `eval_chrf`, `eval_bleu`, `eval_stop_rate` and others to the metrics, so that
-      `metric_for_best_model` may name one of them.
-    - A loss that is NaN or infinite raises `FloatingPointError` at the next log or save, with the step and the rows of
-      the first bad batch, and before anything is saved; so do weights or evaluation losses that are not finite.
+      tokens: none depends on the batch size, and no logits are kept.
+    - Log: `tokens_per_second`, `padding`, `shared`, `supervised` and `num_input_tokens_seen` (docs/trackers.md), summed
+      on the device and fetched when something is logged, never in between.
+    - Generation: each evaluation answers `generation_records` and adds `eval_exact_match`, `eval_chrf` and others,
+      which `metric_for_best_model` may name.
+    - A loss, an evaluation loss or weights that are not finite raise `FloatingPointError` before anything is saved; a
+      loss at the next log or save, with the step and the rows of the first bad batch.
 
-    Takes the arguments of `transformers.Trainer`, but for `compute_metrics`, which is its own, and three
-    more: `generation_records`, mappings with `instruction`, `input` and `output`, the `template` of their prompts, and
-    the cap `max_new_tokens` on each response.
+    Takes the arguments of `transformers.Trainer` but for `compute_metrics`, which is its own, and three more:
+    `generation_records`, mappings with `instruction`, `input` and `output`; the `template` of their prompts; and the
+    longest response in tokens, `max_new_tokens`.
 
     Example::
 
@@ -69,7 +74,7 @@ class InstructionTrainer(Trainer):
         trainer.train()
     """
 
-    loss_is_scaled_for_ga = True  # for transformers that ask; earlier ones look at model_accepts_loss_kwargs
+    loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole step (read by recent transformers)
 
     def __init__(
         self,
@@ -84,64 +89,61 @@ class InstructionTrainer(Trainer):
         args = args or InstructionTrainingArguments("tmp_trainer")
         loading: Any = args.accelerator_config  # transformers has made an AcceleratorConfig of it
         if loading.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: dispatch_batches cuts every tensor of a batch by rows, and not all of ours have "
-                "one entry a row; leave it out"
-            )
-        loading.dispatch_batches = False  # the default of accelerate for streamed data is to dispatch
+            raise ValueError("accelerator_config: dispatch_batches cuts every tensor of a batch by rows; leave it out")
+        loading.dispatch_batches = False  # accelerate's default would dispatch streamed data
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
         records = list(generation_records)
         self._generation_prompts = template.prompts(records) if template else []
         self._generation_references = [record["output"] for record in records]
         self._max_new_tokens = max_new_tokens
-        self.model_accepts_loss_kwargs = True  # compute_loss normalises by itself, whatever forward() takes
-        self._head: nn.Module | None = None  # that was looked at, and whether it may be computed outside of the model
-        self._head_is_all = False
+        self._max_tokens_per_batch = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
+        self.model_accepts_loss_kwargs = True  # the same for earlier transformers, whatever the model's forward takes
+        self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
+        self._head_makes_logits = False
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
         self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
         self._computed_tokens = 0  # with padding
         self._supervised_tokens: torch.Tensor | int = 0  # on the device
-        self._window_tokens = [0, 0, 0]  # these three of all processes, fetched, since the last log
+        self._window_tokens = [0, 0, 0]  # the three counts over all processes, since the last log
         self._window_start: float | None = None
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """`Trainer.get_train_dataloader`; with a token budget or `group_by_length`, batches of records of like length.
+        """`Trainer.get_train_dataloader`, or the batches of `length_sampler`."""
+        args, sampler = self.args, self.length_sampler()
+        if sampler is None:
+            return super().get_train_dataloader()
+        dataset: Any = self.train_dataset
+        options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS}
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator, **options)
+        loader = self.accelerator.prepare(loader)
+        loader.set_sampler(sampler)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
+        self._records_per_step = sampler.records / len(sampler) * args.gradient_accumulation_steps * args.world_size
+        return loader
+
+    def length_sampler(self) -> LengthGroupedBatchSampler | None:
+        """With a token budget or `group_by_length`, batches of records of similar length; else None.
 
         Raises:
             ValueError: the training data has no column of lengths, or a record is longer than `max_tokens_per_batch`.
         """
-        args, budget = self.args, _token_budget(self.args)
-        if budget is None and args.train_sampling_strategy != "group_by_length":
-            return super().get_train_dataloader()
-        sampler = LengthGroupedBatchSampler(
+        args, max_tokens = self.args, self._max_tokens_per_batch
+        if max_tokens is None and args.train_sampling_strategy != "group_by_length":
+            return None
+        return LengthGroupedBatchSampler(
             record_lengths(self.train_dataset, args.length_column_name),
-            batch_size=None if budget else self._train_batch_size,
-            max_tokens=budget,
+            # private in transformers: the batch size after auto_find_batch_size has lowered it
+            batch_size=None if max_tokens else self._train_batch_size,
+            max_tokens=max_tokens,
             seed=args.seed if args.data_seed is None else args.data_seed,
             num_processes=args.world_size,
             drop_last=args.dataloader_drop_last,
         )
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=args.dataloader_in_order,
-        )
-        loader = self.accelerator.prepare(loader)
-        loader.set_sampler(sampler)  # accelerate tells samplers the epoch, but not batch samplers behind its own
-        self._records_per_step = sampler.records / len(sampler) * args.gradient_accumulation_steps * args.world_size
-        return loader
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Records of an optimizer step, over all processes; with a token budget their mean, for samples per second."""
-        if _token_budget(args) is None:
+        if self._max_tokens_per_batch is None:
             return super().get_total_train_batch_size(args)
         return round(self._records_per_step)
 
@@ -149,7 +151,7 @@ class InstructionTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | None]:
+    ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and the count of their targets over all processes."""
         if self._window_start is None:
             self._window_start = time.perf_counter()
@@ -161,11 +163,7 @@ class InstructionTrainer(Trainer):
         return batches, self.accelerator.reduce(count, reduction="sum")
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Cross-entropy in nats, summed over this micro-batch's targets and divided by `num_items_in_batch`.
 
@@ -174,7 +172,7 @@ class InstructionTrainer(Trainer):
         """
         targets = _targets(inputs)  # (batch, time)
         outputs = None
-        with self.accelerator.autocast():  # around both: the loss uses the model's cast of the head
+        with self.accelerator.autocast():  # around both: the loss reuses the model's cast of the head
             states = None if return_outputs else self._supervised_states(model, inputs, targets)
             if states is not None:
                 hidden, head, supervised = states
@@ -187,37 +185,35 @@ class InstructionTrainer(Trainer):
         else:
             loss = loss * self.accelerator.num_processes / num_items_in_batch
         if model.training:
-            self._remember(inputs, loss.detach())
+            self._count_micro_batch(inputs, loss.detach())
         return (loss, outputs) if return_outputs else loss
 
     def _supervised_states(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], targets: torch.Tensor
+        self, model: nn.Module, inputs: Batch, targets: torch.Tensor
     ) -> tuple[torch.Tensor, nn.Linear, torch.Tensor] | None:
         """Hidden states (targets, hidden size), the head to apply to them, and targets (targets,).
 
-        None where the model's logits are not what its head alone makes of its last hidden states: it may scale or cap
-        them, adapt the head (PEFT), or shard it (FSDP, DeepSpeed). So it is where the model is compiled, which could
-        not hand out its hidden states in one graph, and in float16, whose small gradients need their scale before.
+        None where the logits cannot be computed outside of the model: `_head_is_plain` lists why, and the model may
+        scale or cap them after its head.
         """
         causal_model: Any = self.model
         if hasattr(causal_model, "get_base_model"):  # PEFT's
             causal_model = causal_model.get_base_model()
         head = causal_model.get_output_embeddings()
-        known = head is self._head
-        if not known:
-            self._head, self._head_is_all = head, self._may_compute(head, causal_model)
-        if not self._head_is_all:
+        examined = head is self._head
+        if not examined:
+            self._head, self._head_makes_logits = head, self._head_is_plain(head, causal_model)
+        if not self._head_makes_logits:
             return None
-        # of the hidden states the last, and of the logits those of the last position, to compare with
-        arguments = _model_inputs(inputs) | {"logits_to_keep": 1, "output_hidden_states": -1, "use_cache": False}
-        outputs = model(**arguments)
+        # logits only at the last position, for the comparison below
+        outputs = model(**_model_inputs(inputs) | {"logits_to_keep": 1, "use_cache": False} | LAST_HIDDEN_STATES)
         # (batch, time, hidden size), without what prompt tuning puts before a row
         hidden = outputs.hidden_states[-1][:, -inputs["input_ids"].shape[1] :]
-        if not known:  # once: a host sync
+        if not examined:  # once: a host sync
             with self.accelerator.autocast(), torch.no_grad():
-                found = head(hidden[:, -1:]).to(outputs.logits.dtype)
-            self._head_is_all = torch.allclose(found, outputs.logits, rtol=0, atol=0, equal_nan=True)
-            if not self._head_is_all:
+                logits = head(hidden[:, -1:]).to(outputs.logits.dtype)
+            self._head_makes_logits = torch.allclose(logits, outputs.logits, rtol=0, atol=0, equal_nan=True)
+            if not self._head_makes_logits:
                 return None
         if "logits_to_keep" in inputs:
             return hidden[0, inputs["logits_to_keep"]], head, targets[0]
@@ -226,26 +222,23 @@ class InstructionTrainer(Trainer):
             hidden, targets = hidden[inputs["supervised"]], targets[inputs["supervised"]]
         return hidden, head, targets
 
-    def _may_compute(self, head: nn.Module, causal_model: nn.Module) -> bool:
+    def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
+        """Not adapted (PEFT), not sharded, not in a compiled graph, and not in float16, which needs its loss scaled."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         plain = not (self.args.torch_compile or self.args.fp16)
-        takes = inspect.signature(type(causal_model).forward).parameters
-        return type(head) is nn.Linear and "logits_to_keep" in takes and whole and plain
+        parameters = inspect.signature(type(causal_model).forward).parameters
+        return type(head) is nn.Linear and "logits_to_keep" in parameters and whole and plain
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Per row instead of logits: (batch, 2) summed cross-entropy and correct predictions, and (batch, 1) targets.
 
         The stock loop gathers them over processes and leaves out the rows it repeated to fill the last batch.
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs = send_to_device(inputs, self.args.device)
         targets = _targets(inputs)  # (batch, time)
         with torch.no_grad(), self.compute_loss_context_manager():
             states = self._supervised_states(model, inputs, targets)
@@ -286,39 +279,33 @@ class InstructionTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer.evaluation_loop`, with the scores of generated responses beside the loss."""
         output = super().evaluation_loop(*args, **kwargs)
-        if (
-            self._generation_prompts
-            and output.metrics is not None
-            and kwargs.get("metric_key_prefix", "eval") == "eval"
-        ):
+        if self._generation_prompts and output.metrics is not None and kwargs.get("metric_key_prefix") == "eval":
             output.metrics.update({f"eval_{name}": value for name, value in self._score_generations().items()})
         return output
 
     def _score_generations(self) -> dict[str, float]:
         """Answer the generation records, each process a share, and score all answers on every process."""
-        everything = list(range(len(self._generation_prompts)))
+        prompts = self._generation_prompts
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # generates only if all take part in every prompt
-        with PartialState().split_between_processes(everything) as share, self.compute_loss_context_manager():
-            mine = everything if sharded else share
+        with PartialState().split_between_processes(prompts) as share, self.compute_loss_context_manager():
             responses = generate_responses(
                 self.model,  # type: ignore[arg-type]
                 self.processing_class,  # type: ignore[arg-type]
-                [self._generation_prompts[index] for index in mine],
+                prompts if sharded else share,
                 max_new_tokens=self._max_new_tokens,
                 batch_size=self.args.per_device_eval_batch_size,
                 description="Generating (validation)" if self.is_world_process_zero() else None,
             )
-        answers = [(index, r.text, r.stop_reason) for index, r in zip(mine, responses, strict=True)]
-        gathered = {index: (text, reason) for index, text, reason in gather_object(answers)}
-        texts, reasons = zip(*(gathered[index] for index in everything), strict=True)
+        answers = [(response.text, response.stop_reason) for response in responses]
+        texts, reasons = zip(*(answers if sharded else gather_object(answers)), strict=True)
         return score_responses(texts, self._generation_references, reasons)
 
     # --- log --------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with throughput and the make-up of the batches beside every training loss."""
+        """`Trainer.log`, with throughput and shares of the tokens in every entry that has a training loss."""
         if "loss" in logs and self._window_start is not None:
-            self._fetch()
+            self._fetch_counts()
             real, computed, supervised = self._window_tokens
             logs["tokens_per_second"] = round(real / (time.perf_counter() - self._window_start), 1)
             logs["padding"] = round(max(0.0, 1 - real / max(1, computed)), 4)
@@ -328,29 +315,27 @@ class InstructionTrainer(Trainer):
             self._window_tokens, self._window_start = [0, 0, 0], None
         super().log(logs, start_time)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, after making sure that the losses since the last log and the weights are finite."""
-        self._fetch()
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer.save_model`, after a check that the losses since the last log and the weights are finite."""
+        self._fetch_counts()
         assert self.model is not None
         weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
         bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any()
         if self.accelerator.reduce(bad.int(), reduction="sum").item():
             raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}. {ADVICE}")
-        super().save_model(output_dir, _internal_call)
+        super().save_model(*args, **kwargs)
 
-    def _remember(self, inputs: dict[str, torch.Tensor | Any], loss: torch.Tensor) -> None:
-        """Keep what the next log needs, on the device."""
+    def _count_micro_batch(self, inputs: Batch, loss: torch.Tensor) -> None:
+        """Keep what the next log and check need, on the device."""
         computed = inputs["input_ids"].numel()
+        real = inputs.get("lengths", inputs.get("attention_mask"))  # lengths of records in a shared row, or a 0/1 mask
         self._computed_tokens += computed
-        if "lengths" in inputs:
-            self._real_tokens += inputs["lengths"].sum()
-        else:
-            self._real_tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else computed
+        self._real_tokens += computed if real is None else real.sum()
         self._unchecked.append((self.state.global_step + 1, loss, inputs.get("row")))
         if len(self._unchecked) >= UNCHECKED_LIMIT:
-            self._fetch()
+            self._fetch_counts()
 
-    def _fetch(self) -> None:
+    def _fetch_counts(self) -> None:
         """Fetch the token counts of all processes, and stop if a loss was not finite: one host sync."""
         if not self._unchecked:
             return
@@ -366,34 +351,24 @@ class InstructionTrainer(Trainer):
             self.state.num_input_tokens_seen += tokens[0]
 
     def _stop_on_bad_loss(self, finite: list[bool]) -> None:
-        mine = []
+        first_bad = []  # of this process
         if not all(finite):
             step, loss, rows = self._unchecked[finite.index(False)]
-            mine = [(step, loss.item(), None if rows is None else rows.tolist())]
-        step, loss, rows = min(gather_object(mine), key=lambda bad: bad[0])
+            first_bad = [(step, loss.item(), None if rows is None else rows.tolist())]
+        step, loss, rows = min(gather_object(first_bad), key=lambda bad: bad[0])
         where = "" if rows is None else f" in the batch of training rows {', '.join(map(str, rows))}"
         raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
 
 
 def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:
     """Loss (nats per target), perplexity and accuracy from the per-row sums of `InstructionTrainer.prediction_step`."""
-    sums: np.ndarray = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
-    loss_sum, correct = sums.tolist()
+    losses, correct = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
     targets = np.sum(predictions.label_ids)
-    loss = loss_sum / targets
-    return {
-        "loss": float(loss),
-        "perplexity": float(np.exp(loss)),
-        "next_token_accuracy": float(correct / targets),
-    }
+    loss = float(losses / targets)
+    return {"loss": loss, "perplexity": float(np.exp(loss)), "next_token_accuracy": float(correct / targets)}
 
 
-def _token_budget(args: TrainingArguments) -> int | None:
-    """`max_tokens_per_batch`, which arguments of transformers alone do not have."""
-    return getattr(args, "max_tokens_per_batch", None)
-
-
-def _targets(inputs: dict[str, torch.Tensor | Any]) -> torch.Tensor:
+def _targets(inputs: Batch) -> torch.Tensor:
     """What each position should predict, (batch, time): the collator's, or shifted here if it did not shift."""
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
@@ -408,5 +383,5 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) 
     )
 
 
-def _model_inputs(inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
+def _model_inputs(inputs: Batch) -> Batch:
     return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
