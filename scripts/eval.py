@@ -19,7 +19,7 @@ from recipe.evaluation import answers, endpoints
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
-from recipe.evaluation.predictions import EvalArguments, generate, split_names
+from recipe.evaluation.predictions import EvalArguments, generate_predictions, split_names
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
 from recipe.files import read_json, read_json_lines, write_json
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     output_dir = Path(args.output_dir or "")
 
     if "generate" in args.stages:
-        generate(args, data_args, run, state)
+        generate_predictions(args, data_args, run, state)
     state.destroy_process_group()  # what follows is one process's work, and may take longer than a barrier waits
     if not state.is_main_process or args.stages == ["generate"]:
         return
@@ -167,5 +167,5 @@ if __name__ == "__main__":
         kept = f"what was answered is kept; the same command{again} goes on"
         if isinstance(error, KeyboardInterrupt):
             sys.exit(f"interrupted: {kept}")
-        advice = f"; {kept} once that is mended" if isinstance(error, OSError) else ""
+        advice = f"; {kept} once that is fixed" if isinstance(error, OSError) else ""
         sys.exit(f"error: {error}{advice}" if PartialState().is_main_process else 1)
