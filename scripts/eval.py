@@ -55,22 +55,20 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments, dict[str, Any] | None]:
-    """The arguments, with the data settings of the model's own training run wherever no flag says otherwise."""
+    """The arguments, with the data settings of the model's own training run where no flag says otherwise."""
     types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
     args, data_args, judge_args = parse_arguments(types, argv, description)
     from recipe.model import check_folder  # here: models take two seconds, and --help needs none
 
-    run, defaults = None, {}
+    run, template = None, {}
     for name in args.model:
         if not answers.is_answer_file(name) and not endpoints.is_endpoint(name) and name != answers.ECHO:
             check_folder(name)
             run = run or read_run(name)
-            saved_template = Path(name) / "chat_template.jinja"
-            if saved_template.is_file():  # the very one of training, wherever that came from
-                defaults.setdefault("template", str(saved_template))
-    if run:
-        defaults = {**run["config"]["data"], **defaults}
+            saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
+            template = template or ({"template": str(saved)} if saved.is_file() else {})
+    defaults = {**(run["config"]["data"] if run else {}), **template}
     args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
     if args.split == ["all"]:  # every record counts, held out or not
         data_args.validation_ratio = data_args.test_ratio = 0.0
@@ -78,22 +76,20 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
 
 
 def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
-    """Write metrics.json (tuned beside baseline by split, then each further model; the word of a judge on these
-    answers stays), and model-index.yml, the same for a model card."""
+    """Write metrics.json, keeping an earlier judgement if it is of these answers, and model-index.yml, for a card."""
     by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
-    splits = {name: compare(rows) for name, rows in by_split.items()}
-    others = {
+    scores = {
         label: {name: compare(rows, model=label) for name, rows in by_split.items()}
         for label in labels_of(predictions)
-        if label not in ("baseline", "tuned")
+        if label != "baseline"
     }
-    path = output_dir / "metrics.json"
+    splits, path = scores.pop("tuned"), output_dir / "metrics.json"
     judged = read_metrics(output_dir)["judge"] if path.is_file() else None
     metrics = {
         **next(iter(splits.values())),
         "judge": judged if judged and judged["answers"] == answers_hash(predictions, judged["labels"]) else None,
         "splits": splits,
-        "other_models": others,
+        "other_models": scores,
         "provenance": read_json(output_dir / "evaluation.json"),
     }
     write_json(path, metrics)
@@ -101,7 +97,7 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
 
 
 def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_dir: Path) -> list[str]:
-    """Ask the judge about the first split, and add what it says to metrics.json; what is missing of it, in words."""
+    """Ask the judge about the first split and add its scores to metrics.json; returns what went wrong."""
     metrics = read_metrics(output_dir)
     try:
         judged = run_judge(predictions, judge_args, output_dir)
@@ -110,28 +106,30 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
     write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
     if judged["error"]:
         return [f"the judge was not asked: {judged['error']}"]
-    if not judged["complete"] and not judge_args.judge_allow_missing:
-        return [
-            f"the judge left scores out, see {output_dir / 'judge.jsonl'}; the same command asks for these again, and "
-            "--judge_allow_missing reports means without them"
-        ]
-    return []
+    if judged["complete"] or judge_args.judge_allow_missing:
+        return []
+    return [
+        f"the judge left scores out, see {output_dir / 'judge.jsonl'}; the same command asks for these again, and "
+        "--judge_allow_missing reports means without them"
+    ]
 
 
 def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
-    from recipe.evaluation.report.page import (
-        write_report,  # here: matplotlib takes half a second, and --help needs none of it
-    )
+    """Write report.html, with the loss curve of the tuned model's training run if its folder is here."""
+    from recipe.evaluation.report.page import write_report  # here: matplotlib takes half a second
 
-    path = output_dir / "judge.jsonl"
-    judge_rows = read_json_lines(path) if path.is_file() else None
-    tuned = metrics["provenance"]["models"]["tuned"]["name"]
-    run, path = read_run(tuned), Path(tuned) / "trainer_state.json"
-    state = read_json(path) if run and path.is_file() else {}
-    is_checkpoint = Path(tuned).name.startswith("checkpoint-")
-    best = run and run["config"]["training"]["load_best_model_at_end"] and not is_checkpoint
-    step = state.get("best_global_step" if best else "global_step")
-    write_report(output_dir, predictions, metrics, judge_rows, state.get("log_history"), step)
+    judge_path, tuned = output_dir / "judge.jsonl", Path(metrics["provenance"]["models"]["tuned"]["name"])
+    run, state_path = read_run(tuned), tuned / "trainer_state.json"
+    state = read_json(state_path) if run and state_path.is_file() else {}
+    kept_best = run and run["config"]["training"]["load_best_model_at_end"] and not tuned.name.startswith("checkpoint-")
+    write_report(
+        output_dir,
+        predictions,
+        metrics,
+        read_json_lines(judge_path) if judge_path.is_file() else None,
+        state.get("log_history"),
+        state.get("best_global_step" if kept_best else "global_step"),
+    )
 
 
 def conclude(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
@@ -145,7 +143,7 @@ def conclude(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_
 def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:
     predictions = list(answers.read_answers(output_dir / "predictions.jsonl", strict=True).values())
     if not predictions or not all("split" in prediction for prediction in predictions):
-        raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which goes on where it was")
+        raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which resumes")
     return predictions
 
 
@@ -163,9 +161,9 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, OSError, KeyboardInterrupt) as error:
-        again = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
-        kept = f"what was answered is kept; the same command{again} goes on"
+        flag = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
+        advice = f"all answers so far are kept; the same command{flag} resumes"
         if isinstance(error, KeyboardInterrupt):
-            sys.exit(f"interrupted: {kept}")
-        advice = f"; {kept} once that is fixed" if isinstance(error, OSError) else ""
+            sys.exit(f"interrupted: {advice}")
+        advice = f"; once this is fixed, {advice}" if isinstance(error, OSError) else ""
         sys.exit(f"error: {error}{advice}" if PartialState().is_main_process else 1)

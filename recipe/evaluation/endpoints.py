@@ -1,7 +1,7 @@
 """Models behind an OpenAI-compatible endpoint (vLLM, Ollama, `transformers serve`, ...).
 
-An endpoint is written `http://host:port/v1#model`; without `#model` it must list exactly one model. The key is read
-from the environment variable OPENAI_API_KEY and never written. Each request ends in a `Reply` or in a `Failure`.
+An endpoint is written `http://host:port/v1#model`. The key is read from the environment variable OPENAI_API_KEY and
+never written. Each request ends in a `Reply` or in a `Failure`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -49,11 +49,11 @@ class Endpoint:
     """
 
     url: str
-    model: str | None
+    model: str
     credentials: str = field(default="", repr=False)
 
     def __str__(self) -> str:
-        return self.url if self.model is None else f"{self.url}#{self.model}"
+        return f"{self.url}#{self.model}"
 
 
 @dataclass(frozen=True)
@@ -95,33 +95,11 @@ def parse_endpoint(name: str) -> Endpoint:
     """
     address, _, model = name.partition("#")
     match = ADDRESS.fullmatch(address)
-    if match is None:
+    if match is None or not model:
         shown = re.sub(r"//.*@", "//", name).partition("?")[0]  # without what may be a secret
-        raise UserError(
-            f"{shown!r} is not an endpoint; write http://host:port/v1#model, the key goes into OPENAI_API_KEY"
-        )
+        raise UserError(f"endpoint {shown!r}: write http://host:port/v1#model; the key goes into OPENAI_API_KEY")
     scheme, credentials, server, path = match.groups(default="")
-    return Endpoint(f"{scheme}{server}{path}".rstrip("/"), model or None, credentials)
-
-
-def resolve_model(endpoint: Endpoint, timeout: float = 60.0) -> Endpoint:
-    """The endpoint with its model: the one named, or the only one it lists.
-
-    Raises:
-        UserError: none is named, and the endpoint lists none or several, or does not answer.
-    """
-    from openai import OpenAI
-
-    if endpoint.model is not None:
-        return endpoint
-    try:
-        names = [str(model.id) for model in OpenAI(**_client_options(endpoint, timeout)).models.list().data]
-    except Exception as error:
-        raise UserError(_advice(endpoint, _as_failure(error, endpoint))) from error
-    if len(names) != 1:
-        shown = ", ".join(names[:20]) or "none"
-        raise UserError(f"endpoint {endpoint}: name the model, {endpoint.url}#MODEL; it lists {shown}")
-    return replace(endpoint, model=names[0])
+    return Endpoint(f"{scheme}{server}{path}".rstrip("/"), model, credentials)
 
 
 def preflight(endpoint: Endpoint, requests: Sequence[Mapping[str, Any]], timeout: float = 300.0) -> Mapping[str, Any]:
@@ -167,22 +145,20 @@ def ask(
 
     Example::
 
-        endpoint = resolve_model(parse_endpoint("http://localhost:11434/v1#llama3"))
+        endpoint = parse_endpoint("http://localhost:11434/v1#llama3")
         [reply] = ask(endpoint, [{"messages": [{"role": "user", "content": "Name a colour."}]}])
         reply.text, reply.finish_reason  # 'Blue.', 'stop'
     """
-    from openai import AsyncOpenAI
-
-    # the client's timeout starts again at each byte, so that a server could go on for ever by one now and then
+    # the client's timeout starts again at each byte, so that a slow stream of bytes would never end
     limit = time_limit or (MAX_RETRIES + 1) * timeout + MAX_RETRIES * LONGEST_PAUSE
-    client, slots = AsyncOpenAI(**_client_options(endpoint, timeout)), asyncio.Semaphore(concurrency)
+    client, slots = _client(endpoint, timeout), asyncio.Semaphore(concurrency)
     failed_in_a_row: list[Failure] = []
 
     async def ask_one(index: int) -> Reply | Failure:
         async with slots:
-            if len(failed_in_a_row) >= max(GIVE_UP_AFTER, 2 * concurrency):
-                reason = f"{len(failed_in_a_row)} requests in a row had failed, the last: {failed_in_a_row[-1]}"
-                return Failure("not_asked", reason)
+            count = len(failed_in_a_row)
+            if count >= max(GIVE_UP_AFTER, 2 * concurrency):
+                return Failure("not_asked", f"{count} requests in a row had failed, the last: {failed_in_a_row[-1]}")
             outcome = await _complete(client, endpoint, requests[index], limit)
             if isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT):
                 failed_in_a_row.append(outcome)
@@ -241,13 +217,12 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _client_options(endpoint: Endpoint, timeout: float) -> dict[str, Any]:
-    return {
-        "base_url": endpoint.url.replace("://", f"://{endpoint.credentials}", 1),
-        "api_key": os.environ.get("OPENAI_API_KEY") or "none",  # local servers want none, the client wants one
-        "timeout": timeout,
-        "max_retries": MAX_RETRIES,
-    }
+def _client(endpoint: Endpoint, timeout: float) -> AsyncOpenAI:
+    from openai import AsyncOpenAI
+
+    url = endpoint.url.replace("://", f"://{endpoint.credentials}", 1)
+    key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none, the client wants one
+    return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=MAX_RETRIES)
 
 
 async def _complete(
@@ -255,7 +230,7 @@ async def _complete(
 ) -> Reply | Failure:
     try:
         async with asyncio.timeout(time_limit):
-            raw = await client.chat.completions.with_raw_response.create(**request, model=endpoint.model or "")
+            raw = await client.chat.completions.with_raw_response.create(**request, model=endpoint.model)
         completion = json.loads(raw.content)
         choice, usage = completion["choices"][0], completion.get("usage")
         texts = (choice["message"]["content"] or "", choice.get("finish_reason"), completion.get("model"))

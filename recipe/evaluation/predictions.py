@@ -47,15 +47,11 @@ class EvalArguments:
         metadata={"help": "Splits to score, or `all` records as one. Default: test, and all of recorded answers."},
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where answers, scores and report go."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start over in an output_dir that holds another evaluation."}
-    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start over in an output_dir that is in use."})
     stages: list[str] = field(
         default_factory=lambda: list(STAGES), metadata={"help": "Stages to run: generate score judge report."}
     )
-    gate: list[str] = field(
-        default_factory=list, metadata={"help": "Conditions such as exact_match>=0.8; the exit is 1 if one fails."}
-    )
+    gate: list[str] = field(default_factory=list, metadata={"help": "Conditions for exit code 0: exact_match>=0.8 ..."})
     max_new_tokens: int = field(default=128, metadata={"help": "Cap on each response, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 for greedy decoding; above, sampling."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling."})
@@ -100,12 +96,9 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     from recipe.data.split import data_hash  # here, as below: datasets and models take seconds, and --help needs none
     from recipe.templates import load_template
 
-    with state.main_process_first():  # the other processes read its cache
+    with state.main_process_first():  # the other processes read what it caches
         records, predictions = select_records(args, data_args, run)
-    models = {label: with_served_model(name, args) for label, name in name_models(args).items()}
-    template = load_template(data_args.template)
-    output_dir = Path(args.output_dir or "")
-    path = output_dir / "predictions.jsonl"
+    models, template = name_models(args), load_template(data_args.template)
     evaluation: dict[str, Any] = {
         "models": {label: {"name": public_name(n), "weights": content_hash(n)} for label, n in models.items()},
         "data": data_args.data or args.model[0],
@@ -118,8 +111,11 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         "versions": versions(),
         "hardware": hardware(),
     }
-    if not args.overwrite_output_dir:
-        evaluation = resume_evaluation(output_dir, evaluation, [p["id"] for p in predictions])
+    output_dir = Path(args.output_dir or "")
+    path = output_dir / "predictions.jsonl"
+    answered = {} if args.overwrite_output_dir else answers.read_answers(path)
+    if answered:
+        evaluation = resume_evaluation(output_dir, evaluation, [answered.get(p["id"], {}) for p in predictions])
     state.wait_for_everyone()  # all have read before the main process writes
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -128,14 +124,12 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         write_json(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
     for label, name in models.items():
-        answered = answers.read_answers(path)
         missing = [p for p in predictions if label not in answered.get(p["id"], {})]
-        state.wait_for_everyone()  # all have read before one writes
         if len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
-            append_missing_answers(label, name, missing, args, template, state)
-        state.wait_for_everyone()
+            append_answers_of(label, name, missing, path, args, template, state)
+    state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))
 
@@ -176,30 +170,27 @@ def chosen_splits(names: list[str], known: list[str]) -> list[str]:
     return known if names == ["all"] else names
 
 
-def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], ids: list[str]) -> dict[str, Any]:
-    """This evaluation, with the further models of which the folder holds all answers already.
+def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """This evaluation, with the further models of which `rows`, one per record, hold all answers already.
 
     Raises:
         UserError: the folder holds answers to other prompts, or of other models under the same labels.
     """
     advice = "add --overwrite_output_dir to start over, or name another --output_dir"
     path = output_dir / "evaluation.json"
-    answered = answers.read_answers(output_dir / "predictions.jsonl")
-    if not answered:
-        return evaluation
     if not path.is_file():
         raise UserError(f"{output_dir} holds answers, but no evaluation.json that says to what; {advice}")
     earlier, models = read_json(path), dict(evaluation["models"])
     try:
         changed = [key for key in ("data_hash", "template", "generation") if earlier[key] != evaluation[key]]
         for label, model in earlier["models"].items():
-            count = sum(label in answered.get(id_, {}) for id_ in ids)
-            if count == len(ids):
+            count = sum(label in row for row in rows)
+            if count == len(rows):
                 models.setdefault(label, model)
             if count and models.get(label, model) != model:
                 changed.append(f"model {label!r}")
             elif count and label not in models:
-                print(f"{count} of {len(ids)} answers of {label}, which is not asked now, are left out")
+                print(f"{count} of {len(rows)} answers of {label}, which is not asked now, are left out")
         commands = [*earlier["command"].split("\n"), evaluation["command"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
@@ -210,19 +201,17 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], ids: list[st
     return {**evaluation, "models": models, "command": "\n".join(dict.fromkeys(commands))}
 
 
-def append_missing_answers(
-    label: str, name: str, predictions: list[dict], args: EvalArguments, template: Template, state: PartialState
+def append_answers_of(
+    label: str,
+    name: str,
+    predictions: list[dict[str, Any]],
+    path: Path,
+    args: EvalArguments,
+    template: Template,
+    state: PartialState,
 ) -> None:
-    """Append one model's answers to `predictions`; each process asks weights for a share of them."""
-    path = Path(args.output_dir or "") / "predictions.jsonl"
-    if endpoints.is_endpoint(name):
-        if state.is_main_process:
-            ask_endpoint(label, name, predictions, path, args)
-    elif answers.is_answer_file(name) or name == answers.ECHO:
-        if state.is_main_process:
-            rows = answers.echoes(predictions) if name == answers.ECHO else answers.pair_answers(name, predictions)
-            answers.append_answers(path, label, predictions, rows)
-    else:
+    """Append one model's answers to `predictions`; weights answer a share of them on each process."""
+    if not (endpoints.is_endpoint(name) or answers.is_answer_file(name) or name == answers.ECHO):
         with state.split_between_processes(predictions) as share:
             try:
                 ask_weights(label, name, share, path, args, template, state)
@@ -230,6 +219,11 @@ def append_missing_answers(
                 if not state.is_main_process:  # the main process prints its own error
                     print(f"error: process {state.process_index}: {error}", file=sys.stderr, flush=True)
                 raise
+    elif state.is_main_process and endpoints.is_endpoint(name):
+        ask_endpoint(label, name, predictions, path, args)
+    elif state.is_main_process:
+        rows = answers.echoes(predictions) if name == answers.ECHO else answers.pair_answers(name, predictions)
+        answers.append_answers(path, label, predictions, rows)
 
 
 def ask_weights(
@@ -318,13 +312,6 @@ def name_models(args: EvalArguments) -> dict[str, str]:
             raise UserError(f"--model {public_name(name)}: named twice, or like another one")
         models[label] = name
     return models
-
-
-def with_served_model(name: str, args: EvalArguments) -> str:
-    """A model's name; for an endpoint without `#model`, with the only model that it lists."""
-    if not endpoints.is_endpoint(name) or "#" in name:
-        return name
-    return f"{name}#{endpoints.resolve_model(endpoints.parse_endpoint(name), args.endpoint_timeout).model}"
 
 
 def public_name(name: str) -> str:

@@ -18,7 +18,6 @@ from recipe.evaluation.endpoints import (
     message_text,
     parse_endpoint,
     preflight,
-    resolve_model,
 )
 from recipe.generation import Decoding, generate_responses
 from recipe.templates import load_template
@@ -47,8 +46,7 @@ def ask_stub(script, names, **options):
 def test_an_endpoint_is_read_from_its_address():
     endpoint = parse_endpoint("http://localhost:8000/v1/#/models/my model#2")
     assert (endpoint.url, endpoint.model) == ("http://localhost:8000/v1", "/models/my model#2")
-    assert parse_endpoint("https://[::1]/v1").url == "https://[::1]/v1"
-    assert parse_endpoint("http://host/v1").model is None
+    assert parse_endpoint("https://[::1]/v1#m").url == "https://[::1]/v1"
     assert is_endpoint("http://host/v1") and not is_endpoint("outputs/demo") and not is_endpoint("someone/http")
 
 
@@ -65,6 +63,8 @@ def test_an_endpoint_is_read_from_its_address():
         "http://[::1/v1",
         "http://host/v1?key=secret#m",
         "http://me:secret@ho st/v1",
+        "http://me:secret@host/v1",
+        "http://me:secret#secret@host/v1",
     ],
 )
 def test_what_is_no_endpoint_is_refused_without_its_secrets(name):
@@ -86,18 +86,6 @@ def test_credentials_are_sent_and_never_shown(monkeypatch):
     assert outcomes[1].status == "http_401" and "***" in outcomes[1].error
     for secret in ("pa55", "sk-secret"):
         assert secret not in repr(outcomes) + repr(with_password) + str(with_password)
-
-
-def test_the_only_model_is_taken_and_of_several_one_must_be_named():
-    with serve_stub({"": [Say("x")]}, models=["llama3"]) as stub:
-        assert resolve_model(parse_endpoint(stub.url)).model == "llama3"
-        assert resolve_model(parse_endpoint(f"{stub.url}#other")).model == "other"
-        stub.models = ["llama3", "phi3"]
-        with pytest.raises(UserError, match=r"name the model, .*#MODEL; it lists llama3, phi3"):
-            resolve_model(parse_endpoint(stub.url))
-        stub.models = []
-        with pytest.raises(UserError, match="it lists none"):
-            resolve_model(parse_endpoint(stub.url))
 
 
 # --- outcomes -------------------------------------------------------------------------------------------------------
@@ -243,8 +231,6 @@ def test_an_endpoint_that_is_down_says_so_at_once():
         started = time.monotonic()
         with pytest.raises(UserError, match=r"connection: .*is it running"):
             preflight(down, [request("hello")])
-        with pytest.raises(UserError, match=r"connection: .*is it running"):
-            resolve_model(parse_endpoint(down.url))
     assert time.monotonic() - started < 20
 
 
@@ -294,7 +280,7 @@ def test_the_message_renders_the_prompt_of_training():
 
 def test_a_served_model_answers_as_the_same_folder_does_here(served_demo, chat_folder):  # noqa: F811
     """`transformers serve` against `generate_responses`, greedy, text for text."""
-    endpoint = resolve_model(parse_endpoint(served_demo))
+    endpoint = parse_endpoint(served_demo)
     requests = [chat_request(message_text(record), Decoding(max_new_tokens=12)) for record in RECORDS]
     answers = [as_answer(reply) for reply in ask(endpoint, requests, concurrency=2)]
     model = AutoModelForCausalLM.from_pretrained(chat_folder)

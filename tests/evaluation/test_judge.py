@@ -91,18 +91,18 @@ def test_texts_stay_between_their_fences():
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{{ instruction }}{{ input }}{{ reference }}", r"own\.jinja: the prompt loses the response; write {{ resp"),
-        ("{{ response }}", r"own\.jinja: the prompt loses the instruction, input, reference"),
+        ("{{ instruction }}{{ input }}{{ reference }}", r"own\.jinja: the prompt leaves out response; write {{ resp"),
+        ("{{ response }}", r"own\.jinja: the prompt leaves out instruction, input, reference"),
         ("ALL", r"own\.jinja: the scale is None to None; set two integers"),
         ("{% set low = 5 %}{% set high = 1 %}ALL", r"the scale is 5 to 1"),
         ("{% set low = 0 %}{% set high = 0.5 %}ALL", r"the scale is 0 to 0\.5"),
         ("a\nb\n{% if %}", r"own\.jinja line 3: "),
-        ("a\n{{ respnse }}", r"own\.jinja line 2: 'respnse' is undefined"),
-        ("a\nb\nc\n{{ 1 / 0 }}", r"own\.jinja line 4: division by zero"),
-        ("{{ ''.__class__.__mro__ }}", r"own\.jinja line 1: access to attribute '__class__'"),
+        ("a\n{{ respnse }}", r"own\.jinja: 'respnse' is undefined"),
+        ("a\nb\nc\n{{ 1 / 0 }}", r"own\.jinja: division by zero"),
+        ("{{ ''.__class__.__mro__ }}", r"own\.jinja: access to attribute '__class__'"),
     ],
 )  # fmt: skip
-def test_a_prompt_that_cannot_work_is_refused_by_file_and_line(content, message, tmp_path):
+def test_a_prompt_that_cannot_work_is_refused_by_name(content, message, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(content.replace("ALL", "{{ instruction }}{{ input }}{{ reference }}{{ response }}"))
     with pytest.raises(UserError, match=message):
@@ -111,14 +111,9 @@ def test_a_prompt_that_cannot_work_is_refused_by_file_and_line(content, message,
 
 def test_prompts_by_name_and_path(tmp_path):
     path = tmp_path / "mine.jinja"
-    path.write_text(
-        "{% set low = -3 %}{% set high = 3 %}{{ instruction }} {{ input }} {{ reference }} {{ response }}"
-        "{% if input == 'odd' %}{{ 1 / 0 }}{% endif %}"
-    )
+    path.write_text("{% set low = -3 %}{% set high = 3 %}{{ instruction }} {{ input }} {{ reference }} {{ response }}")
     [prompt] = load_judge_prompts([str(path)])
     assert (prompt.name, prompt.scale, prompt.asks_reason) == ("mine", (-3, 3), False)
-    with pytest.raises(UserError, match=r"mine line 1: division by zero, at the record .*'odd'"):
-        prompt.messages({**RECORD, "input": "odd"}, response="x")
     with pytest.raises(UserError, match="unknown judge prompt 'rubrik_1_5': did you mean 'rubric_1_5'"):
         load_judge_prompts(["rubrik_1_5"])
     with pytest.raises(UserError, match="two are named mine"):
@@ -365,7 +360,7 @@ def test_interrupting_keeps_what_was_scored(tmp_path):
     texts = ["do:a", "do:b", "do:slow", "do:slow2", "do:c"]
     predictions = [prediction(number, tuned=text) for number, text in enumerate(texts)]
     code = f"""
-import os, signal, sys, threading, time
+import os, pathlib, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from recipe.evaluation.judge.run import JudgeArguments, run_judge
@@ -377,7 +372,7 @@ with serve_stub({{"": [Say("85")], "slow": [Hang(30)], "slow2": [Hang(30)]}}) as
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()
     try:
-        run_judge({predictions!r}, JudgeArguments(judge=stub.url + "#m", judge_concurrency=2), {str(tmp_path)!r})
+        run_judge({predictions!r}, JudgeArguments(judge=stub.url + "#m", judge_concurrency=2), pathlib.Path({str(tmp_path)!r}))
     except KeyboardInterrupt:
         print("interrupted")
 """
@@ -504,7 +499,7 @@ def test_arguments_are_checked_before_anything_runs():
     [args] = parse_arguments([JudgeArguments], flags, "")
     assert args.judge_prompts == ["rubric_1_5", "pairwise"] and args.judge_allow_missing
     for wrong, message in (
-        (["--judge", "llama3"], "'llama3' is not an endpoint"),
+        (["--judge", "llama3"], "endpoint 'llama3': write http"),
         (["--judge_prompts", "score"], "unknown judge prompt 'score'"),
         (["--judge_concurrency", "0"], "--judge_concurrency 0: give a number above 0"),
         (["--judge_timeout", "nan"], "--judge_timeout nan"),

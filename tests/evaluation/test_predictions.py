@@ -343,12 +343,11 @@ def test_a_baseline_that_never_answered_may_be_dropped_or_mended(tmp_path, evalu
 
 def test_a_served_model_is_written_down_by_name_and_another_is_refused(tmp_path, evaluate, few):
     flags = ("--data", few, "--output_dir", tmp_path / "e", "--stages", "generate")
-    with serve_stub({"": [Say("An answer.")]}, models=["first"]) as stub:
+    with serve_stub({"": [Say("An answer.")]}) as stub:
         address = stub.url.replace("http://", "http://me:SECRET1@")
-        evaluate("--model", address, *flags)
-        stub.models = ["second"]
+        evaluate("--model", f"{address}#first", *flags)
         with pytest.raises(UserError, match="with another model 'tuned'"):
-            evaluate("--model", address, *flags)
+            evaluate("--model", f"{address}#second", *flags)
         evaluate("--model", f"{address}#first", f"{address.replace('SECRET1', 'SECRET2')}#third", *flags)
     assert [list(row)[-2:] for row in rows_of(tmp_path / "e")] == [["tuned", "third"]] * 8
     for path in (tmp_path / "e").iterdir():
@@ -369,7 +368,7 @@ def test_a_judgement_of_other_answers_is_dropped_and_one_of_these_is_kept(tmp_pa
     with serve_stub({"": [Say("50")]}) as stub:
         evaluate("--model", "echo", "--data", few, "--output_dir", folder, "--judge", f"{stub.url}#m")
     with pytest.raises(UserError, match="the judge was not asked"):
-        evaluate("--stages", "judge", "report", "--output_dir", folder, "--judge", "http://127.0.0.1:9/v1")
+        evaluate("--stages", "judge", "report", "--output_dir", folder, "--judge", "http://127.0.0.1:9/v1#m")
     assert json.loads((folder / "judge.jsonl").read_text(encoding="utf-8").split("\n")[0])["score"] == 50
     evaluate("--stages", "score", "report", "--output_dir", folder, "--gate", "judge.score_0_100>=50")
     rows = rows_of(folder)

@@ -1,6 +1,6 @@
 """A judge's prompts: Jinja text files in `prompt_templates/` or of the user's own, and how the replies are read.
 
-A scoring prompt sets its scale itself, `{% set low = 0 %}{% set high = 100 %}`, and with `{% set reason = true %}` that
+A scoring prompt sets its scale itself, `{% set low = 0 %}{% set high = 100 %}`, and by `{% set reason = true %}` that
 it asks for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
 no text contains; `pairwise.jinja` is given `response_a` and `response_b` instead of `response`.
 """
@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import re
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,26 +53,14 @@ class JudgePrompt:
     asks_reason: bool
 
     def messages(self, record: Mapping[str, Any], **responses: str) -> list[dict[str, str]]:
-        """The chat messages that ask about `response`, or about `response_a` and `response_b`.
-
-        Raises:
-            UserError: a Jinja error that only this record brings up.
-        """
-        texts = {
-            "instruction": record["instruction"] or "",
-            "input": record.get("input") or "",
-            "reference": record["output"] or "",
-            **responses,
-        }
-        try:
-            content = self.template.render(texts, fence=fence(texts.values()))
-        except JINJA_ERRORS as error:
-            shown = str(texts)[:300]
-            raise UserError(f"judge prompt {self.name}{_line_of(error)}: {error}, at the record {shown}") from error
+        """The chat messages that ask about `response`, or about `response_a` and `response_b`."""
+        names = {"instruction": "instruction", "input": "input", "reference": "output"}
+        texts = {name: record.get(column) or "" for name, column in names.items()} | responses
+        content = self.template.render(texts, fence=fence(texts.values()))
         return [{"role": "user", "content": writable(content)}]
 
     def response_format(self) -> dict[str, Any]:
-        """The JSON schema of a reply, for servers that hold a model to one. The reason comes before the verdict."""
+        """The JSON schema of a reply, for servers that can enforce one. The reason comes before the verdict."""
         properties: dict[str, Any] = {"reason": {"type": "string"}} if self.asks_reason else {}
         if self.scale is None:
             properties["winner"] = {"type": "string", "enum": ["A", "B", "tie"]}
@@ -137,64 +124,59 @@ def load_judge_prompts(names: Sequence[str]) -> list[JudgePrompt]:
     """Built-in prompts by name (`score_0_100`, `rubric_1_5`, `pairwise`) and the user's own scoring prompts by path.
 
     Raises:
-        UserError: no such prompt, two of one name, a Jinja error, no scale, or a prompt that loses a text.
+        UserError: no such prompt, two of one name, a Jinja error, no scale, or a prompt that leaves out a text.
     """
-    prompts = [_load(name) for name in names]
-    twice = {prompt.name for prompt in prompts if sum(other.name == prompt.name for other in prompts) > 1}
-    if twice:
-        raise UserError(f"--judge_prompts: two are named {', '.join(sorted(twice))}; rename the file of one")
-    if not prompts:
+    if not names:
         raise UserError("--judge_prompts: name at least one, such as score_0_100")
-    return prompts
+    prompts = {}
+    for name in names:
+        path = _prompt_path(name)
+        if path.stem in prompts:
+            raise UserError(f"--judge_prompts: two are named {path.stem}; rename the file of one")
+        try:
+            prompts[path.stem] = _load(path)
+        except (*JINJA_ERRORS, OSError) as error:
+            line = f" line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise UserError(f"judge prompt {path}{line}: {error}") from error
+    return list(prompts.values())
 
 
-def _load(name: str) -> JudgePrompt:
-    path = BUILT_IN / f"{name}.jinja"
+def _prompt_path(name: str) -> Path:
+    built_in = {path.stem: path for path in sorted(BUILT_IN.glob("*.jinja"))}
+    path = built_in.get(name, Path(name))
     if not path.is_file():
-        path = Path(name)
-        names = sorted(file.stem for file in BUILT_IN.glob("*.jinja"))
-        if not path.is_file():
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
-                f"unknown judge prompt {name!r}: {hint}give one of {', '.join(names)} or the path of a .jinja file"
-            )
-        if path.stem in names:
-            raise UserError(f"judge prompt {name}: {path.stem!r} is the name of a built-in one; rename the file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
-        return _try_out(path, template, hashlib.sha256(text.encode()).hexdigest())
-    except (*JINJA_ERRORS, OSError) as error:
-        raise UserError(f"judge prompt {path}{_line_of(error)}: {error}") from error
+        near = difflib.get_close_matches(name, built_in, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"unknown judge prompt {name!r}: {hint}give one of {', '.join(built_in)} or the path of a .jinja file"
+        )
+    if path.stem in built_in and path.parent != BUILT_IN:
+        raise UserError(f"judge prompt {name}: {path.stem!r} is the name of a built-in one; rename the file")
+    return path
 
 
-def _try_out(path: Path, template: Template, digest: str) -> JudgePrompt:
+def _load(path: Path) -> JudgePrompt:
+    """Read a prompt and try it out, so that a prompt that cannot work is refused before anything is asked."""
+    text = path.read_text(encoding="utf-8")
+    template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
     is_pairwise = path == BUILT_IN / f"{PAIRWISE}.jinja"
     responses = ("response_a", "response_b") if is_pairwise else ("response",)
     texts = {name: f"the-{name}" for name in ("instruction", "input", "reference", *responses)}
     rendered = template.render(texts, fence="=====")
     lost = [name for name, text in texts.items() if text not in rendered]
     if lost:
-        raise UserError(f"judge prompt {path}: the prompt loses the {', '.join(lost)}; write {{{{ {lost[0]} }}}}")
-    settings = vars(template.make_module({**texts, "fence": "====="}))
-    low, high = settings.get("low"), settings.get("high")
+        raise UserError(f"judge prompt {path}: the prompt leaves out {', '.join(lost)}; write {{{{ {lost[0]} }}}}")
+    digest = hashlib.sha256(text.encode()).hexdigest()
     if is_pairwise:
         return JudgePrompt(path.stem, template, digest, None, asks_reason=True)
+    settings = vars(template.make_module({**texts, "fence": "====="}))
+    low, high = settings.get("low"), settings.get("high")
     if type(low) is not int or type(high) is not int or low >= high:
         raise UserError(
             f"judge prompt {path}: the scale is {low} to {high}; set two integers, "
             "{% set low = 0 %}{% set high = 100 %}, at the top of the file"
         )
     return JudgePrompt(path.stem, template, digest, (low, high), asks_reason=bool(settings.get("reason")))
-
-
-def _line_of(error: Exception) -> str:
-    """Where in a template an error arose: Jinja names the line of a syntax error, the traceback that of any other."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
-    if isinstance(error, TemplateSyntaxError):
-        lines.append(error.lineno)
-    return f" line {lines[-1]}" if lines else ""
 
 
 def _json_objects(text: str) -> Iterator[dict[str, Any]]:

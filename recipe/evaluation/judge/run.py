@@ -19,7 +19,7 @@ from typing import Any
 
 from recipe.config import UserError
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight, resolve_model
+from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight
 from recipe.evaluation.judge.prompts import JudgePrompt, Verdict, load_judge_prompts
 from recipe.evaluation.judge.summary import WITH_VALUE, summarize_pairs, summarize_scores
 from recipe.files import write_json_lines
@@ -35,8 +35,7 @@ class JudgeArguments:
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "OpenAI-compatible endpoint of a judge, http://host:port/v1#model; its key is read from the "
-            "environment variable OPENAI_API_KEY. Default: no judge."
+            "help": "OpenAI-compatible endpoint, http://host:port/v1#model, its key in OPENAI_API_KEY. Default: none."
         },
     )
     judge_prompts: list[str] = field(
@@ -45,12 +44,8 @@ class JudgeArguments:
     )
     judge_concurrency: int = field(default=4, metadata={"help": "Requests to the judge at the same time."})
     judge_timeout: float = field(default=60.0, metadata={"help": "Seconds until a request is given up or repeated."})
-    judge_warmup_timeout: float = field(
-        default=300.0, metadata={"help": "Seconds for the first request, which may wait for the model to load."}
-    )
-    judge_allow_missing: bool = field(
-        default=False, metadata={"help": "Give means over the scored responses although scores are missing."}
-    )
+    judge_warmup_timeout: float = field(default=300.0, metadata={"help": "The same while the model may still load."})
+    judge_allow_missing: bool = field(default=False, metadata={"help": "Give means although scores are missing."})
 
     def __post_init__(self) -> None:
         if self.judge is not None:
@@ -63,7 +58,7 @@ class JudgeArguments:
 
 @dataclass(frozen=True)
 class Question:
-    """A row of `judge.jsonl` to be: the fields that name it, and the messages to send, or the verdict if none are."""
+    """A row of `judge.jsonl` to be: the fields that name it, and the messages to send, or the verdict without any."""
 
     prompt: JudgePrompt
     row: dict[str, str]
@@ -76,7 +71,7 @@ class Question:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def is_answered_by(self, outcome: Reply | Failure | None) -> bool:
-        """Whether there is a reply from which a verdict can be read."""
+        """Whether a verdict can be read from a reply."""
         return isinstance(outcome, Reply) and self.prompt.read(outcome.text, outcome.finish_reason).status == "scored"
 
 
@@ -97,90 +92,80 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
         UserError: nothing could be asked, no reply is known, and an earlier `judge.jsonl` would be lost.
     """
     endpoint, prompts = parse_endpoint(args.judge or ""), load_judge_prompts(args.judge_prompts)
-    predictions, output_dir = first_split(predictions), Path(output_dir)
-    questions: list[Question] = []
+    predictions, path = _first_split(predictions), output_dir / "judge.jsonl"
+    questions = [q for prediction in predictions for prompt in prompts for q in _questions(prompt, prediction)]
     outcomes: dict[str, Reply | Failure] = {}
     error = None
     try:
-        questions += [q for prediction in predictions for prompt in prompts for q in _questions(prompt, prediction)]
         if any(prompt.scale is None for prompt in prompts) and "baseline" not in labels_of(predictions):
             raise UserError("--judge_prompts pairwise compares two models; name a --baseline")
-        endpoint = resolve_model(endpoint, args.judge_warmup_timeout)
         _ask_missing(endpoint, questions, outcomes, args, output_dir / "judge_cache.jsonl")
     except UserError as raised:
         error = str(raised)
     finally:
-        keys = [question.key(endpoint) for question in questions]
-        rows = [_as_row(q, outcomes.get(key), error) for q, key in zip(questions, keys, strict=True)]
-        if error and not outcomes and (output_dir / "judge.jsonl").exists():
-            raise UserError(f"{error}; the earlier {output_dir / 'judge.jsonl'} stays")
-        write_json_lines(output_dir / "judge.jsonl", rows)
-    usages = [outcome.usage for key in set(keys) if isinstance(outcome := outcomes.get(key), Reply) and outcome.usage]
+        rows = [_as_row(question, outcomes.get(question.key(endpoint)), error) for question in questions]
+        if error and not outcomes and path.exists():
+            raise UserError(f"{error}; the earlier {path} stays")
+        write_json_lines(path, rows)
+    usages = [outcome.usage for outcome in outcomes.values() if isinstance(outcome, Reply) and outcome.usage]
+    pairs = [row for row in rows if "order" in row]
     return {
         "endpoint": endpoint.url,
         "model": endpoint.model,
         "complete": error is None and all(row["status"] in WITH_VALUE for row in rows),
         "usage": {name: sum(usage[name] for usage in usages) for name in USAGE},
-        **_summaries(prompts, rows, args.judge_allow_missing),
+        "scores": {
+            prompt.name: summarize_scores(
+                [row for row in rows if row["prompt"] == prompt.name], prompt.scale, args.judge_allow_missing
+            )
+            for prompt in prompts
+            if prompt.scale and rows
+        },
+        "pairwise": summarize_pairs(pairs, args.judge_allow_missing) if pairs else None,
         "error": error,
         "labels": labels_of(predictions),
         "answers": answers_hash(predictions, labels_of(predictions)),
     }
 
 
-def _summaries(prompts: Sequence[JudgePrompt], rows: Sequence[dict[str, Any]], allow_missing: bool) -> dict[str, Any]:
-    scores = {
-        prompt.name: summarize_scores(
-            [row for row in rows if row["prompt"] == prompt.name], prompt.scale, allow_missing
-        )
-        for prompt in prompts
-        if prompt.scale and rows
-    }
-    pairs = [row for row in rows if "order" in row]
-    return {"scores": scores, "pairwise": summarize_pairs(pairs, allow_missing) if pairs else None}
-
-
-def first_split(predictions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The predictions that are judged."""
-    return [p for p in predictions if p.get("split") == predictions[0].get("split")]
-
-
 def answers_hash(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
-    """What was judged, as a hash: the records of the first split and the responses of these models."""
+    """A hash of what is judged: the records of the first split and the responses of these models."""
     texts = [
         [*map(p.get, ("id", "instruction", "input", "output")), *(p.get(label, {}).get("text") for label in labels)]
-        for p in first_split(predictions)
+        for p in _first_split(predictions)
     ]
     return hashlib.sha256(json.dumps([*labels, texts]).encode()).hexdigest()[:16]
 
 
+def _first_split(predictions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [p for p in predictions if p.get("split") == predictions[0].get("split")]
+
+
 def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Question]:
     """What to ask about one record: each model's response, or base and tuned in both orders."""
-    labels = labels_of([prediction])
+    labels, names = labels_of([prediction]), {"id": prediction["id"], "prompt": prompt.name}
+    texts = {label: prediction[label]["text"] for label in labels}
+    questions = []
     if prompt.scale is not None:
-        return [_scoring_question(prompt, prompt.scale, prediction, label) for label in labels]
-    return [_pairwise_question(prompt, prediction, order) for order in ORDERS if "baseline" in labels]
-
-
-def _scoring_question(
-    prompt: JudgePrompt, scale: tuple[int, int], prediction: Mapping[str, Any], label: str
-) -> Question:
-    row = {"id": prediction["id"], "prompt": prompt.name, "model": label}
-    response = prediction[label]["text"]
-    if not response.strip():
-        return Question(prompt, row, verdict=Verdict("empty", scale[0]))
-    return Question(prompt, row, prompt.messages(prediction, response=response))
-
-
-def _pairwise_question(prompt: JudgePrompt, prediction: Mapping[str, Any], order: str) -> Question:
-    row = {"id": prediction["id"], "prompt": prompt.name, "order": order}
-    first, second = (prediction[label]["text"] for label in ORDERS[order])
-    if not first.strip() or not second.strip():
-        winner = "A" if first.strip() else "B" if second.strip() else "tie"
-        return Question(prompt, row, verdict=Verdict("empty", winner))
-    if first == second:
-        return Question(prompt, row, verdict=Verdict("identical", "tie"))
-    return Question(prompt, row, prompt.messages(prediction, response_a=first, response_b=second))
+        for label in labels:
+            row = {**names, "model": label}
+            if not texts[label].strip():
+                questions.append(Question(prompt, row, verdict=Verdict("empty", prompt.scale[0])))
+            else:
+                questions.append(Question(prompt, row, prompt.messages(prediction, response=texts[label])))
+    elif "baseline" in labels:
+        for order, (first, second) in ORDERS.items():
+            row = {**names, "order": order}
+            has_text = [bool(texts[label].strip()) for label in (first, second)]
+            if not all(has_text):
+                winner = "tie" if not any(has_text) else "A" if has_text[0] else "B"
+                questions.append(Question(prompt, row, verdict=Verdict("empty", winner)))
+            elif texts[first] == texts[second]:
+                questions.append(Question(prompt, row, verdict=Verdict("identical", "tie")))
+            else:
+                messages = prompt.messages(prediction, response_a=texts[first], response_b=texts[second])
+                questions.append(Question(prompt, row, messages))
+    return questions
 
 
 def _ask_missing(
@@ -191,17 +176,18 @@ def _ask_missing(
     cache: Path,
 ) -> None:
     """Add outcomes by key from the cache and, for what it lacks, from the endpoint; equal questions are asked once."""
-    to_answer = {question.key(endpoint): question for question in questions if question.messages is not None}
+    by_key = {question.key(endpoint): question for question in questions if question.messages is not None}
     cached = read_cache(cache)
-    outcomes |= {key: cached[key] for key, question in to_answer.items() if question.is_answered_by(cached.get(key))}
-    missing = {key: question for key, question in to_answer.items() if key not in outcomes}
+    outcomes |= {key: cached[key] for key, question in by_key.items() if question.is_answered_by(cached.get(key))}
+    keys = [key for key in by_key if key not in outcomes]
+    missing = [by_key[key] for key in keys]
     if not missing:
         return
     forms = {
         prompt: preflight(endpoint, _request_forms(prompt), args.judge_warmup_timeout)
-        for prompt in dict.fromkeys(question.prompt for question in missing.values())
+        for prompt in dict.fromkeys(question.prompt for question in missing)
     }
-    keys = list(missing)
+    requests = [{**forms[question.prompt], "messages": question.messages} for question in missing]
     cache.parent.mkdir(parents=True, exist_ok=True)
     with open(cache, "a", encoding="utf-8") as file:
         if cache.read_bytes()[-1:] not in (b"", b"\n"):  # a killed run left an incomplete line
@@ -209,13 +195,12 @@ def _ask_missing(
 
         def keep(index: int, outcome: Reply | Failure) -> None:
             outcomes[keys[index]] = outcome
-            if missing[keys[index]].is_answered_by(outcome):
+            if isinstance(outcome, Reply) and missing[index].is_answered_by(outcome):
                 file.write(json.dumps({"key": keys[index], "reply": asdict(outcome)}, ensure_ascii=False) + "\n")
                 file.flush()
 
-        requests = [{**forms[question.prompt], "messages": question.messages} for question in missing.values()]
         ended = ask(endpoint, requests, keep, args.judge_concurrency, args.judge_timeout, description="Judging")
-    outcomes |= zip(keys, ended, strict=True)  # those that were not sent, too
+    outcomes |= zip(keys, ended, strict=True)  # also those that were not sent
 
 
 def _request_forms(prompt: JudgePrompt) -> list[dict[str, Any]]:
@@ -228,9 +213,8 @@ def _request_forms(prompt: JudgePrompt) -> list[dict[str, Any]]:
 
 def read_cache(path: Path) -> dict[str, Reply]:
     """The replies in the cache by key; a line that a killed run left incomplete is skipped."""
-    content = path.read_bytes() if path.is_file() else b""
     replies = {}
-    for line in content.split(b"\n"):
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             entry = json.loads(line)
             replies[entry["key"]] = Reply(**entry["reply"])
