@@ -48,7 +48,10 @@ def main(argv: list[str]) -> None:
     metrics = read_metrics(output_dir)
     if "report" in args.stages:
         report(predictions, metrics, output_dir)
-    conclude(predictions, metrics, output_dir)
+    print_scores(metrics)
+    print_examples([p for p in predictions if p["split"] == predictions[0]["split"]])
+    print(f"\n{visible(verdict(metrics).sentence)}")
+    print(f"Report: {output_dir / 'report.html'}   Every answer: {output_dir / 'predictions.jsonl'}")
     problems += failures(gates, metrics)
     if problems:
         raise UserError("\n".join(problems))
@@ -61,14 +64,14 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     args, data_args, judge_args = parse_arguments(types, argv, description)
     from recipe.model import check_folder  # here: models take two seconds, and --help needs none
 
-    run, template = None, {}
+    run, defaults = None, {}
     for name in args.model:
         if not answers.is_answer_file(name) and not endpoints.is_endpoint(name) and name != answers.ECHO:
             check_folder(name)
             run = run or read_run(name)
             saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
-            template = template or ({"template": str(saved)} if saved.is_file() else {})
-    defaults = {**(run["config"]["data"] if run else {}), **template}
+            defaults = defaults or ({"template": str(saved)} if saved.is_file() else {})
+    defaults = {**(run["config"]["data"] if run else {}), **defaults}
     args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
     if args.split == ["all"]:  # every record counts, held out or not
         data_args.validation_ratio = data_args.test_ratio = 0.0
@@ -80,7 +83,7 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
     by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
     scores = {
         label: {name: compare(rows, model=label) for name, rows in by_split.items()}
-        for label in labels_of(predictions)
+        for label in dict.fromkeys(["tuned", *labels_of(predictions)])
         if label != "baseline"
     }
     splits, path = scores.pop("tuned"), output_dir / "metrics.json"
@@ -101,11 +104,12 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
     metrics = read_metrics(output_dir)
     try:
         judged = run_judge(predictions, judge_args, output_dir)
-    except UserError as error:
+        write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
+        error = judged["error"]
+    except UserError as raised:
+        error = raised
+    if error:
         return [f"the judge was not asked: {error}"]
-    write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
-    if judged["error"]:
-        return [f"the judge was not asked: {judged['error']}"]
     if judged["complete"] or judge_args.judge_allow_missing:
         return []
     return [
@@ -118,26 +122,13 @@ def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_di
     """Write report.html, with the loss curve of the tuned model's training run if its folder is here."""
     from recipe.evaluation.report.page import write_report  # here: matplotlib takes half a second
 
-    judge_path, tuned = output_dir / "judge.jsonl", Path(metrics["provenance"]["models"]["tuned"]["name"])
-    run, state_path = read_run(tuned), tuned / "trainer_state.json"
+    tuned = Path(metrics["provenance"]["models"]["tuned"]["name"])
+    run, state_path, judge_path = read_run(tuned), tuned / "trainer_state.json", output_dir / "judge.jsonl"
     state = read_json(state_path) if run and state_path.is_file() else {}
     kept_best = run and run["config"]["training"]["load_best_model_at_end"] and not tuned.name.startswith("checkpoint-")
-    write_report(
-        output_dir,
-        predictions,
-        metrics,
-        read_json_lines(judge_path) if judge_path.is_file() else None,
-        state.get("log_history"),
-        state.get("best_global_step" if kept_best else "global_step"),
-    )
-
-
-def conclude(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
-    """Print the scores, a few answers and the verdict, and where everything is."""
-    print_scores(metrics)
-    print_examples([p for p in predictions if p["split"] == predictions[0]["split"]])
-    print(f"\n{visible(verdict(metrics).sentence)}")
-    print(f"Report: {output_dir / 'report.html'}   Every answer: {output_dir / 'predictions.jsonl'}")
+    step = state.get("best_global_step" if kept_best else "global_step")
+    judge_rows = read_json_lines(judge_path) if judge_path.is_file() else None
+    write_report(output_dir, predictions, metrics, judge_rows, state.get("log_history"), step)
 
 
 def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:

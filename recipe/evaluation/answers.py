@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 TEXT_FIELDS = ("instruction", "input", "output")
 RECORD_FIELDS = (*TEXT_FIELDS, "family")
 ECHO = "echo"
-STOP_REASONS = ("eos", "length", "context", None)
 ANSWER_FIELDS = {
     "text": (str,),
     "tokens": (int, NoneType),
@@ -86,7 +85,7 @@ def check_prediction(row: Mapping[str, Any], where: str) -> None:
     for label, answer in row.items():
         if isinstance(answer, Mapping):
             wrong = [name for name, types in ANSWER_FIELDS.items() if type(answer.get(name)) not in types]
-            wrong += ["stop_reason"] if answer.get("stop_reason") not in STOP_REASONS else []
+            wrong += ["stop_reason"] if answer.get("stop_reason") not in ("eos", "length", "context", None) else []
             problems += [f"{name!r} of {label!r} is {answer.get(name)!r}" for name in wrong]
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; fix or remove it")

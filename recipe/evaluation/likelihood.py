@@ -28,9 +28,9 @@ def reference_losses(
 ) -> list[tuple[float, int] | None]:
     """The summed cross-entropy in nats of each reference's tokens and its end-of-text token, and how many these are.
 
-    They are the targets of training with `mask_prompt`, so the sum of nats by the sum of targets is the `eval_loss` of
-    `recipe.trainer.InstructionTrainer`. The cross-entropy is computed in float32 at least. A batch that does not fit in
-    memory is halved.
+    They are the targets of training with `mask_prompt`, so the sum of nats divided by the sum of targets is the
+    `eval_loss` of `recipe.trainer.InstructionTrainer`. The cross-entropy is computed in float32 at least. A batch that
+    does not fit in memory is halved.
 
     Args:
         prompts: whole prompts, as `Template.prompt` makes them.
@@ -66,8 +66,8 @@ def reference_losses(
     model.eval()
     try:
         with tqdm(total=len(fitting), desc=description, unit="reference", disable=description is None) as progress:
-            for indices, pairs in halve_if_out_of_memory(batches, compute):
-                for index, (nats, targets) in zip(indices, pairs, strict=True):
+            for indices, computed in halve_if_out_of_memory(batches, compute):
+                for index, (nats, targets) in zip(indices, computed, strict=True):
                     losses[index] = (nats, targets) if math.isfinite(nats) else None
                 progress.update(len(indices))
     finally:
@@ -78,14 +78,14 @@ def reference_losses(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], references: Sequence[str]
 ) -> list[dict[str, list[int]]]:
-    """Prompt and response tokenized apart, then one end-of-text token, as training has them."""
+    """As in training: prompt and reference tokenized apart, then one end-of-text token."""
     tokens, lengths = token_ids(tokenizer, [*prompts, *references])
     ids = [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])]
-    pairs = [
-        (prompt, [*reference, tokenizer.eos_token_id])
-        for prompt, reference in zip(ids[: len(prompts)], ids[len(prompts) :], strict=True)
-    ]
-    return [{"input_ids": prompt + end, "labels": [IGNORE_INDEX] * len(prompt) + end} for prompt, end in pairs]
+    features = []
+    for prompt, reference in zip(ids[: len(prompts)], ids[len(prompts) :], strict=True):
+        targets = [*reference, tokenizer.eos_token_id]
+        features.append({"input_ids": prompt + targets, "labels": [IGNORE_INDEX] * len(prompt) + targets})
+    return features
 
 
 def _batch_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[tuple[float, int]]:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from recipe.generation import Decoding, Response
-    from recipe.templates import Template
 
 STAGES = ("generate", "score", "judge", "report")
 RESERVED = ("baseline", "tuned", "base", "id", "split", *answers.RECORD_FIELDS)  # no further model gets such a label
@@ -128,7 +127,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         if len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
-            append_answers_of(label, name, missing, path, args, template, state)
+            append_answers_of(label, name, missing, path, args, template.name, state)
     state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))
@@ -185,11 +184,11 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
         changed = [key for key in ("data_hash", "template", "generation") if earlier[key] != evaluation[key]]
         for label, model in earlier["models"].items():
             count = sum(label in row for row in rows)
-            if count == len(rows):
-                models.setdefault(label, model)
-            if count and models.get(label, model) != model:
-                changed.append(f"model {label!r}")
-            elif count and label not in models:
+            if label in models:
+                changed += [f"model {label!r}"] if count and model != models[label] else []
+            elif count == len(rows):
+                models[label] = model
+            elif count:
                 print(f"{count} of {len(rows)} answers of {label}, which is not asked now, are left out")
         commands = [*earlier["command"].split("\n"), evaluation["command"]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -202,13 +201,7 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
 
 
 def append_answers_of(
-    label: str,
-    name: str,
-    predictions: list[dict[str, Any]],
-    path: Path,
-    args: EvalArguments,
-    template: Template,
-    state: PartialState,
+    label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments, template: str, state: PartialState
 ) -> None:
     """Append one model's answers to `predictions`; weights answer a share of them on each process."""
     if not (endpoints.is_endpoint(name) or answers.is_answer_file(name) or name == answers.ECHO):
@@ -227,13 +220,7 @@ def append_answers_of(
 
 
 def ask_weights(
-    label: str,
-    name: str,
-    predictions: list[dict[str, Any]],
-    path: Path,
-    args: EvalArguments,
-    template: Template,
-    state: PartialState,
+    label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments, template: str, state: PartialState
 ) -> None:
     """Append a model's answers batch by batch, each with how likely the model finds the reference."""
     from recipe.evaluation.likelihood import reference_losses
@@ -245,7 +232,7 @@ def ask_weights(
     tokenizer = load_tokenizer(model_args)
     model, _ = load_model(model_args, tokenizer)
     model.to(state.device)
-    prompts = load_template(template.name, tokenizer).prompts(predictions)
+    prompts = load_template(template, tokenizer).prompts(predictions)
     references = [prediction["output"] for prediction in predictions]
     bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
     losses = reference_losses(model, tokenizer, prompts, references, args.batch_size, bars[0])

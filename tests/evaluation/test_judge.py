@@ -372,7 +372,8 @@ with serve_stub({{"": [Say("85")], "slow": [Hang(30)], "slow2": [Hang(30)]}}) as
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()
     try:
-        run_judge({predictions!r}, JudgeArguments(judge=stub.url + "#m", judge_concurrency=2), pathlib.Path({str(tmp_path)!r}))
+        args = JudgeArguments(judge=stub.url + "#m", judge_concurrency=2)
+        run_judge({predictions!r}, args, pathlib.Path({str(tmp_path)!r}))
     except KeyboardInterrupt:
         print("interrupted")
 """

@@ -329,7 +329,7 @@ def test_answers_are_not_removed_by_the_run_that_is_to_score_them(tmp_path, eval
     assert (folder / "predictions.jsonl").read_bytes() == before
 
 
-def test_a_baseline_that_never_answered_may_be_dropped_or_mended(tmp_path, evaluate, few):
+def test_a_baseline_that_never_answered_may_be_dropped_or_fixed(tmp_path, evaluate, few):
     flags = ("--model", "echo", "--data", few, "--output_dir", tmp_path / "e", "--endpoint_timeout", "2")
     with pytest.raises(UserError, match="connection"):
         evaluate(*flags, "--baseline", "http://127.0.0.1:9/v1#m")

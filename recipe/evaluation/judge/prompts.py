@@ -26,7 +26,7 @@ BUILT_IN = Path(__file__).with_name("prompt_templates")
 PAIRWISE = "pairwise"
 JINJA_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-# what a line may hold around a score or a winner, once marks and runs of space are one space
+# what may surround a score or a winner in a line, after marks and runs of white space have become one space
 _LABEL = r"(?:(?:the )?(?:overall |final |better )?(?:%s)(?: is| of)? ?[:=]? ?)?"
 _SCORE = _LABEL % "score|rating|grade" + r"(-?[0-9]{1,9})(?: ?(?:/|out of) ?([0-9]+))?\.?"
 _WINNER = _LABEL % "winner|verdict|response" + r"(?:response )?(A|B|tie)\.?"
@@ -34,8 +34,8 @@ _WINNER = _LABEL % "winner|verdict|response" + r"(?:response )?(A|B|tie)\.?"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range`,
-    `cut_off` without."""
+    """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range` or
+    `cut_off` without one."""
 
     status: str
     value: int | str | None = None
@@ -54,8 +54,8 @@ class JudgePrompt:
 
     def messages(self, record: Mapping[str, Any], **responses: str) -> list[dict[str, str]]:
         """The chat messages that ask about `response`, or about `response_a` and `response_b`."""
-        names = {"instruction": "instruction", "input": "input", "reference": "output"}
-        texts = {name: record.get(column) or "" for name, column in names.items()} | responses
+        texts = {"instruction": record["instruction"] or "", "input": record.get("input") or "", **responses}
+        texts["reference"] = record["output"] or ""
         content = self.template.render(texts, fence=fence(texts.values()))
         return [{"role": "user", "content": writable(content)}]
 
@@ -83,11 +83,11 @@ class JudgePrompt:
         """
         text = text.rpartition("</think>")[2]
         key = "winner" if self.scale is None else "score"
-        objects = [found for found in _json_objects(text) if key in found]
+        objects = [parsed for parsed in _json_objects(text) if key in parsed]
         if objects:
-            values, reason = [self._value(found[key]) for found in objects], objects[0].get("reason")
+            values, reason = [self._value(parsed[key]) for parsed in objects], objects[0].get("reason")
         else:
-            if finish_reason == "length":  # "10" may have been going to be "100"
+            if finish_reason == "length":  # the last line may be incomplete: "10" could have become "100"
                 text = text.rpartition("\n")[0]
             values = [value for value in map(self._value, text.splitlines()) if value is not None]
             reason = None
@@ -98,17 +98,17 @@ class JudgePrompt:
             return Verdict("out_of_range", reason=reason)
         return Verdict("scored", value, reason)
 
-    def _value(self, said: Any) -> int | str | None:
+    def _value(self, content: Any) -> int | str | None:
         """A score or a winner from a JSON value or a line; None if it is something else."""
-        if isinstance(said, str):
-            line = re.sub(r"[\s*_`\"'#>\[\]]+", " ", said).strip()
+        if isinstance(content, str):
+            line = re.sub(r"[\s*_`\"'#>\[\]]+", " ", content).strip()
             if self.scale is None:
                 match = re.fullmatch(_WINNER, line, re.IGNORECASE)
                 return {"a": "A", "b": "B", "tie": "tie"}[match[1].lower()] if match else None
             match = re.fullmatch(_SCORE, line, re.IGNORECASE)
             return int(match[1]) if match and match[2] in (None, str(self.scale[1])) else None
-        is_whole = isinstance(said, int | float) and not isinstance(said, bool) and said % 1 == 0
-        return int(said) if is_whole and self.scale else None
+        is_whole = isinstance(content, int | float) and not isinstance(content, bool) and content % 1 == 0
+        return int(content) if is_whole and self.scale else None
 
 
 def fence(texts: Any) -> str:
@@ -183,8 +183,8 @@ def _json_objects(text: str) -> Iterator[dict[str, Any]]:
     decoder, start = json.JSONDecoder(strict=False), text.find("{")
     while start >= 0:
         try:
-            found, end = decoder.raw_decode(text, start)
-            yield found
+            parsed, end = decoder.raw_decode(text, start)
+            yield parsed
         except (ValueError, RecursionError):
             end = start + 1
         start = text.find("{", end)
