@@ -1,4 +1,4 @@
-"""The journal of answers: joined, torn, resumed; recorded answers paired by what a record says."""
+"""predictions.jsonl: appended, merged, with incomplete lines; recorded answers paired by the texts of a record."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def answer(text: str) -> dict:
     return {"text": text, "tokens": 1, "stop_reason": "eos"}
 
 
-def test_predictions_carry_ids_that_find_the_record_again():
+def test_ids_of_predictions_name_split_and_row():
     assert as_predictions(RECORDS) == [
         {
             "id": "test/4", "split": "test", "instruction": "Make it plural.", "input": "cat", "output": "cats",
@@ -46,7 +46,7 @@ def test_predictions_carry_ids_that_find_the_record_again():
     assert {prediction["split"] for prediction in as_predictions(RECORDS, merged=True)} == {"all"}
 
 
-def test_appended_answers_join_into_one_line_a_record_in_their_order(tmp_path):
+def test_appended_answers_are_merged_into_one_line_per_record_in_their_order(tmp_path):
     path, predictions = tmp_path / "predictions.jsonl", as_predictions(RECORDS)
     append_answers(path, "tuned", predictions[::-1], [answer("Red."), answer("cats")])
     append_answers(path, "baseline", predictions, [answer("cat"), answer("")])
@@ -62,7 +62,7 @@ def test_appended_answers_join_into_one_line_a_record_in_their_order(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_torn_line_costs_its_own_answers_alone(tmp_path):
+def test_an_incomplete_line_costs_only_its_own_answers(tmp_path):
     path = tmp_path / "predictions.jsonl"
     append_answers(path, "tuned", [{"id": "test/4"}], [answer("cats")])
     with path.open("a", encoding="utf-8") as file:
@@ -122,12 +122,12 @@ def test_an_evaluations_own_answers_keep_their_ids_and_splits(tmp_path):
         ({"output": "", "model_response": "B"}, "'output' is empty"),
     ],
 )
-def test_bad_answer_files_are_told(tmp_path, row, message):
+def test_bad_answer_files_are_refused(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         read_answer_file(write(tmp_path / "bad.jsonl", [{"instruction": "Say A.", "input": "", **row}]))
 
 
-def test_answers_pair_by_record_and_not_by_place(tmp_path):
+def test_answers_are_paired_by_record_and_not_by_position(tmp_path):
     rows = [
         {"instruction": "Name a colour.", "output": "Blue.", "model_response": "Red."},
         {"instruction": "Make it plural.", "input": "cat", "output": "cats", "model_response": "cat"},

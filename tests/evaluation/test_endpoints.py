@@ -138,7 +138,7 @@ def test_a_reply_without_text_or_with_half_a_character():
     assert (empty.text, empty.finish_reason, empty.usage) == ("", "stop", None)
 
 
-def test_only_what_may_pass_is_tried_again(monkeypatch):
+def test_only_temporary_faults_are_tried_again(monkeypatch):
     monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 1)
     script = {
         "busy": [Status(429, {"Retry-After": "1"}), Say("now")],
@@ -159,7 +159,7 @@ def test_only_what_may_pass_is_tried_again(monkeypatch):
     assert 1 <= time.monotonic() - started < 20  # Retry-After was waited for
 
 
-def test_outcomes_come_in_order_and_no_more_than_so_many_at_once():
+def test_outcomes_are_in_order_and_concurrency_is_kept():
     seen = []
     with serve_stub({"": [Say(lambda prompt: time.sleep(0.02) or prompt.upper())]}) as stub:
         requests = [request(f"word {index}") for index in range(40)]
@@ -171,7 +171,7 @@ def test_outcomes_come_in_order_and_no_more_than_so_many_at_once():
     assert stub.most_at_once == 3
 
 
-def test_an_endpoint_that_is_gone_is_not_asked_to_the_end():
+def test_an_endpoint_that_is_down_is_given_up():
     seen = []
     with serve_stub({"": [Status(503)]}) as stub:
         outcomes = ask(
@@ -201,7 +201,7 @@ def test_an_error_of_the_callback_comes_through():
 # --- preflight ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_form_of_a_request_that_is_taken():
+def test_the_first_form_of_a_request_that_is_accepted():
     forms = [request("hello", response_format={"type": "json_object"}), request("hello")]
     for takes_schema, taken in ((True, 0), (False, 1)):
         with serve_stub({"": [Say("x")]}, takes_schema=takes_schema) as stub:
@@ -224,7 +224,7 @@ def test_an_endpoint_that_cannot_be_used_says_why(act, message):
         preflight(parse_endpoint(f"{stub.url}#m"), [request("hello")], timeout=20)
 
 
-def test_an_endpoint_that_is_down_says_so_at_once():
+def test_an_endpoint_that_is_down_is_reported_at_once():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         down = parse_endpoint(f"http://127.0.0.1:{free.getsockname()[1]}/v1#m")

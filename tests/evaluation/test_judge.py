@@ -322,7 +322,7 @@ def test_texts_that_no_file_or_template_would_take(tmp_path):
     assert rows[4]["raw"].startswith("x") and result["error"] is None
 
 
-def test_an_incomplete_line_of_the_cache_costs_its_own_reply_alone(tmp_path):
+def test_an_incomplete_line_of_the_cache_costs_only_its_own_reply(tmp_path):
     predictions = [prediction(number, tuned=f"do:x{number}") for number in range(4)]
     cache = tmp_path / "judge_cache.jsonl"
     with serve_stub({"": [Say("85")]}) as stub:
@@ -332,7 +332,7 @@ def test_an_incomplete_line_of_the_cache_costs_its_own_reply_alone(tmp_path):
         cache.write_bytes(b"".join(lines[:3]) + lines[3][:-20])
         result, _ = judge(stub, predictions, tmp_path)
         assert stub.asked() == 5 and result["complete"] and len(read_cache(cache)) == 4
-        # torn in the middle of a character, a line without its end, and a line of something else
+        # cut in the middle of a character, a line without its end, and lines of something else
         cache.write_bytes(lines[0] + "é".encode()[:1] + b"\n[]\n{}\n" + lines[1].rstrip(b"\n"))
         assert len(read_cache(cache)) == 2
         judge(stub, predictions, tmp_path)

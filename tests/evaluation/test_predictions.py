@@ -202,7 +202,7 @@ def test_real_predictions_beside_an_echo_of_the_input(tmp_path, evaluate, capsys
     assert (tmp_path / "e" / "report.html").is_file()
 
 
-def test_answers_that_do_not_pair_are_told(tmp_path, evaluate, few, other_model):
+def test_recorded_answers_to_other_records_are_refused(tmp_path, evaluate, few, other_model):
     recorded = [{"instruction": "Nobody asked.", "input": "", "output": "No.", "model_response": "Yes."}]
     (tmp_path / "answers.json").write_text(json.dumps(recorded), encoding="utf-8")
     flags = ("--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "4")
@@ -236,13 +236,13 @@ def test_gates_decide_the_exit(tmp_path, evaluate, few):
         (("--model", "echo", "--stages", "generate", "--gate", "chrf>0"), "--gate needs scores"),
     ],
 )
-def test_bad_flags_are_told_and_nothing_is_scored(tmp_path, evaluate, few, flags, message):
+def test_bad_flags_are_refused_and_nothing_is_scored(tmp_path, evaluate, few, flags, message):
     with pytest.raises(UserError, match=message):
         evaluate(*flags, "--data", few, "--output_dir", tmp_path / "e")
     assert not (tmp_path / "e" / "metrics.json").exists()
 
 
-def test_an_empty_split_is_told(tmp_path, evaluate):
+def test_an_empty_split_is_refused(tmp_path, evaluate):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     data = json.dumps({"test": str(tmp_path / "empty.jsonl")})
     with pytest.raises(UserError, match="empty"):
@@ -276,7 +276,7 @@ def test_a_served_model_answers_as_its_weights_do(tmp_path, evaluate, few, serve
     assert metrics["provenance"]["models"]["tuned"] == {"name": served_demo, "weights": None}
 
 
-def test_an_endpoint_that_half_answers_keeps_what_it_said(tmp_path, evaluate, few):
+def test_an_endpoint_that_answers_half_of_the_prompts_keeps_these_answers(tmp_path, evaluate, few):
     """It fails for every second prompt; the next run asks for these alone."""
     flags = ("--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "6", "--endpoint_concurrency", "1")
     asked: list[str] = []

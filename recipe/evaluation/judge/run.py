@@ -143,29 +143,28 @@ def _first_split(predictions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
 
 def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Question]:
     """What to ask about one record: each model's response, or base and tuned in both orders."""
-    labels, names = labels_of([prediction]), {"id": prediction["id"], "prompt": prompt.name}
-    texts = {label: prediction[label]["text"] for label in labels}
-    questions = []
+    labels = labels_of([prediction])
     if prompt.scale is not None:
-        for label in labels:
-            row = {**names, "model": label}
-            if not texts[label].strip():
-                questions.append(Question(prompt, row, verdict=Verdict("empty", prompt.scale[0])))
-            else:
-                questions.append(Question(prompt, row, prompt.messages(prediction, response=texts[label])))
-    elif "baseline" in labels:
-        for order, (first, second) in ORDERS.items():
-            row = {**names, "order": order}
-            has_text = [bool(texts[label].strip()) for label in (first, second)]
-            if not all(has_text):
-                winner = "tie" if not any(has_text) else "A" if has_text[0] else "B"
-                questions.append(Question(prompt, row, verdict=Verdict("empty", winner)))
-            elif texts[first] == texts[second]:
-                questions.append(Question(prompt, row, verdict=Verdict("identical", "tie")))
-            else:
-                messages = prompt.messages(prediction, response_a=texts[first], response_b=texts[second])
-                questions.append(Question(prompt, row, messages))
+        asked = [({"model": label}, {"response": label}) for label in labels]
+    else:
+        pairs = ORDERS.items() if "baseline" in labels else ()
+        asked = [({"order": order}, {"response_a": a, "response_b": b}) for order, (a, b) in pairs]
+    questions = []
+    for name, labels_by_part in asked:
+        row = {"id": prediction["id"], "prompt": prompt.name, **name}
+        responses = {part: prediction[label]["text"] for part, label in labels_by_part.items()}
+        verdict = _verdict_without_judge(prompt, *responses.values())
+        questions.append(Question(prompt, row, None if verdict else prompt.messages(prediction, **responses), verdict))
     return questions
+
+
+def _verdict_without_judge(prompt: JudgePrompt, *responses: str) -> Verdict | None:
+    """An empty response has the lowest score and loses; two empty or equal ones are a tie; else the judge decides."""
+    is_empty = [not response.strip() for response in responses]
+    if any(is_empty):
+        winner = "tie" if all(is_empty) else "B" if is_empty[0] else "A"
+        return Verdict("empty", prompt.scale[0] if prompt.scale else winner)
+    return Verdict("identical", "tie") if len(set(responses)) < len(responses) else None
 
 
 def _ask_missing(
