@@ -19,7 +19,7 @@ from recipe.evaluation import answers, endpoints
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
-from recipe.evaluation.predictions import EvalArguments, generate, split_names
+from recipe.evaluation.predictions import EvalArguments, generate_predictions, split_names
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
 from recipe.files import read_json, read_json_lines, write_json
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     output_dir = Path(args.output_dir or "")
 
     if "generate" in args.stages:
-        generate(args, data_args, run, state)
+        generate_predictions(args, data_args, run, state)
     state.destroy_process_group()  # what follows is one process's work, and may take longer than a barrier waits
     if not state.is_main_process or args.stages == ["generate"]:
         return
@@ -48,14 +48,17 @@ def main(argv: list[str]) -> None:
     metrics = read_metrics(output_dir)
     if "report" in args.stages:
         report(predictions, metrics, output_dir)
-    conclude(predictions, metrics, output_dir)
+    print_scores(metrics)
+    print_examples([p for p in predictions if p["split"] == predictions[0]["split"]])
+    print(f"\n{visible(verdict(metrics).sentence)}")
+    print(f"Report: {output_dir / 'report.html'}   Every answer: {output_dir / 'predictions.jsonl'}")
     problems += failures(gates, metrics)
     if problems:
         raise UserError("\n".join(problems))
 
 
 def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments, dict[str, Any] | None]:
-    """The arguments, with the data settings of the model's own training run wherever no flag says otherwise."""
+    """The arguments, with the data settings of the model's own training run where no flag says otherwise."""
     types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
     args, data_args, judge_args = parse_arguments(types, argv, description)
@@ -66,11 +69,9 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
         if not answers.is_answer_file(name) and not endpoints.is_endpoint(name) and name != answers.ECHO:
             check_folder(name)
             run = run or read_run(name)
-            saved_template = Path(name) / "chat_template.jinja"
-            if saved_template.is_file():  # the very one of training, wherever that came from
-                defaults.setdefault("template", str(saved_template))
-    if run:
-        defaults = {**run["config"]["data"], **defaults}
+            saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
+            defaults = defaults or ({"template": str(saved)} if saved.is_file() else {})
+    defaults = {**(run["config"]["data"] if run else {}), **defaults}
     args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
     if args.split == ["all"]:  # every record counts, held out or not
         data_args.validation_ratio = data_args.test_ratio = 0.0
@@ -78,22 +79,20 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
 
 
 def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
-    """Write metrics.json (tuned beside baseline by split, then each further model; the word of a judge on these
-    answers stays), and model-index.yml, the same for a model card."""
+    """Write metrics.json, keeping an earlier judgement if it is of these answers, and model-index.yml, for a card."""
     by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
-    splits = {name: compare(rows) for name, rows in by_split.items()}
-    others = {
+    scores = {
         label: {name: compare(rows, model=label) for name, rows in by_split.items()}
-        for label in labels_of(predictions)
-        if label not in ("baseline", "tuned")
+        for label in dict.fromkeys(["tuned", *labels_of(predictions)])
+        if label != "baseline"
     }
-    path = output_dir / "metrics.json"
+    splits, path = scores.pop("tuned"), output_dir / "metrics.json"
     judged = read_metrics(output_dir)["judge"] if path.is_file() else None
     metrics = {
         **next(iter(splits.values())),
         "judge": judged if judged and judged["answers"] == answers_hash(predictions, judged["labels"]) else None,
         "splits": splits,
-        "other_models": others,
+        "other_models": scores,
         "provenance": read_json(output_dir / "evaluation.json"),
     }
     write_json(path, metrics)
@@ -101,51 +100,41 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
 
 
 def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_dir: Path) -> list[str]:
-    """Ask the judge about the first split, and add what it says to metrics.json; what is missing of it, in words."""
+    """Ask the judge about the first split and add its scores to metrics.json; returns what went wrong."""
     metrics = read_metrics(output_dir)
     try:
         judged = run_judge(predictions, judge_args, output_dir)
-    except UserError as error:
+        write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
+        error = judged["error"]
+    except UserError as raised:
+        error = raised
+    if error:
         return [f"the judge was not asked: {error}"]
-    write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
-    if judged["error"]:
-        return [f"the judge was not asked: {judged['error']}"]
-    if not judged["complete"] and not judge_args.judge_allow_missing:
-        return [
-            f"the judge left scores out, see {output_dir / 'judge.jsonl'}; the same command asks for these again, and "
-            "--judge_allow_missing reports means without them"
-        ]
-    return []
+    if judged["complete"] or judge_args.judge_allow_missing:
+        return []
+    return [
+        f"the judge left scores out, see {output_dir / 'judge.jsonl'}; the same command asks for these again, and "
+        "--judge_allow_missing reports means without them"
+    ]
 
 
 def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
-    from recipe.evaluation.report.page import (
-        write_report,  # here: matplotlib takes half a second, and --help needs none of it
-    )
+    """Write report.html, with the loss curve of the tuned model's training run if its folder is here."""
+    from recipe.evaluation.report.page import write_report  # here: matplotlib takes half a second
 
-    path = output_dir / "judge.jsonl"
-    judge_rows = read_json_lines(path) if path.is_file() else None
-    tuned = metrics["provenance"]["models"]["tuned"]["name"]
-    run, path = read_run(tuned), Path(tuned) / "trainer_state.json"
-    state = read_json(path) if run and path.is_file() else {}
-    is_checkpoint = Path(tuned).name.startswith("checkpoint-")
-    best = run and run["config"]["training"]["load_best_model_at_end"] and not is_checkpoint
-    step = state.get("best_global_step" if best else "global_step")
+    tuned = Path(metrics["provenance"]["models"]["tuned"]["name"])
+    run, state_path, judge_path = read_run(tuned), tuned / "trainer_state.json", output_dir / "judge.jsonl"
+    state = read_json(state_path) if run and state_path.is_file() else {}
+    kept_best = run and run["config"]["training"]["load_best_model_at_end"] and not tuned.name.startswith("checkpoint-")
+    step = state.get("best_global_step" if kept_best else "global_step")
+    judge_rows = read_json_lines(judge_path) if judge_path.is_file() else None
     write_report(output_dir, predictions, metrics, judge_rows, state.get("log_history"), step)
-
-
-def conclude(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_dir: Path) -> None:
-    """Print the scores, a few answers and the verdict, and where everything is."""
-    print_scores(metrics)
-    print_examples([p for p in predictions if p["split"] == predictions[0]["split"]])
-    print(f"\n{visible(verdict(metrics).sentence)}")
-    print(f"Report: {output_dir / 'report.html'}   Every answer: {output_dir / 'predictions.jsonl'}")
 
 
 def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:
     predictions = list(answers.read_answers(output_dir / "predictions.jsonl", strict=True).values())
     if not predictions or not all("split" in prediction for prediction in predictions):
-        raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which goes on where it was")
+        raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which resumes")
     return predictions
 
 
@@ -163,9 +152,9 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, OSError, KeyboardInterrupt) as error:
-        again = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
-        kept = f"what was answered is kept; the same command{again} goes on"
+        flag = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
+        advice = f"all answers so far are kept; the same command{flag} resumes"
         if isinstance(error, KeyboardInterrupt):
-            sys.exit(f"interrupted: {kept}")
-        advice = f"; {kept} once that is mended" if isinstance(error, OSError) else ""
+            sys.exit(f"interrupted: {advice}")
+        advice = f"; once this is fixed, {advice}" if isinstance(error, OSError) else ""
         sys.exit(f"error: {error}{advice}" if PartialState().is_main_process else 1)

@@ -67,9 +67,8 @@ Act = Say | Status | Raw | Hang | Cut | Drip
 class Stub:
     """What was asked of a running stub, and what it is told to do; both may be changed while it runs."""
 
-    def __init__(self, script: Mapping[str, Sequence[Act]], models: Sequence[str], takes_schema: bool) -> None:
+    def __init__(self, script: Mapping[str, Sequence[Act]], takes_schema: bool) -> None:
         self.script = dict(script)
-        self.models = list(models)
         self.takes_schema = takes_schema
         self.url = ""
         self.bodies: list[dict] = []
@@ -105,17 +104,12 @@ def name_in(body: dict) -> str:
 
 
 @contextmanager
-def serve_stub(
-    script: Mapping[str, Sequence[Act]], models: Sequence[str] = ("stub",), takes_schema: bool = True
-) -> Iterator[Stub]:
+def serve_stub(script: Mapping[str, Sequence[Act]], takes_schema: bool = True) -> Iterator[Stub]:
     """Serve chat completions until the block ends."""
-    stub = Stub(script, models, takes_schema)
+    stub = Stub(script, takes_schema)
     is_over = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_whole(200, json.dumps({"data": [{"id": name} for name in stub.models]}).encode())
-
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with stub.lock:

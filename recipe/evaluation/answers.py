@@ -1,7 +1,7 @@
-"""`predictions.jsonl`: one line a record with the answer of each model, appended while they answer, and resumable.
+"""`predictions.jsonl`: appended to while models answer, then merged into one line per record.
 
-While models answer, each new line holds a record's id and one answer; lines of the same id belong together. `settle`
-joins them into one line an id, in the order of the records::
+While models answer, each new line holds a record's id and one answer, so that an interrupted evaluation can be resumed.
+`merge_answers` writes one line per id, in the order of the records::
 
     {"id": "test/0", "split": "test", "instruction": "Make it plural.", "input": "cat", "output": "cats",
      "tuned": {"text": "cats", "tokens": 2, "stop_reason": "eos", "seconds": 0.01}}
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -23,10 +22,10 @@ from recipe.files import write_json_lines
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-RECORD_FIELDS = ("instruction", "input", "output", "family")
+TEXT_FIELDS = ("instruction", "input", "output")
+RECORD_FIELDS = (*TEXT_FIELDS, "family")
 ECHO = "echo"
-STOP_REASONS = ("eos", "length", "context", None)
-ANSWER_FIELDS: dict[str, tuple[type, ...]] = {
+ANSWER_FIELDS = {
     "text": (str,),
     "tokens": (int, NoneType),
     "seconds": (int, float, NoneType),
@@ -36,88 +35,79 @@ ANSWER_FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def as_predictions(records: DatasetDict, merged: bool = False) -> list[dict[str, Any]]:
-    """Predictions without answers: one a record, with an id that is unique over splits; `merged` into one split."""
+    """Predictions without answers: one per record, with an id that is unique over splits; `merged` into one split."""
     return [
-        {"id": f"{name}/{record['row']}", "split": "all" if merged else name, **_kept(record)}
+        {"id": f"{name}/{record['row']}", "split": "all" if merged else name, **_record_fields(record)}
         for name, split in records.items()
         for record in split
     ]
 
 
 def read_answers(path: Path, strict: bool = False) -> dict[str, dict[str, Any]]:
-    """What each id holds so far, the lines of an id joined; none where there is no file.
+    """The rows of `predictions.jsonl` by id, the lines of one id merged; empty if there is no file.
 
-    A line that cannot be read, as a killed run leaves one, is as good as missing: its answers are asked again.
+    A line that cannot be read, as a killed run may leave one, is skipped and asked again.
 
     Raises:
-        UserError: with `strict`, a line that cannot be read.
+        UserError: with `strict`, a line that cannot be read or is no prediction.
     """
-    joined: dict[str, dict[str, Any]] = {}
+    merged: dict[str, dict[str, Any]] = {}
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            earlier = joined.setdefault(row["id"], {})
+            earlier = merged.setdefault(row["id"], {})
         except (ValueError, TypeError, KeyError) as error:
             if strict:
                 raise UserError(
-                    f"{path} line {number + 1}: not a prediction ({error!r}); run the generate stage again, which asks "
-                    "for what is missing"
+                    f"{path} line {number}: not a prediction ({error!r}); run the generate stage again, which asks for "
+                    "what is missing"
                 ) from error
             continue
         if strict:
-            check_prediction(row, f"{path} line {number + 1}")
+            check_prediction(row, f"{path} line {number}")
             if "split" in row and "split" in earlier:
-                raise UserError(f"{path} line {number + 1}: the id {row['id']!r} stands above, too; remove one of them")
+                raise UserError(f"{path} line {number}: the id {row['id']!r} is in a line above, too; remove one")
         earlier.update(row)
-    return joined
+    return merged
 
 
 def check_prediction(row: Mapping[str, Any], where: str) -> None:
-    """Refuse a line that is no prediction, as an edited file or another program's may hold.
+    """Refuse a line that is no prediction: somebody may have edited the file, or another program written it.
 
     Raises:
-        UserError: a field of the wrong kind, with `where`, its name and its value.
+        UserError: with `where`, and the name and the value of each field of a wrong type.
     """
-    problems = [
-        f"{name!r} is {row[name]!r}, not text"
-        for name in ("id", "split", "instruction", "output")
-        if name in row and not isinstance(row[name], str)
-    ]
+    texts = ("id", "split", "instruction", "output")
+    problems = [f"{name!r} is {row[name]!r}, not text" for name in texts if type(row.get(name, "")) is not str]
     for label, answer in row.items():
         if isinstance(answer, Mapping):
-            for name, kinds in ANSWER_FIELDS.items():
-                value = answer.get(name, "" if name == "text" else None)
-                if not isinstance(value, kinds) or isinstance(value, bool):
-                    problems.append(f"{name!r} of {label!r} is {value!r}")
-            if answer.get("stop_reason") not in STOP_REASONS:
-                problems.append(
-                    f"'stop_reason' of {label!r} is {answer['stop_reason']!r}, none of eos, length, context"
-                )
+            wrong = [name for name, types in ANSWER_FIELDS.items() if type(answer.get(name)) not in types]
+            wrong += ["stop_reason"] if answer.get("stop_reason") not in ("eos", "length", "context", None) else []
+            problems += [f"{name!r} of {label!r} is {answer.get(name)!r}" for name in wrong]
     if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}; mend or remove it")
+        raise UserError(f"{where}: {'; '.join(problems)}; fix or remove it")
 
 
-def append_answers(path: Path, ids: Iterable[str], label: str, answers: Iterable[Mapping[str, Any]]) -> None:
-    """Append finished answers of one model, in one write, so that several processes may append to one file."""
-    rows = ({"id": id_, label: answer} for id_, answer in zip(ids, answers, strict=True))
-    # the newline in front ends what a killed run may have left torn; half a surrogate pair is no text in UTF-8
+def append_answers(
+    path: Path, label: str, predictions: Iterable[Mapping[str, Any]], answers: Iterable[Mapping[str, Any]]
+) -> None:
+    """Append one model's answers to `predictions`, in one write, so that several processes may append to one file."""
+    rows = ({"id": prediction["id"], label: answer} for prediction, answer in zip(predictions, answers, strict=True))
+    # the newline in front ends the incomplete line that a killed run may have left
     text = "\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = text.encode("utf-8", "replace")  # UTF-8 cannot hold half a surrogate pair
     with open(path, "ab", buffering=0) as file:
-        content = text.encode("utf-8", "replace")
         if file.write(content) != len(content):
             raise OSError(errno.ENOSPC, "the disk is full; free some space and run the same command again", str(path))
 
 
-def settle(path: Path, predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
-    """Join what was appended into one line a record, in the order of `predictions`, and write that whole."""
+def merge_answers(path: Path, predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    """Merge what was appended into one line per record, in the order of `predictions`, and replace the file."""
     answers = read_answers(path)
-    write_json_lines(
-        path,
-        ({**prediction, **{label: answers[prediction["id"]][label] for label in labels}} for prediction in predictions),
-    )
+    write_json_lines(path, ({**p, **{label: answers[p["id"]][label] for label in labels}} for p in predictions))
 
 
 def is_answer_file(name: str) -> bool:
@@ -131,10 +121,10 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     """Recorded answers: the records of a file, their predictions without answers, and the answer to each.
 
     An answer is in the column `model_response`, as the book's code writes it, or in `tuned`, as `predictions.jsonl`
-    does; `id` and `split` of the latter are kept.
+    has it; `id` and `split` of the latter are kept.
 
     Raises:
-        UserError: no such column, or an answer that is not text.
+        UserError: no such column, an answer that is not text, or an id in two rows.
     """
     from recipe.data.records import read_records  # here: datasets takes a second, and --help needs none of it
 
@@ -145,30 +135,25 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     column = next((name for name in ("model_response", "tuned") if name in dataset.column_names), None)
     if column is None:
         raise UserError(f"{path}: neither a 'model_response' nor a 'tuned' column; found {dataset.column_names}")
-    ours = column == "tuned" and {"id", "split"} <= set(dataset.column_names)
-    predictions, answers = [], []
+    has_ids = column == "tuned" and {"id", "split"} <= set(dataset.column_names)
+    predictions: dict[str, dict[str, Any]] = {}
+    answers = []
     for row in dataset:
+        names = {"id": row["id"], "split": row["split"]} if has_ids else {"id": f"all/{row['row']}", "split": "all"}
+        where = f"{path} row {row['row']}"
+        if not isinstance(row[column], str | dict):
+            raise UserError(f"{where}: {column!r} is {row[column]!r}, not text; answer it or remove the row")
         answer = row[column] if isinstance(row[column], dict) else {"text": row[column]}
-        if not isinstance(answer.get("text"), str):
-            raise UserError(
-                f"{path} row {row['row']}: {column!r} is {answer.get('text')!r}, not text; answer it or remove the row"
-            )
-        check_prediction({"tuned": answer}, f"{path} row {row['row']}")
+        check_prediction({**names, column: answer}, where)
+        if names["id"] in predictions:
+            raise UserError(f"{where}: the id {names['id']!r} is in a row above, too; remove one")
+        predictions[names["id"]] = {**names, **_record_fields(row)}
         answers.append(answer)
-        names = {"id": row["id"], "split": row["split"]} if ours else {"id": f"all/{row['row']}", "split": "all"}
-        predictions.append({**names, **_kept(row)})
-        check_prediction(predictions[-1], f"{path} row {row['row']}")
-    ids = Counter(prediction["id"] for prediction in predictions)
-    twice = [id_ for id_, count in ids.items() if count > 1]
-    if twice:
-        raise UserError(
-            f"{path}: the id {twice[0]!r} stands {ids[twice[0]]} times ({len(twice)} such ids); keep one each"
-        )
-    return splits, predictions, answers
+    return splits, list(predictions.values()), answers
 
 
 def pair_answers(path: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The recorded answer to each prediction's record, found by what the record says.
+    """The recorded answer to each prediction's record, found by the texts of the record.
 
     Raises:
         UserError: records without an answer, or two different answers to one record.
@@ -176,30 +161,28 @@ def pair_answers(path: str, predictions: Sequence[Mapping[str, Any]]) -> list[di
     _, rows, answers = read_answer_file(path)
     recorded: dict[tuple, dict[str, Any]] = {}
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        first = recorded.setdefault(_content(row), answer)
+        first = recorded.setdefault(_texts(row), answer)
         if first["text"] != answer["text"]:
             raise UserError(f"{path} row {number}: the same record has another answer above; remove one of them")
-    missing = [prediction for prediction in predictions if _content(prediction) not in recorded]
+    missing = [prediction for prediction in predictions if _texts(prediction) not in recorded]
     if missing:
         shown = "\n".join(f"  {p['id']}: {p['instruction'][:100]!r}" for p in missing[:5])
         raise UserError(
             f"{path} has no answer to {len(missing)} of {len(predictions)} records, so the models cannot be compared "
             f"on the same ones; the first:\n{shown}\nanswer them, or give the file's own records by --data"
         )
-    return [recorded[_content(prediction)] for prediction in predictions]
+    return [recorded[_texts(prediction)] for prediction in predictions]
 
 
-def echo(prediction: Mapping[str, Any]) -> dict[str, Any]:
-    """The trivial answer a model should beat: the record's input, or the instruction where there is none."""
-    return {"text": prediction["input"] or prediction["instruction"]}
+def echoes(predictions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The trivial answers that a model should beat: each record's input, or its instruction if there is none."""
+    return [{"text": prediction["input"] or prediction["instruction"]} for prediction in predictions]
 
 
-def _content(record: Mapping[str, Any]) -> tuple:
-    return tuple(record.get(name) or "" for name in ("instruction", "input", "output"))
+def _texts(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(record.get(name) or "" for name in TEXT_FIELDS)
 
 
-def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: record[name] or "" for name in ("instruction", "input", "output") if name in record}
-    if record.get("family") is not None:
-        kept["family"] = str(record["family"])
-    return kept
+def _record_fields(record: Mapping[str, Any]) -> dict[str, str]:
+    fields = dict(zip(TEXT_FIELDS, _texts(record), strict=True))
+    return fields if record.get("family") is None else {**fields, "family": str(record["family"])}

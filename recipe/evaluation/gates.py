@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import operator
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from recipe.config import UserError
 from recipe.evaluation.measures import BEHAVIOUR, METRICS
 
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-# low and high are the ends of the 95 % interval: of the delta, or without a baseline of the tuned score
+# low and high are the ends of the 95 % interval: of the delta, or of the tuned score if there is no baseline
 FIELDS = ("tuned", "baseline", "delta", "low", "high")
 
 
@@ -34,7 +33,7 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """Read a gate as it stands on the command line.
+    """Read a gate as it is written on the command line.
 
     >>> parse_gate("test:exact_match>=0.8")
     Gate(text='test:exact_match>=0.8', split='test', metric='exact_match', field='tuned', comparison='>=', bound=0.8)
@@ -47,25 +46,24 @@ def parse_gate(text: str) -> Gate:
         raise UserError(f"--gate {text!r}: write NAME>=NUMBER, for example exact_match>=0.8 or token_f1.delta>0")
     split, judge, metric, field, comparison, bound = match.groups()
     known = [*METRICS, *BEHAVIOUR]
+    problem = None
     if not judge and metric not in known:
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"--gate {text!r}: unknown metric {metric!r}; {hint}there are {', '.join(known)}")
-    if judge and split is not None:
-        raise UserError(f"--gate {text!r}: the judge is asked about the first split only; leave out {split + ':'!r}")
-    if field is not None and field not in FIELDS:
-        raise UserError(f"--gate {text!r}: unknown field {field!r}; there are {', '.join(FIELDS)}")
-    try:
-        number = float(bound)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"--gate {text!r}: {bound!r} is not a number")
-    return Gate(text, split, judge + metric if judge else metric, field or "tuned", comparison, number)
+        problem = f"unknown metric {metric!r}; {hint}there are {', '.join(known)}"
+    elif judge and split is not None:
+        problem = f"the judge is asked about the first split only; leave out {split + ':'!r}"
+    elif field not in (None, *FIELDS):
+        problem = f"unknown field {field!r}; there are {', '.join(FIELDS)}"
+    elif not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", bound, re.IGNORECASE):
+        problem = f"{bound!r} is not a number"
+    if problem:
+        raise UserError(f"--gate {text!r}: {problem}")
+    return Gate(text, split, (judge or "") + metric, field or "tuned", comparison, float(bound))
 
 
 def measure(gate: Gate, metrics: Mapping[str, Any]) -> float | None:
-    """The figure a gate asks for, from what `metrics.json` holds; None where it was not measured."""
+    """The figure a gate asks for, from the content of `metrics.json`; None if it was not measured."""
     if gate.metric.startswith("judge."):
         judge, name = metrics["judge"] or {}, gate.metric.removeprefix("judge.")
         scores = (judge.get("scores") or {}).get(name)
@@ -74,20 +72,16 @@ def measure(gate: Gate, metrics: Mapping[str, Any]) -> float | None:
     else:
         split = metrics if gate.split is None else metrics["splits"].get(gate.split)
         scores = split and (split["metrics"].get(gate.metric) or split["behaviour"].get(gate.metric))
-    if not scores:
-        return None
-    if gate.field in ("low", "high"):
-        return None if scores["ci95"] is None else scores["ci95"][gate.field == "high"]
-    return scores[gate.field]
+    if scores and gate.field in ("low", "high"):
+        return scores["ci95"] and scores["ci95"][gate.field == "high"]
+    return scores[gate.field] if scores else None
 
 
 def failures(gates: list[Gate], metrics: Mapping[str, Any]) -> list[str]:
-    """Why gates do not hold, one line each; a figure that was not measured does not hold."""
-    lines = []
-    for gate in gates:
-        value = measure(gate, metrics)
-        if value is None:
-            lines.append(f"gate {gate.text}: not measured")
-        elif not COMPARISONS[gate.comparison](value, gate.bound):
-            lines.append(f"gate {gate.text}: it is {value:.8g}")
-    return lines
+    """Why gates do not hold, one line each; a gate on a figure that was not measured does not hold."""
+    values = [(gate, measure(gate, metrics)) for gate in gates]
+    return [
+        f"gate {gate.text}: " + ("not measured" if value is None else f"it is {value:.8g}")
+        for gate, value in values
+        if value is None or not COMPARISONS[gate.comparison](value, gate.bound)
+    ]

@@ -1,16 +1,18 @@
-"""How likely a model finds the reference responses: teacher-forced cross-entropy given the prompts."""
+"""How likely a model finds the reference responses: their cross-entropy given the prompts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
+from recipe.data.encode import token_ids
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
 
@@ -26,22 +28,19 @@ def reference_losses(
 ) -> list[tuple[float, int] | None]:
     """The summed cross-entropy in nats of each reference's tokens and its end-of-text token, and how many these are.
 
-    They are the targets that training with `mask_prompt` has (see `recipe.data.encode_records`), so the sum of nats by
-    the sum of targets is the `eval_loss` of `recipe.trainer.InstructionTrainer`. Sorted by length and padded on the
-    right; the head of the model is computed from the first target of the batch on, the cross-entropy in float32 at
-    least.
+    They are the targets of training with `mask_prompt`, so the sum of nats divided by the sum of targets is the
+    `eval_loss` of `recipe.trainer.InstructionTrainer`. The cross-entropy is computed in float32 at least. A batch that
+    does not fit in memory is halved.
 
     Args:
         prompts: whole prompts, as `Template.prompt` makes them.
         references: the response to each.
-        batch_size: pairs computed together; does not change the result but for rounding.
+        batch_size: pairs computed together; changes the result by rounding only.
         description: label of a progress bar; None for no bar.
 
-    A batch that does not fit in memory is halved.
-
     Returns:
-        a pair (nats, targets) for each prompt, in their order; None where prompt and reference have more tokens than
-        the model has positions, and where the loss is not finite.
+        a pair (nats, targets) for each prompt, in their order; None if prompt and reference have more tokens than the
+        model has positions, or if the loss is not finite.
 
     Example::
 
@@ -53,19 +52,21 @@ def reference_losses(
     if not prompts:
         return losses
     features = _encode(tokenizer, prompts, references)
-    positions = context_length(model.config)
+    positions = context_length(model.config) or math.inf
     lengths = [len(feature["input_ids"]) - 1 for feature in features]  # nothing is predicted from the last token
-    fitting = [index for index, length in enumerate(lengths) if positions is None or length <= positions]
-    fitting.sort(key=lambda index: -lengths[index])  # the largest batch first: it tells at once what fits in memory
+    fitting = [index for index, length in enumerate(lengths) if length <= positions]
+    fitting.sort(key=lambda index: -lengths[index])  # the largest batch first: it shows at once what fits in memory
     batches = (fitting[start : start + batch_size] for start in range(0, len(fitting), batch_size))
     collate = DataCollatorForInstructionTuning(tokenizer.eos_token_id)
+
+    def compute(indices: list[int]) -> list[tuple[float, int]]:
+        return _batch_losses(model, collate([features[index] for index in indices]))
+
     was_training = model.training
     model.eval()
     try:
         with tqdm(total=len(fitting), desc=description, unit="reference", disable=description is None) as progress:
-            for indices, computed in halve_if_out_of_memory(
-                batches, lambda indices: _batch_losses(model, collate([features[index] for index in indices]))
-            ):
+            for indices, computed in halve_if_out_of_memory(batches, compute):
                 for index, (nats, targets) in zip(indices, computed, strict=True):
                     losses[index] = (nats, targets) if math.isfinite(nats) else None
                 progress.update(len(indices))
@@ -77,13 +78,12 @@ def reference_losses(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], references: Sequence[str]
 ) -> list[dict[str, list[int]]]:
-    """As `recipe.data.encode_batch` does: prompt and response tokenized apart, then one end-of-text token."""
-    tokenize = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    prompt_ids = tokenizer(list(prompts), **tokenize)["input_ids"]
-    response_ids = tokenizer(list(references), **tokenize)["input_ids"]
+    """As in training: prompt and reference tokenized apart, then one end-of-text token."""
+    tokens, lengths = token_ids(tokenizer, [*prompts, *references])
+    ids = [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])]
     features = []
-    for prompt, response in zip(prompt_ids, response_ids, strict=True):
-        targets = [*response, tokenizer.eos_token_id]
+    for prompt, reference in zip(ids[: len(prompts)], ids[len(prompts) :], strict=True):
+        targets = [*reference, tokenizer.eos_token_id]
         features.append({"input_ids": prompt + targets, "labels": [IGNORE_INDEX] * len(prompt) + targets})
     return features
 
@@ -99,7 +99,7 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> lis
         logits_to_keep=targets.shape[1] - first,
     ).logits  # (batch, time - first, vocab)
     precision = torch.promote_types(logits.dtype, torch.float32)
-    # row by row, so that only one row's logits stand in memory twice
+    # row by row, so that only one row's logits are in memory twice
     sums = [
         functional.cross_entropy(row[kept].to(precision), target[kept], reduction="sum")
         for row, target, kept in zip(

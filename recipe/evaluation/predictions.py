@@ -1,4 +1,4 @@
-"""Which models answer which records, and their answers: the generate stage of an evaluation."""
+"""Which models answer which records: the generate stage of an evaluation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from recipe.generation import Decoding, Response
-    from recipe.templates import Template
 
 STAGES = ("generate", "score", "judge", "report")
-RESERVED = ("baseline", "tuned", "base", "id", "split", *answers.RECORD_FIELDS)  # no further model's name
-WRITTEN = (  # by an evaluation, but for judge_cache.jsonl, whose replies are good for any
+RESERVED = ("baseline", "tuned", "base", "id", "split", *answers.RECORD_FIELDS)  # no further model gets such a label
+WRITTEN = (  # by an evaluation, without judge_cache.jsonl: its replies are valid in any
     "predictions.jsonl", "evaluation.json", "metrics.json", "model-index.yml", "judge.jsonl", "report.html",
     "deltas.png", "outcomes.png", "lengths.png", "loss.png",
 )  # fmt: skip
@@ -37,28 +36,21 @@ class EvalArguments:
     model: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "The fine-tuned model, and further ones to set beside it. Each a folder or Hub id, an "
-            "OpenAI-compatible endpoint (http://localhost:8000/v1#name), a file of recorded answers, or `echo`."
+            "help": "The fine-tuned model, and further ones to compare. Each a folder or Hub id, an OpenAI-compatible "
+            "endpoint (http://localhost:8000/v1#name), a file of recorded answers, or `echo`."
         },
     )
     baseline: str | None = field(default=None, metadata={"help": "What to compare with, in the same forms."})
     split: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Splits to score, each apart; or `all` records as one. Default: test, and all of recorded answers."
-        },
+        metadata={"help": "Splits to score, or `all` records as one. Default: test, and all of recorded answers."},
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where answers, scores and report go."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start over in an output_dir that holds another evaluation."}
-    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start over in an output_dir that is in use."})
     stages: list[str] = field(
-        default_factory=lambda: list(STAGES),
-        metadata={"help": "Stages to run, each from the files of those before: generate score judge report."},
+        default_factory=lambda: list(STAGES), metadata={"help": "Stages to run: generate score judge report."}
     )
-    gate: list[str] = field(
-        default_factory=list, metadata={"help": "Conditions such as exact_match>=0.8; the exit is 1 if one fails."}
-    )
+    gate: list[str] = field(default_factory=list, metadata={"help": "Conditions for exit code 0: exact_match>=0.8 ..."})
     max_new_tokens: int = field(default=128, metadata={"help": "Cap on each response, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 for greedy decoding; above, sampling."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling."})
@@ -67,7 +59,7 @@ class EvalArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the weights; auto: bfloat16 on a GPU that has it, else float32."}
     )
-    endpoint_concurrency: int = field(default=8, metadata={"help": "Requests a served model answers at once."})
+    endpoint_concurrency: int = field(default=8, metadata={"help": "Requests to a served model at the same time."})
     endpoint_timeout: float = field(default=120.0, metadata={"help": "Seconds a served model has for an answer."})
 
     def __post_init__(self) -> None:
@@ -88,73 +80,67 @@ class EvalArguments:
             raise UserError("say what to score: --model")
         if self.stages == ["generate"] and self.gate:
             raise UserError("--gate needs scores: add the score stage")
-        files = [name for name in [*self.model, self.baseline or ""] if answers.is_answer_file(name)]
-        if self.overwrite_output_dir and any(
-            Path(name).resolve().parent == Path(self.output_dir).resolve() for name in files
-        ):
-            raise UserError(
-                f"--overwrite_output_dir would remove {', '.join(files)}, which is to be scored; name another "
-                "--output_dir"
-            )
+        for name in [*self.model, self.baseline or ""] if self.overwrite_output_dir else []:
+            if answers.is_answer_file(name) and Path(name).resolve().parent == Path(self.output_dir).resolve():
+                raise UserError(
+                    f"--overwrite_output_dir would remove {name}, the answers to score; name another folder"
+                )
         if self.dtype == "auto":
-            gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            self.dtype = "bfloat16" if gpu else "float32"
+            has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.dtype = "bfloat16" if has_bfloat16 else "float32"
 
 
-def generate(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
-    """Append every answer that is not there yet to predictions.jsonl, then join its lines by record."""
+def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
+    """Append every answer that is missing to predictions.jsonl, then merge its lines by record."""
     from recipe.data.split import data_hash  # here, as below: datasets and models take seconds, and --help needs none
     from recipe.templates import load_template
 
-    with state.main_process_first():  # the others read its cache
+    with state.main_process_first():  # the other processes read what it caches
         records, predictions = select_records(args, data_args, run)
-    models = {label: resolve(name, args) for label, name in name_models(args).items()}
-    template = load_template(data_args.template)
-    output_dir, decoding = Path(args.output_dir or ""), decoding_of(args)
+    models, template = name_models(args), load_template(data_args.template)
     evaluation: dict[str, Any] = {
-        "models": {label: {"name": public_name(name), "weights": identify(name)} for label, name in models.items()},
+        "models": {label: {"name": public_name(n), "weights": content_hash(n)} for label, n in models.items()},
         "data": data_args.data or args.model[0],
         "data_hash": data_hash(records),
-        "splits": {name: sum(p["split"] == name for p in predictions) for name in split_names(predictions)},
+        "splits": Counter(prediction["split"] for prediction in predictions),
         "template_name": template.name,
         "template": template.chat_template,
-        "generation": {**asdict(decoding), "dtype": args.dtype},
+        "generation": {**asdict(decoding_of(args)), "dtype": args.dtype},
         "command": command_line(),
         "versions": versions(),
         "hardware": hardware(),
     }
+    output_dir = Path(args.output_dir or "")
     path = output_dir / "predictions.jsonl"
-    if not args.overwrite_output_dir:
-        evaluation = go_on(output_dir, evaluation, [p["id"] for p in predictions])
-    state.wait_for_everyone()  # all have looked
+    answered = {} if args.overwrite_output_dir else answers.read_answers(path)
+    if answered:
+        evaluation = resume_evaluation(output_dir, evaluation, [answered.get(p["id"], {}) for p in predictions])
+    state.wait_for_everyone()  # all have read before the main process writes
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if args.overwrite_output_dir:
-            for name in WRITTEN:
-                (output_dir / name).unlink(missing_ok=True)
+        for name in WRITTEN if args.overwrite_output_dir else ():
+            (output_dir / name).unlink(missing_ok=True)
         write_json(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
     for label, name in models.items():
-        answered = answers.read_answers(path)
         missing = [p for p in predictions if label not in answered.get(p["id"], {})]
-        state.wait_for_everyone()  # all have read before one writes
         if len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
-            ask(label, name, missing, path, args, template, state)
-        state.wait_for_everyone()
+            append_answers_of(label, name, missing, path, args, template.name, state)
+    state.wait_for_everyone()
     if state.is_main_process:
-        answers.settle(path, predictions, list(evaluation["models"]))
+        answers.merge_answers(path, predictions, list(evaluation["models"]))
 
 
 def select_records(
     args: EvalArguments, data_args: DataArguments, run: dict[str, Any] | None
 ) -> tuple[DatasetDict, list[dict[str, Any]]]:
-    """The records of the named splits, and their predictions without answers.
+    """The records of the splits to score, and their predictions without answers.
 
-    Warns if they are no longer those the model was trained beside.
+    Warns if the data has changed since the model was trained.
     """
-    from datasets import DatasetDict  # here: datasets takes a second, and --help needs none of it
+    from datasets import DatasetDict
 
     from recipe.data import load_records
     from recipe.data.split import data_hash
@@ -162,124 +148,81 @@ def select_records(
     files = [name for name in args.model if answers.is_answer_file(name)]
     if data_args.data is None and files:  # recorded answers bring their records along
         records, predictions, _ = answers.read_answer_file(files[0])
-        names = split_names(predictions) if args.split in ([], ["all"]) else args.split
-        check_split(args.split, split_names(predictions))
+        names = chosen_splits(args.split or ["all"], split_names(predictions))
         return records, [prediction for prediction in predictions if prediction["split"] in names]
     records, _ = load_records(data_args)
     if run and run["config"]["data"]["data"] == data_args.data and run["data_hash"] != data_hash(records):
-        print(
-            "warning: the data or its split changed since this model was trained; it may have seen these records",
-            file=sys.stderr,
-        )
-    if args.split != ["all"]:
-        names = args.split or ["test"]
-        check_split(names, list(records))
-        records = DatasetDict({name: records[name] for name in names})
+        warning = "the data or its split has changed since this model was trained; it may have seen these records"
+        print(f"warning: {warning}", file=sys.stderr)
+    records = DatasetDict({name: records[name] for name in chosen_splits(args.split or ["test"], list(records))})
     empty = [name for name in records if not len(records[name])]
     if empty:
         raise UserError(f"--split {' '.join(empty)}: no records in it; name another, or give a larger --test_ratio")
     return records, answers.as_predictions(records, merged=args.split == ["all"])
 
 
-def check_split(names: list[str], known: list[str]) -> None:
+def chosen_splits(names: list[str], known: list[str]) -> list[str]:
+    """The splits that `--split` names, which must be in the data; `all` means every one."""
     unknown = [name for name in names if name not in known and names != ["all"]]
     if unknown:
         raise UserError(f"--split {' '.join(unknown)}: the data has {', '.join(known)}; name one, or all")
+    return known if names == ["all"] else names
 
 
-def resolve(name: str, args: EvalArguments) -> str:
-    """A model's name; of an endpoint that lists one model, with that model, which is asked and written down."""
-    if not endpoints.is_endpoint(name) or "#" in name:
-        return name
-    return f"{name}#{endpoints.resolve_model(endpoints.parse_endpoint(name), args.endpoint_timeout).model}"
-
-
-def public_name(name: str) -> str:
-    """A model's name without the credentials of an endpoint."""
-    return str(endpoints.parse_endpoint(name)) if endpoints.is_endpoint(name) else name
-
-
-def identify(name: str) -> str | None:
-    """What tells this model's answers from those of another of the same name."""
-    if name == answers.ECHO or endpoints.is_endpoint(name):
-        return None
-    return file_hash(name) if answers.is_answer_file(name) else weights_hash(name)
-
-
-def go_on(output_dir: Path, evaluation: dict[str, Any], ids: list[str]) -> dict[str, Any]:
-    """This evaluation with the other models of which the folder holds all answers.
+def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """This evaluation, with the further models of which `rows`, one per record, hold all answers already.
 
     Raises:
-        UserError: the folder holds answers to other questions, or of other models under the same names.
+        UserError: the folder holds answers to other prompts, or of other models under the same labels.
     """
     advice = "add --overwrite_output_dir to start over, or name another --output_dir"
     path = output_dir / "evaluation.json"
-    answered = answers.read_answers(output_dir / "predictions.jsonl")
-    if not answered:
-        return evaluation
     if not path.is_file():
-        raise UserError(f"{output_dir} holds answers, but no evaluation.json that says of what; {advice}")
-    earlier, models = read_json(path), evaluation["models"]
+        raise UserError(f"{output_dir} holds answers, but no evaluation.json that says to what; {advice}")
+    earlier, models = read_json(path), dict(evaluation["models"])
     try:
         changed = [key for key in ("data_hash", "template", "generation") if earlier[key] != evaluation[key]]
-        kept = dict(models)
         for label, model in earlier["models"].items():
-            count = sum(label in answered.get(id_, {}) for id_ in ids)
-            if label in models and model != models[label] and count:
-                changed.append(f"model {label!r}")
-            elif label not in models and count == len(ids):
-                kept[label] = model
-            elif label not in models and count:
-                print(f"{count} of {len(ids)} answers of {label}, which is not asked now, are left out")
-        commands = earlier["command"].split("\n")
+            count = sum(label in row for row in rows)
+            if label in models:
+                changed += [f"model {label!r}"] if count and model != models[label] else []
+            elif count == len(rows):
+                models[label] = model
+            elif count:
+                print(f"{count} of {len(rows)} answers of {label}, which is not asked now, are left out")
+        commands = [*earlier["command"].split("\n"), evaluation["command"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
     if changed:
         raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
-    order = sorted(kept, key=lambda label: ("baseline", "tuned", label).index(label))
-    command = "\n".join(dict.fromkeys([*commands, evaluation["command"]]))
-    return {**evaluation, "models": {label: kept[label] for label in order}, "command": command}
+    order = sorted(models, key=lambda label: ("baseline", "tuned", label).index(label))
+    models = {label: models[label] for label in order}
+    return {**evaluation, "models": models, "command": "\n".join(dict.fromkeys(commands))}
 
 
-def ask(
-    label: str,
-    name: str,
-    predictions: list[dict[str, Any]],
-    path: Path,
-    args: EvalArguments,
-    template: Template,
-    state: PartialState,
+def append_answers_of(
+    label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments, template: str, state: PartialState
 ) -> None:
-    """Append one model's answers to `predictions`; each process asks for a share of them."""
-    ids = [prediction["id"] for prediction in predictions]
-    if answers.is_answer_file(name):
-        if state.is_main_process:
-            answers.append_answers(path, ids, label, answers.pair_answers(name, predictions))
-    elif name == answers.ECHO:
-        if state.is_main_process:
-            answers.append_answers(path, ids, label, map(answers.echo, predictions))
-    elif endpoints.is_endpoint(name):
-        if state.is_main_process:
-            ask_endpoint(label, name, predictions, path, args)
-    else:
-        with state.split_between_processes(predictions) as mine:
+    """Append one model's answers to `predictions`; weights answer a share of them on each process."""
+    if not (endpoints.is_endpoint(name) or answers.is_answer_file(name) or name == answers.ECHO):
+        with state.split_between_processes(predictions) as share:
             try:
-                ask_weights(label, name, mine, path, args, template, state)
+                ask_weights(label, name, share, path, args, template, state)
             except UserError as error:
-                if not state.is_main_process:  # the main process says its own
+                if not state.is_main_process:  # the main process prints its own error
                     print(f"error: process {state.process_index}: {error}", file=sys.stderr, flush=True)
                 raise
+    elif state.is_main_process and endpoints.is_endpoint(name):
+        ask_endpoint(label, name, predictions, path, args)
+    elif state.is_main_process:
+        rows = answers.echoes(predictions) if name == answers.ECHO else answers.pair_answers(name, predictions)
+        answers.append_answers(path, label, predictions, rows)
 
 
 def ask_weights(
-    label: str,
-    name: str,
-    predictions: list[dict[str, Any]],
-    path: Path,
-    args: EvalArguments,
-    template: Template,
-    state: PartialState,
+    label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments, template: str, state: PartialState
 ) -> None:
+    """Append a model's answers batch by batch, each with how likely the model finds the reference."""
     from recipe.evaluation.likelihood import reference_losses
     from recipe.generation import iter_responses
     from recipe.model import load_model, load_tokenizer
@@ -289,21 +232,13 @@ def ask_weights(
     tokenizer = load_tokenizer(model_args)
     model, _ = load_model(model_args, tokenizer)
     model.to(state.device)
-    prompts = load_template(template.name, tokenizer).prompts(predictions)
-    show = state.is_main_process
-    losses = reference_losses(
-        model,
-        tokenizer,
-        prompts,
-        [prediction["output"] for prediction in predictions],
-        batch_size=args.batch_size,
-        description=f"Reference loss ({label})" if show else None,
-    )
-    for indices, responses in iter_responses(
-        model, tokenizer, prompts, decoding_of(args), args.batch_size, f"Generating ({label})" if show else None
-    ):
+    prompts = load_template(template, tokenizer).prompts(predictions)
+    references = [prediction["output"] for prediction in predictions]
+    bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
+    losses = reference_losses(model, tokenizer, prompts, references, args.batch_size, bars[0])
+    for indices, responses in iter_responses(model, tokenizer, prompts, decoding_of(args), args.batch_size, bars[1]):
         rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
-        answers.append_answers(path, [predictions[index]["id"] for index in indices], label, rows)
+        answers.append_answers(path, label, [predictions[index] for index in indices], rows)
 
 
 def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> dict[str, Any]:
@@ -320,57 +255,64 @@ def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> d
 
 
 def ask_endpoint(label: str, name: str, predictions: list[dict[str, Any]], path: Path, args: EvalArguments) -> None:
-    endpoint = endpoints.resolve_model(endpoints.parse_endpoint(name), args.endpoint_timeout)
+    """Append a served model's answers as they come; the error counts those that did not come, with reasons."""
+    endpoint, decoding = endpoints.parse_endpoint(name), decoding_of(args)
+    warm_up = {**endpoints.chat_request("Hello.", decoding), "max_tokens": 1}
+    endpoints.preflight(endpoint, [warm_up], max(300.0, args.endpoint_timeout))
 
-    def keep(index: int, answer: dict[str, Any] | endpoints.Failure) -> None:
-        if not isinstance(answer, endpoints.Failure):
-            answers.append_answers(path, [predictions[index]["id"]], label, [answer])
+    def keep(index: int, outcome: endpoints.Reply | endpoints.Failure) -> None:
+        if isinstance(outcome, endpoints.Reply):
+            answers.append_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
 
-    outcomes = endpoints.generate_from_endpoint(
-        endpoint,
-        predictions,
-        decoding_of(args),
-        on_answer=keep,
-        concurrency=args.endpoint_concurrency,
-        timeout=args.endpoint_timeout,
-        description=f"Asking {endpoint} ({label})",
-    )
+    requests = [endpoints.chat_request(endpoints.message_text(prediction), decoding) for prediction in predictions]
+    concurrency, timeout, bar = args.endpoint_concurrency, args.endpoint_timeout, f"Asking {endpoint} ({label})"
+    outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=bar)
     failed = [(p["id"], o) for p, o in zip(predictions, outcomes, strict=True) if isinstance(o, endpoints.Failure)]
     if failed:
-        reasons = Counter(failure.status for _, failure in failed)
-        first = "\n".join(f"  {id_}: {failure.status}: {failure.error}" for id_, failure in failed[:5])
+        counts = Counter(failure.status for _, failure in failed)
+        first = "\n".join(f"  {id_}: {failure}" for id_, failure in failed[:5])
+        again = "the same command" + (" without --overwrite_output_dir" if args.overwrite_output_dir else "")
         raise UserError(
             f"{endpoint} left {len(failed)} of {len(predictions)} prompts without an answer "
-            f"({', '.join(f'{status} {count}' for status, count in reasons.items())}); the first:\n{first}\n"
-            f"the others are kept: {again(args)} asks for these"
+            f"({', '.join(f'{status} {count}' for status, count in counts.items())}); the first:\n{first}\n"
+            f"the others are kept: {again} asks for these"
         )
 
 
 def decoding_of(args: EvalArguments) -> Decoding:
+    """How all models decode."""
     from recipe.generation import Decoding
 
     return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
-def again(args: EvalArguments) -> str:
-    """The command that goes on where this one stopped, in words."""
-    return "the same command" + (" without --overwrite_output_dir" if args.overwrite_output_dir else "")
-
-
 def name_models(args: EvalArguments) -> dict[str, str]:
-    """What each model is called in the results: baseline, tuned, and the others by their folder, file or endpoint."""
-    labels = {"baseline": args.baseline} if args.baseline else {}
-    labels |= {"tuned": args.model[0]}
+    """Models by their label in the results: baseline, tuned, and the others by their folder, file or served name."""
+    models = {"baseline": args.baseline} if args.baseline else {}
+    models["tuned"] = args.model[0]
     for name in args.model[1:]:
         path = Path(public_name(name).rpartition("#")[2])
         label = path.stem if answers.is_answer_file(name) else path.name
-        if label in (*labels, *RESERVED):
+        if label in (*models, *RESERVED):
             label = f"{path.parent.name}/{label}"
-        if label in labels or args.model.count(name) > 1:
+        if label in models or args.model.count(name) > 1:
             raise UserError(f"--model {public_name(name)}: named twice, or like another one")
-        labels[label] = name
-    return labels
+        models[label] = name
+    return models
+
+
+def public_name(name: str) -> str:
+    """A model's name without the credentials of an endpoint."""
+    return str(endpoints.parse_endpoint(name)) if endpoints.is_endpoint(name) else name
+
+
+def content_hash(name: str) -> str | None:
+    """A hash of weights or of recorded answers, which tells a model from another of the same name."""
+    if name == answers.ECHO or endpoints.is_endpoint(name):
+        return None
+    return file_hash(name) if answers.is_answer_file(name) else weights_hash(name)
 
 
 def split_names(predictions: list[dict[str, Any]]) -> list[str]:
+    """The splits of predictions, in their order."""
     return list(dict.fromkeys(prediction["split"] for prediction in predictions))

@@ -1,4 +1,4 @@
-"""The journal of answers: joined, torn, resumed; recorded answers paired by what a record says."""
+"""predictions.jsonl: appended, merged, with incomplete lines; recorded answers paired by the texts of a record."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ from recipe.config import UserError
 from recipe.evaluation.answers import (
     append_answers,
     as_predictions,
-    echo,
+    echoes,
     is_answer_file,
+    merge_answers,
     pair_answers,
     read_answer_file,
     read_answers,
-    settle,
 )
 
 RECORDS = DatasetDict(
@@ -32,7 +32,7 @@ def answer(text: str) -> dict:
     return {"text": text, "tokens": 1, "stop_reason": "eos"}
 
 
-def test_predictions_carry_ids_that_find_the_record_again():
+def test_ids_of_predictions_name_split_and_row():
     assert as_predictions(RECORDS) == [
         {
             "id": "test/4", "split": "test", "instruction": "Make it plural.", "input": "cat", "output": "cats",
@@ -46,11 +46,11 @@ def test_predictions_carry_ids_that_find_the_record_again():
     assert {prediction["split"] for prediction in as_predictions(RECORDS, merged=True)} == {"all"}
 
 
-def test_appended_answers_join_into_one_line_a_record_in_their_order(tmp_path):
+def test_appended_answers_are_merged_into_one_line_per_record_in_their_order(tmp_path):
     path, predictions = tmp_path / "predictions.jsonl", as_predictions(RECORDS)
-    append_answers(path, ["test/7", "test/4"], "tuned", [answer("Red."), answer("cats")])
-    append_answers(path, ["test/4", "test/7"], "baseline", [answer("cat"), answer("")])
-    settle(path, predictions, ["baseline", "tuned"])
+    append_answers(path, "tuned", predictions[::-1], [answer("Red."), answer("cats")])
+    append_answers(path, "baseline", predictions, [answer("cat"), answer("")])
+    merge_answers(path, predictions, ["baseline", "tuned"])
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [list(row)[-2:] for row in rows] == [["baseline", "tuned"]] * 2
     assert rows == [
@@ -58,17 +58,17 @@ def test_appended_answers_join_into_one_line_a_record_in_their_order(tmp_path):
         {**predictions[1], "baseline": answer(""), "tuned": answer("Red.")},
     ]
     before = path.read_bytes()
-    settle(path, predictions, ["baseline", "tuned"])
+    merge_answers(path, predictions, ["baseline", "tuned"])
     assert path.read_bytes() == before
 
 
-def test_a_torn_line_costs_its_own_answers_alone(tmp_path):
+def test_an_incomplete_line_costs_only_its_own_answers(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    append_answers(path, ["test/4"], "tuned", [answer("cats")])
+    append_answers(path, "tuned", [{"id": "test/4"}], [answer("cats")])
     with path.open("a", encoding="utf-8") as file:
         file.write('{"id": "test/7", "tuned": {"text": "Re')  # kill -9
     assert read_answers(path).keys() == {"test/4"}
-    append_answers(path, ["test/7"], "tuned", [answer("Red.")])
+    append_answers(path, "tuned", [{"id": "test/7"}], [answer("Red.")])
     assert {id_: row["tuned"]["text"] for id_, row in read_answers(path).items()} == {
         "test/4": "cats",
         "test/7": "Red.",
@@ -80,7 +80,7 @@ def test_a_torn_line_costs_its_own_answers_alone(tmp_path):
 @pytest.mark.parametrize("text", ["\u2028line\u2029\x85", "\0\x1b[31m", "half \ud800", "\r\n\t", "a" * 100_000, "שלום"])
 def test_any_text_comes_back(tmp_path, text):
     path = tmp_path / "predictions.jsonl"
-    append_answers(path, ["test/4"], "tuned", [answer(text)])
+    append_answers(path, "tuned", [{"id": "test/4"}], [answer(text)])
     assert read_answers(path)["test/4"]["tuned"]["text"] == text.replace("\ud800", "?")
 
 
@@ -122,12 +122,12 @@ def test_an_evaluations_own_answers_keep_their_ids_and_splits(tmp_path):
         ({"output": "", "model_response": "B"}, "'output' is empty"),
     ],
 )
-def test_bad_answer_files_are_told(tmp_path, row, message):
+def test_bad_answer_files_are_refused(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         read_answer_file(write(tmp_path / "bad.jsonl", [{"instruction": "Say A.", "input": "", **row}]))
 
 
-def test_answers_pair_by_record_and_not_by_place(tmp_path):
+def test_answers_are_paired_by_record_and_not_by_position(tmp_path):
     rows = [
         {"instruction": "Name a colour.", "output": "Blue.", "model_response": "Red."},
         {"instruction": "Make it plural.", "input": "cat", "output": "cats", "model_response": "cat"},
@@ -143,7 +143,7 @@ def test_answers_pair_by_record_and_not_by_place(tmp_path):
 
 
 def test_echo_answers_with_the_input_or_the_instruction():
-    assert [echo(prediction)["text"] for prediction in as_predictions(RECORDS)] == ["cat", "Name a colour."]
+    assert [answer["text"] for answer in echoes(as_predictions(RECORDS))] == ["cat", "Name a colour."]
 
 
 def test_a_family_is_text_and_a_missing_one_is_left_out():
@@ -155,9 +155,9 @@ def test_a_family_is_text_and_a_missing_one_is_left_out():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": "test/0"}, r"the id 'test/0' stands 2 times"),
+        ({"id": "test/0"}, "row 1: the id 'test/0' is in a row above"),
         ({"split": None}, "row 1: 'split' is None, not text"),
-        ({"tuned": {**answer("x"), "stop_reason": "stop"}}, "row 1: 'stop_reason' of 'tuned' is 'stop', none of eos"),
+        ({"tuned": {**answer("x"), "stop_reason": "stop"}}, "row 1: 'stop_reason' of 'tuned' is 'stop'"),
     ],
 )
 def test_recorded_predictions_are_checked(tmp_path, change, message):
@@ -181,7 +181,7 @@ def test_answers_as_plain_text_are_taken_with_ids_of_their_own(tmp_path):
     [
         ({"tuned": {"text": None}}, "'text' of 'tuned' is None"),
         ({"tuned": {"text": "x", "reference_loss": "abc"}}, "'reference_loss' of 'tuned' is 'abc'"),
-        ({"id": "test/0"}, "the id 'test/0' stands above"),
+        ({"id": "test/0"}, "the id 'test/0' is in a line above"),
         ({"split": 3}, "'split' is 3, not text"),
     ],
 )

@@ -10,17 +10,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError
 from recipe.evaluation.endpoints import (
-    Failure,
     Reply,
+    as_answer,
     ask,
-    generate_from_endpoint,
+    chat_request,
     is_endpoint,
+    message_text,
     parse_endpoint,
     preflight,
-    resolve_model,
 )
 from recipe.generation import Decoding, generate_responses
 from recipe.templates import load_template
+
+
+@pytest.fixture(autouse=True)
+def no_retries(monkeypatch):
+    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
 
 
 def request(text: str, **options) -> dict:
@@ -29,7 +34,7 @@ def request(text: str, **options) -> dict:
 
 def ask_stub(script, names, **options):
     """The outcomes of one `do:NAME` request for each name, and the stub with what it counted."""
-    options = {"timeout": 20.0, "max_retries": 0, **options}
+    options = {"timeout": 20.0, **options}
     with serve_stub({"": [Say("hello")], **script}) as stub:
         endpoint = parse_endpoint(f"{stub.url}#stub")
         return ask(endpoint, [request(f"do:{name}") for name in names], **options), stub
@@ -41,8 +46,7 @@ def ask_stub(script, names, **options):
 def test_an_endpoint_is_read_from_its_address():
     endpoint = parse_endpoint("http://localhost:8000/v1/#/models/my model#2")
     assert (endpoint.url, endpoint.model) == ("http://localhost:8000/v1", "/models/my model#2")
-    assert parse_endpoint("https://[::1]/v1").url == "https://[::1]/v1"
-    assert parse_endpoint("http://host/v1").model is None
+    assert parse_endpoint("https://[::1]/v1#m").url == "https://[::1]/v1"
     assert is_endpoint("http://host/v1") and not is_endpoint("outputs/demo") and not is_endpoint("someone/http")
 
 
@@ -59,6 +63,8 @@ def test_an_endpoint_is_read_from_its_address():
         "http://[::1/v1",
         "http://host/v1?key=secret#m",
         "http://me:secret@ho st/v1",
+        "http://me:secret@host/v1",
+        "http://me:secret#secret@host/v1",
     ],
 )
 def test_what_is_no_endpoint_is_refused_without_its_secrets(name):
@@ -80,18 +86,6 @@ def test_credentials_are_sent_and_never_shown(monkeypatch):
     assert outcomes[1].status == "http_401" and "***" in outcomes[1].error
     for secret in ("pa55", "sk-secret"):
         assert secret not in repr(outcomes) + repr(with_password) + str(with_password)
-
-
-def test_the_only_model_is_taken_and_of_several_one_must_be_named():
-    with serve_stub({"": [Say("x")]}, models=["llama3"]) as stub:
-        assert resolve_model(parse_endpoint(stub.url)).model == "llama3"
-        assert resolve_model(parse_endpoint(f"{stub.url}#other")).model == "other"
-        stub.models = ["llama3", "phi3"]
-        with pytest.raises(UserError, match=r"name the model, .*#MODEL; it lists llama3, phi3"):
-            resolve_model(parse_endpoint(stub.url))
-        stub.models = []
-        with pytest.raises(UserError, match="it lists none"):
-            resolve_model(parse_endpoint(stub.url))
 
 
 # --- outcomes -------------------------------------------------------------------------------------------------------
@@ -136,15 +130,16 @@ def test_each_fault_has_its_status():
     assert "the stub was told to" in outcomes[4].error
 
 
-def test_odd_fields_beside_a_proper_text_do_no_harm():
-    odd = b'{"model": 7, "usage": [1], "choices": [{"message": {"content": "a \\ud800 b"}, "finish_reason": ["stop"]}]}'
+def test_a_reply_without_text_or_with_half_a_character():
+    odd = b'{"usage": [1], "choices": [{"message": {"content": "a \\ud800 b"}}]}'
     none = b'{"usage": {"prompt_tokens": 3}, "choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'
     [reply, empty], _ = ask_stub({"odd": [Raw(odd)], "none": [Raw(none)]}, ["odd", "none"])
     assert (reply.text, reply.finish_reason, reply.model, reply.usage) == ("a ? b", None, None, None)
     assert (empty.text, empty.finish_reason, empty.usage) == ("", "stop", None)
 
 
-def test_only_what_may_pass_is_tried_again():
+def test_only_temporary_faults_are_tried_again(monkeypatch):
+    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 1)
     script = {
         "busy": [Status(429, {"Retry-After": "1"}), Say("now")],
         "broken": [Status(503), Say("now")],
@@ -155,7 +150,7 @@ def test_only_what_may_pass_is_tried_again():
         "unknown": [Status(404)],
     }
     started = time.monotonic()
-    outcomes, stub = ask_stub(script, script, timeout=2.0, max_retries=1, concurrency=8)
+    outcomes, stub = ask_stub(script, script, timeout=2.0, concurrency=8)
     assert [outcome.text for outcome in outcomes[:4]] == ["now"] * 4
     assert [outcome.status for outcome in outcomes[4:]] == ["http_500", "http_400", "http_404"]
     assert {name: stub.asked(name) for name in script} == {
@@ -164,7 +159,7 @@ def test_only_what_may_pass_is_tried_again():
     assert 1 <= time.monotonic() - started < 20  # Retry-After was waited for
 
 
-def test_outcomes_come_in_order_and_no_more_than_so_many_at_once():
+def test_outcomes_are_in_order_and_concurrency_is_kept():
     seen = []
     with serve_stub({"": [Say(lambda prompt: time.sleep(0.02) or prompt.upper())]}) as stub:
         requests = [request(f"word {index}") for index in range(40)]
@@ -176,7 +171,7 @@ def test_outcomes_come_in_order_and_no_more_than_so_many_at_once():
     assert stub.most_at_once == 3
 
 
-def test_an_endpoint_that_is_gone_is_not_asked_to_the_end():
+def test_an_endpoint_that_is_down_is_given_up():
     seen = []
     with serve_stub({"": [Status(503)]}) as stub:
         outcomes = ask(
@@ -184,7 +179,6 @@ def test_an_endpoint_that_is_gone_is_not_asked_to_the_end():
             [request("hello")] * 100,
             lambda index, outcome: seen.append(index),
             concurrency=1,
-            max_retries=0,
         )
     assert [outcome.status for outcome in outcomes] == ["http_503"] * 10 + ["not_asked"] * 90
     assert "10 requests in a row had failed, the last: http_503" in outcomes[-1].error
@@ -207,7 +201,7 @@ def test_an_error_of_the_callback_comes_through():
 # --- preflight ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_form_of_a_request_that_is_taken():
+def test_the_first_form_of_a_request_that_is_accepted():
     forms = [request("hello", response_format={"type": "json_object"}), request("hello")]
     for takes_schema, taken in ((True, 0), (False, 1)):
         with serve_stub({"": [Say("x")]}, takes_schema=takes_schema) as stub:
@@ -227,18 +221,16 @@ def test_the_first_form_of_a_request_that_is_taken():
 )
 def test_an_endpoint_that_cannot_be_used_says_why(act, message):
     with serve_stub({"": [act]}) as stub, pytest.raises(UserError, match=message):
-        preflight(parse_endpoint(f"{stub.url}#m"), [request("hello")], timeout=20, max_retries=0)
+        preflight(parse_endpoint(f"{stub.url}#m"), [request("hello")], timeout=20)
 
 
-def test_an_endpoint_that_is_down_says_so_at_once():
+def test_an_endpoint_that_is_down_is_reported_at_once():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         down = parse_endpoint(f"http://127.0.0.1:{free.getsockname()[1]}/v1#m")
         started = time.monotonic()
         with pytest.raises(UserError, match=r"connection: .*is it running"):
-            preflight(down, [request("hello")], max_retries=1)
-        with pytest.raises(UserError, match=r"connection: .*is it running"):
-            resolve_model(parse_endpoint(down.url), max_retries=0)
+            preflight(down, [request("hello")])
     assert time.monotonic() - started < 20
 
 
@@ -246,9 +238,9 @@ def test_a_model_that_loads_is_waited_for():
     """Each request takes a second: the time of the warm-up decides."""
     with serve_stub({"": [Say(lambda prompt: time.sleep(1) or "loaded")]}) as stub:
         endpoint = parse_endpoint(f"{stub.url}#m")
-        preflight(endpoint, [request("hello")], timeout=20, max_retries=0)
-        with pytest.raises(UserError, match=r"timeout: no whole answer in 0.*still be loading"):
-            preflight(endpoint, [request("hello")], timeout=0.3, max_retries=5)
+        preflight(endpoint, [request("hello")], timeout=20)
+        with pytest.raises(UserError, match=r"timeout: .*still be loading"):
+            preflight(endpoint, [request("hello")], timeout=0.3)
 
 
 # --- answers of a served model --------------------------------------------------------------------------------------
@@ -260,52 +252,37 @@ RECORDS = [
 ]
 
 
-def test_answers_are_those_of_predictions_and_failures_keep_their_place():
-    seen = []
-    script = {
-        "": [Say("Blue.")],
-        "cut_short": [Say("The", "length")],
-        "gone": [Status(500)],
-        "odd": [Say("", "safety")],
-    }
-    records = [{"instruction": f"do:{name}", "input": "cat"} for name in ("cut_short", "gone", "odd")] + RECORDS[1:2]
+def test_answers_are_those_of_predictions():
+    """`tokens` are as the server counts them; a response that it ended for a reason of its own has none."""
+    script = {"": [Say("Blue.")], "cut_short": [Say("The", "length")], "odd": [Say("", "safety")]}
+    records = [{"instruction": f"do:{name}", "input": "cat"} for name in ("cut_short", "odd")] + RECORDS[1:2]
+    decoding = Decoding(max_new_tokens=9, temperature=0.5, top_p=0.9, seed=7)
     with serve_stub(script) as stub:
-        answers = generate_from_endpoint(
-            parse_endpoint(f"{stub.url}#m"),
-            records,
-            Decoding(max_new_tokens=9, temperature=0.5, top_p=0.9, seed=7),
-            lambda index, answer: seen.append(index),
-            max_retries=0,
-        )
-    assert [answer.pop("seconds") > 0 for answer in answers if not isinstance(answer, Failure)] == [True] * 3
-    assert answers[0] == {"text": "The", "tokens": 2, "stop_reason": "length"}
-    assert isinstance(answers[1], Failure) and answers[1].status == "http_500"
-    assert answers[2] == {"text": "", "tokens": 2, "stop_reason": None}
-    assert answers[3] == {"text": "Blue.", "tokens": 2, "stop_reason": "eos"}
-    assert sorted(seen) == [0, 1, 2, 3]
-    sent = {body["messages"][0]["content"]: body for body in stub.bodies[1:]}
-    assert set(sent) == {f"do:{n}\n\n### Input:\ncat" for n in ("cut_short", "gone", "odd")} | {"Name a colour."}
+        requests = [chat_request(message_text(record), decoding) for record in records]
+        answers = [as_answer(reply) for reply in ask(parse_endpoint(f"{stub.url}#m"), requests)]
+    assert all(answer.pop("seconds") > 0 for answer in answers)
+    assert answers == [
+        {"text": "The", "tokens": 2, "stop_reason": "length"},
+        {"text": "", "tokens": 2, "stop_reason": None},
+        {"text": "Blue.", "tokens": 2, "stop_reason": "eos"},
+    ]
+    sent = {body["messages"][0]["content"]: body for body in stub.bodies}
+    assert set(sent) == {f"do:{n}\n\n### Input:\ncat" for n in ("cut_short", "odd")} | {"Name a colour."}
     assert {"temperature": 0.5, "top_p": 0.9, "seed": 7, "max_tokens": 9}.items() <= sent["Name a colour."].items()
-
-
-def test_nothing_is_asked_of_an_endpoint_without_records():
-    assert generate_from_endpoint(parse_endpoint("http://127.0.0.1:1/v1#m"), [], Decoding()) == []
 
 
 def test_the_message_renders_the_prompt_of_training():
     """A server renders the content alone; the Alpaca template puts an input where the message has it already."""
     template = load_template("alpaca")
     for record in RECORDS:
-        with serve_stub({"": [Say("x")]}) as stub:
-            generate_from_endpoint(parse_endpoint(f"{stub.url}#m"), [record], Decoding())
-        content = stub.bodies[-1]["messages"][0]["content"]
-        assert template.prompt({"instruction": content, "input": ""}) == template.prompt(record)
+        assert template.prompt({"instruction": message_text(record), "input": ""}) == template.prompt(record)
 
 
 def test_a_served_model_answers_as_the_same_folder_does_here(served_demo, chat_folder):  # noqa: F811
     """`transformers serve` against `generate_responses`, greedy, text for text."""
-    endpoint = resolve_model(parse_endpoint(served_demo))
-    answers = generate_from_endpoint(endpoint, RECORDS, Decoding(max_new_tokens=12), concurrency=2)
+    endpoint = parse_endpoint(served_demo)
+    requests = [chat_request(message_text(record), Decoding(max_new_tokens=12)) for record in RECORDS]
+    answers = [as_answer(reply) for reply in ask(endpoint, requests, concurrency=2)]
     model = AutoModelForCausalLM.from_pretrained(chat_folder)
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     prompts = load_template(str(chat_folder / "chat_template.jinja"), tokenizer).prompts(RECORDS)

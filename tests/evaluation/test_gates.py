@@ -68,6 +68,6 @@ def test_a_judge_that_was_not_asked_holds_no_gate():
         ("exact_match>=1.2.3", "not a number"),
     ],
 )
-def test_conditions_that_are_none_are_told(gate, message):
+def test_what_is_no_condition_is_refused(gate, message):
     with pytest.raises(UserError, match=message):
         parse_gate(gate)

@@ -202,7 +202,7 @@ def test_real_predictions_beside_an_echo_of_the_input(tmp_path, evaluate, capsys
     assert (tmp_path / "e" / "report.html").is_file()
 
 
-def test_answers_that_do_not_pair_are_told(tmp_path, evaluate, few, other_model):
+def test_recorded_answers_to_other_records_are_refused(tmp_path, evaluate, few, other_model):
     recorded = [{"instruction": "Nobody asked.", "input": "", "output": "No.", "model_response": "Yes."}]
     (tmp_path / "answers.json").write_text(json.dumps(recorded), encoding="utf-8")
     flags = ("--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "4")
@@ -236,13 +236,13 @@ def test_gates_decide_the_exit(tmp_path, evaluate, few):
         (("--model", "echo", "--stages", "generate", "--gate", "chrf>0"), "--gate needs scores"),
     ],
 )
-def test_bad_flags_are_told_and_nothing_is_scored(tmp_path, evaluate, few, flags, message):
+def test_bad_flags_are_refused_and_nothing_is_scored(tmp_path, evaluate, few, flags, message):
     with pytest.raises(UserError, match=message):
         evaluate(*flags, "--data", few, "--output_dir", tmp_path / "e")
     assert not (tmp_path / "e" / "metrics.json").exists()
 
 
-def test_an_empty_split_is_told(tmp_path, evaluate):
+def test_an_empty_split_is_refused(tmp_path, evaluate):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     data = json.dumps({"test": str(tmp_path / "empty.jsonl")})
     with pytest.raises(UserError, match="empty"):
@@ -276,7 +276,7 @@ def test_a_served_model_answers_as_its_weights_do(tmp_path, evaluate, few, serve
     assert metrics["provenance"]["models"]["tuned"] == {"name": served_demo, "weights": None}
 
 
-def test_an_endpoint_that_half_answers_keeps_what_it_said(tmp_path, evaluate, few):
+def test_an_endpoint_that_answers_half_of_the_prompts_keeps_these_answers(tmp_path, evaluate, few):
     """It fails for every second prompt; the next run asks for these alone."""
     flags = ("--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "6", "--endpoint_concurrency", "1")
     asked: list[str] = []
@@ -329,7 +329,7 @@ def test_answers_are_not_removed_by_the_run_that_is_to_score_them(tmp_path, eval
     assert (folder / "predictions.jsonl").read_bytes() == before
 
 
-def test_a_baseline_that_never_answered_may_be_dropped_or_mended(tmp_path, evaluate, few):
+def test_a_baseline_that_never_answered_may_be_dropped_or_fixed(tmp_path, evaluate, few):
     flags = ("--model", "echo", "--data", few, "--output_dir", tmp_path / "e", "--endpoint_timeout", "2")
     with pytest.raises(UserError, match="connection"):
         evaluate(*flags, "--baseline", "http://127.0.0.1:9/v1#m")
@@ -343,12 +343,11 @@ def test_a_baseline_that_never_answered_may_be_dropped_or_mended(tmp_path, evalu
 
 def test_a_served_model_is_written_down_by_name_and_another_is_refused(tmp_path, evaluate, few):
     flags = ("--data", few, "--output_dir", tmp_path / "e", "--stages", "generate")
-    with serve_stub({"": [Say("An answer.")]}, models=["first"]) as stub:
+    with serve_stub({"": [Say("An answer.")]}) as stub:
         address = stub.url.replace("http://", "http://me:SECRET1@")
-        evaluate("--model", address, *flags)
-        stub.models = ["second"]
+        evaluate("--model", f"{address}#first", *flags)
         with pytest.raises(UserError, match="with another model 'tuned'"):
-            evaluate("--model", address, *flags)
+            evaluate("--model", f"{address}#second", *flags)
         evaluate("--model", f"{address}#first", f"{address.replace('SECRET1', 'SECRET2')}#third", *flags)
     assert [list(row)[-2:] for row in rows_of(tmp_path / "e")] == [["tuned", "third"]] * 8
     for path in (tmp_path / "e").iterdir():
@@ -369,7 +368,7 @@ def test_a_judgement_of_other_answers_is_dropped_and_one_of_these_is_kept(tmp_pa
     with serve_stub({"": [Say("50")]}) as stub:
         evaluate("--model", "echo", "--data", few, "--output_dir", folder, "--judge", f"{stub.url}#m")
     with pytest.raises(UserError, match="the judge was not asked"):
-        evaluate("--stages", "judge", "report", "--output_dir", folder, "--judge", "http://127.0.0.1:9/v1")
+        evaluate("--stages", "judge", "report", "--output_dir", folder, "--judge", "http://127.0.0.1:9/v1#m")
     assert json.loads((folder / "judge.jsonl").read_text(encoding="utf-8").split("\n")[0])["score"] == 50
     evaluate("--stages", "score", "report", "--output_dir", folder, "--gate", "judge.score_0_100>=50")
     rows = rows_of(folder)

@@ -1,6 +1,6 @@
 """A judge's prompts: Jinja text files in `prompt_templates/` or of the user's own, and how the replies are read.
 
-A scoring prompt sets its scale itself, `{% set low = 0 %}{% set high = 100 %}`, and with `{% set reason = true %}` that
+A scoring prompt sets its scale itself, `{% set low = 0 %}{% set high = 100 %}`, and by `{% set reason = true %}` that
 it asks for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
 no text contains; `pairwise.jinja` is given `response_a` and `response_b` instead of `response`.
 """
@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import re
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ BUILT_IN = Path(__file__).with_name("prompt_templates")
 PAIRWISE = "pairwise"
 JINJA_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-# what a line may hold around a score or a winner, once marks and runs of space are one space
+# what may surround a score or a winner in a line, after marks and runs of white space have become one space
 _LABEL = r"(?:(?:the )?(?:overall |final |better )?(?:%s)(?: is| of)? ?[:=]? ?)?"
 _SCORE = _LABEL % "score|rating|grade" + r"(-?[0-9]{1,9})(?: ?(?:/|out of) ?([0-9]+))?\.?"
 _WINNER = _LABEL % "winner|verdict|response" + r"(?:response )?(A|B|tie)\.?"
@@ -35,8 +34,8 @@ _WINNER = _LABEL % "winner|verdict|response" + r"(?:response )?(A|B|tie)\.?"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range`,
-    `cut_off` without."""
+    """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range` or
+    `cut_off` without one."""
 
     status: str
     value: int | str | None = None
@@ -54,26 +53,14 @@ class JudgePrompt:
     asks_reason: bool
 
     def messages(self, record: Mapping[str, Any], **responses: str) -> list[dict[str, str]]:
-        """The chat messages that ask about `response`, or about `response_a` and `response_b`.
-
-        Raises:
-            UserError: a Jinja error that only this record brings up.
-        """
-        texts = {
-            "instruction": record["instruction"] or "",
-            "input": record.get("input") or "",
-            "reference": record["output"] or "",
-            **responses,
-        }
-        try:
-            content = self.template.render(texts, fence=fence(texts.values()))
-        except JINJA_ERRORS as error:
-            shown = str(texts)[:300]
-            raise UserError(f"judge prompt {self.name}{_line_of(error)}: {error}, at the record {shown}") from error
+        """The chat messages that ask about `response`, or about `response_a` and `response_b`."""
+        texts = {"instruction": record["instruction"] or "", "input": record.get("input") or "", **responses}
+        texts["reference"] = record["output"] or ""
+        content = self.template.render(texts, fence=fence(texts.values()))
         return [{"role": "user", "content": writable(content)}]
 
     def response_format(self) -> dict[str, Any]:
-        """The JSON schema of a reply, for servers that hold a model to one. The reason comes before the verdict."""
+        """The JSON schema of a reply, for servers that can enforce one. The reason comes before the verdict."""
         properties: dict[str, Any] = {"reason": {"type": "string"}} if self.asks_reason else {}
         if self.scale is None:
             properties["winner"] = {"type": "string", "enum": ["A", "B", "tie"]}
@@ -96,11 +83,11 @@ class JudgePrompt:
         """
         text = text.rpartition("</think>")[2]
         key = "winner" if self.scale is None else "score"
-        objects = [found for found in _json_objects(text) if key in found]
+        objects = [parsed for parsed in _json_objects(text) if key in parsed]
         if objects:
-            values, reason = [self._value(found[key]) for found in objects], objects[0].get("reason")
+            values, reason = [self._value(parsed[key]) for parsed in objects], objects[0].get("reason")
         else:
-            if finish_reason == "length":  # "10" may have been going to be "100"
+            if finish_reason == "length":  # the last line may be incomplete: "10" could have become "100"
                 text = text.rpartition("\n")[0]
             values = [value for value in map(self._value, text.splitlines()) if value is not None]
             reason = None
@@ -111,17 +98,17 @@ class JudgePrompt:
             return Verdict("out_of_range", reason=reason)
         return Verdict("scored", value, reason)
 
-    def _value(self, said: Any) -> int | str | None:
+    def _value(self, content: Any) -> int | str | None:
         """A score or a winner from a JSON value or a line; None if it is something else."""
-        if isinstance(said, str):
-            line = re.sub(r"[\s*_`\"'#>\[\]]+", " ", said).strip()
+        if isinstance(content, str):
+            line = re.sub(r"[\s*_`\"'#>\[\]]+", " ", content).strip()
             if self.scale is None:
                 match = re.fullmatch(_WINNER, line, re.IGNORECASE)
                 return {"a": "A", "b": "B", "tie": "tie"}[match[1].lower()] if match else None
             match = re.fullmatch(_SCORE, line, re.IGNORECASE)
             return int(match[1]) if match and match[2] in (None, str(self.scale[1])) else None
-        is_whole = isinstance(said, int | float) and not isinstance(said, bool) and said % 1 == 0
-        return int(said) if is_whole and self.scale else None
+        is_whole = isinstance(content, int | float) and not isinstance(content, bool) and content % 1 == 0
+        return int(content) if is_whole and self.scale else None
 
 
 def fence(texts: Any) -> str:
@@ -137,50 +124,53 @@ def load_judge_prompts(names: Sequence[str]) -> list[JudgePrompt]:
     """Built-in prompts by name (`score_0_100`, `rubric_1_5`, `pairwise`) and the user's own scoring prompts by path.
 
     Raises:
-        UserError: no such prompt, two of one name, a Jinja error, no scale, or a prompt that loses a text.
+        UserError: no such prompt, two of one name, a Jinja error, no scale, or a prompt that leaves out a text.
     """
-    prompts = [_load(name) for name in names]
-    twice = {prompt.name for prompt in prompts if sum(other.name == prompt.name for other in prompts) > 1}
-    if twice:
-        raise UserError(f"--judge_prompts: two are named {', '.join(sorted(twice))}; rename the file of one")
-    if not prompts:
+    if not names:
         raise UserError("--judge_prompts: name at least one, such as score_0_100")
-    return prompts
+    prompts = {}
+    for name in names:
+        path = _prompt_path(name)
+        if path.stem in prompts:
+            raise UserError(f"--judge_prompts: two are named {path.stem}; rename the file of one")
+        try:
+            prompts[path.stem] = _load(path)
+        except (*JINJA_ERRORS, OSError) as error:
+            line = f" line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise UserError(f"judge prompt {path}{line}: {error}") from error
+    return list(prompts.values())
 
 
-def _load(name: str) -> JudgePrompt:
-    path = BUILT_IN / f"{name}.jinja"
+def _prompt_path(name: str) -> Path:
+    built_in = {path.stem: path for path in sorted(BUILT_IN.glob("*.jinja"))}
+    path = built_in.get(name, Path(name))
     if not path.is_file():
-        path = Path(name)
-        names = sorted(file.stem for file in BUILT_IN.glob("*.jinja"))
-        if not path.is_file():
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
-                f"unknown judge prompt {name!r}: {hint}give one of {', '.join(names)} or the path of a .jinja file"
-            )
-        if path.stem in names:
-            raise UserError(f"judge prompt {name}: {path.stem!r} is the name of a built-in one; rename the file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
-        return _try_out(path, template, hashlib.sha256(text.encode()).hexdigest())
-    except (*JINJA_ERRORS, OSError) as error:
-        raise UserError(f"judge prompt {path}{_line_of(error)}: {error}") from error
+        near = difflib.get_close_matches(name, built_in, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"unknown judge prompt {name!r}: {hint}give one of {', '.join(built_in)} or the path of a .jinja file"
+        )
+    if path.stem in built_in and path.parent != BUILT_IN:
+        raise UserError(f"judge prompt {name}: {path.stem!r} is the name of a built-in one; rename the file")
+    return path
 
 
-def _try_out(path: Path, template: Template, digest: str) -> JudgePrompt:
+def _load(path: Path) -> JudgePrompt:
+    """Read a prompt and try it out, so that a prompt that cannot work is refused before anything is asked."""
+    text = path.read_text(encoding="utf-8")
+    template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
     is_pairwise = path == BUILT_IN / f"{PAIRWISE}.jinja"
     responses = ("response_a", "response_b") if is_pairwise else ("response",)
     texts = {name: f"the-{name}" for name in ("instruction", "input", "reference", *responses)}
     rendered = template.render(texts, fence="=====")
     lost = [name for name, text in texts.items() if text not in rendered]
     if lost:
-        raise UserError(f"judge prompt {path}: the prompt loses the {', '.join(lost)}; write {{{{ {lost[0]} }}}}")
-    settings = vars(template.make_module({**texts, "fence": "====="}))
-    low, high = settings.get("low"), settings.get("high")
+        raise UserError(f"judge prompt {path}: the prompt leaves out {', '.join(lost)}; write {{{{ {lost[0]} }}}}")
+    digest = hashlib.sha256(text.encode()).hexdigest()
     if is_pairwise:
         return JudgePrompt(path.stem, template, digest, None, asks_reason=True)
+    settings = vars(template.make_module({**texts, "fence": "====="}))
+    low, high = settings.get("low"), settings.get("high")
     if type(low) is not int or type(high) is not int or low >= high:
         raise UserError(
             f"judge prompt {path}: the scale is {low} to {high}; set two integers, "
@@ -189,20 +179,12 @@ def _try_out(path: Path, template: Template, digest: str) -> JudgePrompt:
     return JudgePrompt(path.stem, template, digest, (low, high), asks_reason=bool(settings.get("reason")))
 
 
-def _line_of(error: Exception) -> str:
-    """Where in a template an error arose: Jinja names the line of a syntax error, the traceback that of any other."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
-    if isinstance(error, TemplateSyntaxError):
-        lines.append(error.lineno)
-    return f" line {lines[-1]}" if lines else ""
-
-
 def _json_objects(text: str) -> Iterator[dict[str, Any]]:
     decoder, start = json.JSONDecoder(strict=False), text.find("{")
     while start >= 0:
         try:
-            found, end = decoder.raw_decode(text, start)
-            yield found
+            parsed, end = decoder.raw_decode(text, start)
+            yield parsed
         except (ValueError, RecursionError):
             end = start + 1
         start = text.find("{", end)

@@ -1,7 +1,7 @@
 """Scores by a judge: a language model behind an OpenAI-compatible endpoint that grades or compares the responses.
 
-Every id ends with a score or with the reason why it has none, in `judge.jsonl`; usable replies are kept in
-`judge_cache.jsonl`, so that another run asks only for what is missing. A mean is refused while scores are missing:
+Every id ends with a score or with the reason why it has none, in `judge.jsonl`. Usable replies are kept in
+`judge_cache.jsonl`, so that another run asks only for what is missing. While scores are missing no mean is given:
 what a judge fails on is not a random sample.
 
 Scoring 0 to 100 is from chapter 7 of "Build a Large Language Model From Scratch"; asking in both orders is from Zheng
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipe.config import UserError
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight, resolve_model
+from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight
 from recipe.evaluation.judge.prompts import JudgePrompt, Verdict, load_judge_prompts
 from recipe.evaluation.judge.summary import WITH_VALUE, summarize_pairs, summarize_scores
 from recipe.files import write_json_lines
@@ -35,8 +35,7 @@ class JudgeArguments:
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "OpenAI-compatible endpoint of a judge, http://host:port/v1#model; its key is read from the "
-            "environment variable OPENAI_API_KEY. Default: no judge."
+            "help": "OpenAI-compatible endpoint, http://host:port/v1#model, its key in OPENAI_API_KEY. Default: none."
         },
     )
     judge_prompts: list[str] = field(
@@ -45,12 +44,8 @@ class JudgeArguments:
     )
     judge_concurrency: int = field(default=4, metadata={"help": "Requests to the judge at the same time."})
     judge_timeout: float = field(default=60.0, metadata={"help": "Seconds until a request is given up or repeated."})
-    judge_warmup_timeout: float = field(
-        default=300.0, metadata={"help": "Seconds for the first request, which may wait for the model to load."}
-    )
-    judge_allow_missing: bool = field(
-        default=False, metadata={"help": "Give means over the scored responses although scores are missing."}
-    )
+    judge_warmup_timeout: float = field(default=300.0, metadata={"help": "The same while the model may still load."})
+    judge_allow_missing: bool = field(default=False, metadata={"help": "Give means although scores are missing."})
 
     def __post_init__(self) -> None:
         if self.judge is not None:
@@ -63,18 +58,25 @@ class JudgeArguments:
 
 @dataclass(frozen=True)
 class Question:
-    """One row of `judge.jsonl` to be: what names it, and what is asked or, where nothing needs to be, the verdict."""
+    """A row of `judge.jsonl` to be: the fields that name it, and the messages to send, or the verdict without any."""
 
     prompt: JudgePrompt
     row: dict[str, str]
     messages: list[dict[str, str]] | None = None
     verdict: Verdict | None = None
 
+    def key(self, endpoint: Endpoint) -> str:
+        """A hash of all that the reply depends on."""
+        content = [endpoint.url, endpoint.model, self.prompt.digest, self.messages, SAMPLING]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-def run_judge(
-    predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, output_dir: str | Path, max_retries: int = 3
-) -> dict[str, Any]:
-    """Let the judge score or compare the responses of the first split; its part of `metrics.json`.
+    def is_answered_by(self, outcome: Reply | Failure | None) -> bool:
+        """Whether a verdict can be read from a reply."""
+        return isinstance(outcome, Reply) and self.prompt.read(outcome.text, outcome.finish_reason).status == "scored"
+
+
+def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, output_dir: Path) -> dict[str, Any]:
+    """Let the judge score or compare the responses of the first split; the result is its part of `metrics.json`.
 
     Writes `judge.jsonl` to `output_dir`, also when interrupted, and adds to `judge_cache.jsonl`.
 
@@ -83,39 +85,35 @@ def run_judge(
 
     Returns:
         `endpoint`, `model`; `complete`: whether every row has a score or a winner; `usage` in tokens, of all replies
-        this result rests on; `scores` by prompt, `pairwise` (see `summarize_scores` and `summarize_pairs`); `error`:
+        that this result uses; `scores` by prompt, `pairwise` (see `summarize_scores` and `summarize_pairs`); `error`:
         why nothing more could be asked, else None; `labels` and `answers`: whose answers were judged, and their hash.
 
     Raises:
-        UserError: nothing could be asked, nothing is known, and an earlier `judge.jsonl` would be lost.
+        UserError: nothing could be asked, no reply is known, and an earlier `judge.jsonl` would be lost.
     """
     endpoint, prompts = parse_endpoint(args.judge or ""), load_judge_prompts(args.judge_prompts)
-    headline = [p for p in predictions if p.get("split") == predictions[0].get("split")]
-    questions: list[Question] = []
+    predictions, path = _first_split(predictions), output_dir / "judge.jsonl"
+    questions = [q for prediction in predictions for prompt in prompts for q in _questions(prompt, prediction)]
     outcomes: dict[str, Reply | Failure] = {}
     error = None
     try:
-        questions += [q for prediction in headline for prompt in prompts for q in _questions(prompt, prediction)]
-        if any(prompt.scale is None for prompt in prompts) and "baseline" not in labels_of(headline):
+        if any(prompt.scale is None for prompt in prompts) and "baseline" not in labels_of(predictions):
             raise UserError("--judge_prompts pairwise compares two models; name a --baseline")
-        endpoint = resolve_model(endpoint, args.judge_warmup_timeout, max_retries)
-        _ask_missing(endpoint, questions, outcomes, args, Path(output_dir) / "judge_cache.jsonl", max_retries)
+        _ask_missing(endpoint, questions, outcomes, args, output_dir / "judge_cache.jsonl")
     except UserError as raised:
         error = str(raised)
     finally:
-        rows = [_as_row(question, outcomes.get(_key(endpoint, question)), error) for question in questions]
-        path = Path(output_dir) / "judge.jsonl"
-        if error and not outcomes and path.exists():  # a judge that is down takes nothing back
+        rows = [_as_row(question, outcomes.get(question.key(endpoint)), error) for question in questions]
+        if error and not outcomes and path.exists():
             raise UserError(f"{error}; the earlier {path} stays")
         write_json_lines(path, rows)
-    used = {key for key in (_key(endpoint, question) for question in questions) if key in outcomes}
-    usages = [reply.usage or {} for key in used if isinstance(reply := outcomes[key], Reply)]
+    usages = [outcome.usage for outcome in outcomes.values() if isinstance(outcome, Reply) and outcome.usage]
     pairs = [row for row in rows if "order" in row]
     return {
         "endpoint": endpoint.url,
         "model": endpoint.model,
         "complete": error is None and all(row["status"] in WITH_VALUE for row in rows),
-        "usage": {name: sum(usage.get(name, 0) for usage in usages) for name in USAGE},
+        "usage": {name: sum(usage[name] for usage in usages) for name in USAGE},
         "scores": {
             prompt.name: summarize_scores(
                 [row for row in rows if row["prompt"] == prompt.name], prompt.scale, args.judge_allow_missing
@@ -125,122 +123,114 @@ def run_judge(
         },
         "pairwise": summarize_pairs(pairs, args.judge_allow_missing) if pairs else None,
         "error": error,
-        "labels": labels_of(headline),
-        "answers": answers_hash(headline, labels_of(headline)),
+        "labels": labels_of(predictions),
+        "answers": answers_hash(predictions, labels_of(predictions)),
     }
 
 
 def answers_hash(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
-    """What a judgement is about, as a hash: the records of the first split and the texts of these models."""
-    first = [p for p in predictions if p.get("split") == predictions[0].get("split")]
+    """A hash of what is judged: the records of the first split and the responses of these models."""
     texts = [
-        [
-            *(p.get(name) for name in ("id", "instruction", "input", "output")),
-            *(p.get(n, {}).get("text") for n in labels),
-        ]
-        for p in first
+        [*map(p.get, ("id", "instruction", "input", "output")), *(p.get(label, {}).get("text") for label in labels)]
+        for p in _first_split(predictions)
     ]
     return hashlib.sha256(json.dumps([*labels, texts]).encode()).hexdigest()[:16]
 
 
+def _first_split(predictions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [p for p in predictions if p.get("split") == predictions[0].get("split")]
+
+
 def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Question]:
-    """What to ask of one record: about each model's response, or about a pair in both orders."""
-    labels, named = labels_of([prediction]), {"id": prediction["id"], "prompt": prompt.name}
-    texts = {label: prediction[label]["text"] for label in labels}
-    questions = []
+    """What to ask about one record: each model's response, or base and tuned in both orders."""
+    labels = labels_of([prediction])
     if prompt.scale is not None:
-        for label in labels:
-            row = {**named, "model": label}
-            if not texts[label].strip():
-                questions.append(Question(prompt, row, verdict=Verdict("empty", prompt.scale[0])))
-            else:
-                questions.append(Question(prompt, row, prompt.messages(prediction, response=texts[label])))
-    elif "baseline" in labels:
-        for order, (first, second) in ORDERS.items():
-            row = {**named, "order": order}
-            has_text = [bool(texts[label].strip()) for label in (first, second)]
-            if texts[first] == texts[second] and all(has_text):
-                questions.append(Question(prompt, row, verdict=Verdict("identical", "tie")))
-            elif all(has_text):
-                messages = prompt.messages(prediction, response_a=texts[first], response_b=texts[second])
-                questions.append(Question(prompt, row, messages))
-            else:
-                better = "tie" if not any(has_text) else "A" if has_text[0] else "B"
-                questions.append(Question(prompt, row, verdict=Verdict("empty", better)))
+        asked = [({"model": label}, {"response": label}) for label in labels]
+    else:
+        pairs = ORDERS.items() if "baseline" in labels else ()
+        asked = [({"order": order}, {"response_a": a, "response_b": b}) for order, (a, b) in pairs]
+    questions = []
+    for name, labels_by_part in asked:
+        row = {"id": prediction["id"], "prompt": prompt.name, **name}
+        responses = {part: prediction[label]["text"] for part, label in labels_by_part.items()}
+        verdict = _verdict_without_judge(prompt, *responses.values())
+        questions.append(Question(prompt, row, None if verdict else prompt.messages(prediction, **responses), verdict))
     return questions
 
 
-def _key(endpoint: Endpoint, question: Question) -> str:
-    """What a reply depends on, as a hash."""
-    content = [endpoint.url, endpoint.model, question.prompt.digest, question.messages, SAMPLING]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _verdict_without_judge(prompt: JudgePrompt, *responses: str) -> Verdict | None:
+    """An empty response has the lowest score and loses; two empty or equal ones are a tie; else the judge decides."""
+    is_empty = [not response.strip() for response in responses]
+    if any(is_empty):
+        winner = "tie" if all(is_empty) else "B" if is_empty[0] else "A"
+        return Verdict("empty", prompt.scale[0] if prompt.scale else winner)
+    return Verdict("identical", "tie") if len(set(responses)) < len(responses) else None
 
 
 def _ask_missing(
     endpoint: Endpoint,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     outcomes: dict[str, Reply | Failure],
     args: JudgeArguments,
     cache: Path,
-    max_retries: int,
 ) -> None:
-    """Fill `outcomes` from the cache and, for what it lacks, from the endpoint; equal questions are asked once."""
-    asked = {_key(endpoint, question): question for question in questions if question.messages is not None}
+    """Add outcomes by key from the cache and, for what it lacks, from the endpoint; equal questions are asked once."""
+    by_key = {question.key(endpoint): question for question in questions if question.messages is not None}
     cached = read_cache(cache)
-    outcomes |= {key: cached[key] for key in asked if key in cached and _is_usable(asked[key], cached[key])}
-    missing = {key: question for key, question in asked.items() if key not in outcomes}
-    formats = {}
-    for prompt in {question.prompt.name: question.prompt for question in missing.values()}.values():
-        names = ("response",) if prompt.scale else ("response_a", "response_b")
-        example = {"instruction": "Name the colour of a clear sky.", "output": "Blue."}
-        plain = {"messages": prompt.messages(example, **dict.fromkeys(names, "Blue.")), **SAMPLING}
-        forms = [{**plain, "response_format": prompt.response_format()}, plain]
-        formats[prompt.name] = preflight(endpoint, forms, args.judge_warmup_timeout, max_retries)
-    keys = list(missing)
+    outcomes |= {key: cached[key] for key, question in by_key.items() if question.is_answered_by(cached.get(key))}
+    keys = [key for key in by_key if key not in outcomes]
+    missing = [by_key[key] for key in keys]
+    if not missing:
+        return
+    forms = {
+        prompt: preflight(endpoint, _request_forms(prompt), args.judge_warmup_timeout)
+        for prompt in dict.fromkeys(question.prompt for question in missing)
+    }
+    requests = [{**forms[question.prompt], "messages": question.messages} for question in missing]
     cache.parent.mkdir(parents=True, exist_ok=True)
     with open(cache, "a", encoding="utf-8") as file:
+        if cache.read_bytes()[-1:] not in (b"", b"\n"):  # a killed run left an incomplete line
+            file.write("\n")
 
         def keep(index: int, outcome: Reply | Failure) -> None:
-            key = keys[index]
-            outcomes[key] = outcome
-            if isinstance(outcome, Reply) and _is_usable(missing[key], outcome):
-                file.write(json.dumps({"key": key, "reply": asdict(outcome)}, ensure_ascii=False) + "\n")
+            outcomes[keys[index]] = outcome
+            if isinstance(outcome, Reply) and missing[index].is_answered_by(outcome):
+                file.write(json.dumps({"key": keys[index], "reply": asdict(outcome)}, ensure_ascii=False) + "\n")
                 file.flush()
 
-        requests = [{**formats[q.prompt.name], "messages": q.messages} for q in missing.values()]
-        concurrency, timeout = args.judge_concurrency, args.judge_timeout
-        ended = ask(endpoint, requests, keep, concurrency, timeout, max_retries, description="Judging")
-    outcomes |= zip(keys, ended, strict=True)
+        ended = ask(endpoint, requests, keep, args.judge_concurrency, args.judge_timeout, description="Judging")
+    outcomes |= zip(keys, ended, strict=True)  # also those that were not sent
 
 
-def _is_usable(question: Question, reply: Reply) -> bool:
-    return question.prompt.read(reply.text, reply.finish_reason).status == "scored"
+def _request_forms(prompt: JudgePrompt) -> list[dict[str, Any]]:
+    """A request about an example: with the schema of a reply, and without for servers that reject it."""
+    names = ("response",) if prompt.scale else ("response_a", "response_b")
+    example = {"instruction": "Name the colour of a clear sky.", "output": "Blue."}
+    plain = {"messages": prompt.messages(example, **dict.fromkeys(names, "Blue.")), **SAMPLING}
+    return [{**plain, "response_format": prompt.response_format()}, plain]
 
 
 def read_cache(path: Path) -> dict[str, Reply]:
-    """The replies kept by key; a line that a killed run left torn is cut out, so that what is added stays readable."""
-    content = path.read_bytes() if path.is_file() else b""
-    entries = []
-    for line in content.split(b"\n"):
+    """The replies in the cache by key; a line that a killed run left incomplete is skipped."""
+    replies = {}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             entry = json.loads(line)
-            entries.append({"key": entry["key"], "reply": asdict(Reply(**entry["reply"]))})
+            replies[entry["key"]] = Reply(**entry["reply"])
         except (ValueError, TypeError, KeyError):
             continue
-    if content and (content.count(b"\n") != len(entries) or not content.endswith(b"\n")):
-        write_json_lines(path, entries)
-    return {entry["key"]: Reply(**entry["reply"]) for entry in entries}
+    return replies
 
 
 def _as_row(question: Question, outcome: Reply | Failure | None, error: str | None) -> dict[str, Any]:
     """A line of `judge.jsonl`."""
-    reply, failure, verdict = None, None, question.verdict
-    if verdict is None:
-        if isinstance(outcome, Reply):
-            reply, verdict = outcome, question.prompt.read(outcome.text, outcome.finish_reason)
-        else:
-            failure = outcome or Failure("not_asked", error or "interrupted")
-            verdict = Verdict(failure.status)
+    reply, verdict = None, question.verdict
+    failure: Failure | None = None
+    if verdict is None and isinstance(outcome, Reply):
+        reply, verdict = outcome, question.prompt.read(outcome.text, outcome.finish_reason)
+    elif verdict is None:
+        failure = outcome if isinstance(outcome, Failure) else Failure("not_asked", error or "interrupted")
+        verdict = Verdict(failure.status)
     value: Any = verdict.value
     if question.prompt.scale is None and value in ("A", "B"):
         value = ORDERS[question.row["order"]]["AB".index(value)]

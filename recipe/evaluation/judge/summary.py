@@ -1,4 +1,4 @@
-"""What a judge's rows come to: means with intervals and worst-case bounds, and how often a response beat another."""
+"""Counts over a judge's rows: means with intervals and worst-case bounds, and how often a response beat another."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def summarize_scores(rows: Sequence[Mapping[str, Any]], scale: tuple[int, int], 
 
     Args:
         rows: of `judge.jsonl`, of one prompt; `score` is None where it is missing.
-        allow_missing: give means over the ids that are scored for baseline and tuned both, instead of none.
+        allow_missing: give means over the ids that are scored for both baseline and tuned, instead of none.
 
     Returns:
         `scale`, `n` ids; by model how many are `scored` and of these `empty`; `missing`: how many rows by status;
         `baseline`, `tuned`, `delta` and `ci95`, the paired bootstrap interval of the delta (of the tuned score without
-        a baseline), None where refused; `other_models`: the means of further models; `bounds` by model: its mean if
-        each missing score were the lowest, and the highest.
+        a baseline), None if scores are missing; `other_models`: the means of further models; `bounds` by model: its
+        mean if each missing score were the lowest, and the highest.
     """
     labels = list(dict.fromkeys(row["model"] for row in rows))
     scores = {m: np.array([row["score"] for row in rows if row["model"] == m], dtype=np.float64) for m in labels}
