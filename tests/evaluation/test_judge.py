@@ -531,3 +531,15 @@ def test_a_real_server_judges(server, tmp_path):  # noqa: F811
         for name in ("prompt_tokens", "completion_tokens")
     }
     assert result["scores"]["score_0_100"]["bounds"] == {"baseline": [0, 100], "tuned": [0, 200 / 3]}
+
+
+def test_a_prompt_that_fails_for_one_record_names_it(tmp_path):
+    path = tmp_path / "own.jinja"
+    text = "{% set low = 0 %}{% set high = 9 %}{{ instruction }}{{ input }}{{ reference }}{{ response }}"
+    path.write_text(
+        text + "{{ 1 / (9 - instruction | length) if instruction | length < 10 else '' }}", encoding="utf-8"
+    )
+    [prompt] = load_judge_prompts([str(path)])
+    assert prompt.messages({"id": "test/1", "instruction": "A long one.", "output": "b"}, response="c")
+    with pytest.raises(UserError, match=r"judge prompt own: record test/2 cannot be shown: division by zero"):
+        prompt.messages({"id": "test/2", "instruction": "Nine sign", "output": "b"}, response="c")

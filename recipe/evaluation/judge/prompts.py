@@ -53,10 +53,17 @@ class JudgePrompt:
     asks_reason: bool
 
     def messages(self, record: Mapping[str, Any], **responses: str) -> list[dict[str, str]]:
-        """The chat messages that ask about `response`, or about `response_a` and `response_b`."""
+        """The chat messages that ask about `response`, or about `response_a` and `response_b`.
+
+        Raises:
+            UserError: a prompt of the user's cannot be rendered for this record.
+        """
         texts = {"instruction": record["instruction"] or "", "input": record.get("input") or "", **responses}
         texts["reference"] = record["output"] or ""
-        content = self.template.render(texts, fence=fence(texts.values()))
+        try:
+            content = self.template.render(texts, fence=fence(texts.values()))
+        except JINJA_ERRORS as error:  # the prompt fits the records it was tried on, but not this one
+            raise UserError(f"judge prompt {self.name}: record {record.get('id')} cannot be shown: {error}") from error
         return [{"role": "user", "content": writable(content)}]
 
     def response_format(self) -> dict[str, Any]:
