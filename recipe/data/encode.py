@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -201,10 +200,12 @@ def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) ->
     """
     records = [{"instruction": "Name it.", "input": ""}, {"instruction": "8 + 5 = ?", "input": ""}]
     prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in template.prompts(records)]
-    # commonprefix takes lists of anything, not only paths
-    preamble = os.path.commonprefix(prompts)
-    response_header = os.path.commonprefix([prompt[::-1] for prompt in prompts])
-    return len(preamble), len(response_header)
+    return _common_prefix(*prompts), _common_prefix(*(prompt[::-1] for prompt in prompts))
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:

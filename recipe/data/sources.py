@@ -43,7 +43,7 @@ def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
 
 
 def _load_folders(folders: list[str], problems: list[str]) -> LoadedSplits:
-    """The files of a folder in the splits that their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
+    """The files of a folder in the splits their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
     files: dict[str, list[str]] = {}
     for folder in folders:
         try:  # only the file names are looked up here, so "json" stands for any format
