@@ -27,7 +27,7 @@ class Match(NamedTuple):
 
     record: Record
     other: Record
-    similarity: float | None = None  # of near-duplicates
+    similarity: float = 1.0
 
 
 def flatten(splits: Mapping[str, Dataset]) -> list[Record]:
@@ -110,11 +110,9 @@ def _most_similar(near: Sequence[Match], later: str, earlier: str) -> list[Match
 def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[Match], bool]:
     """Pairs of different records that have nearly the same characters in nearly the same order.
 
-    Two records are as similar as their sets of shingles are, by Jaccard: shingles in both over shingles in either
-    (Broder 1997, "On the resemblance and containment of documents"). Shingles are runs of 5 characters of the three
-    texts, in lower case and with one space for any white space: they work in any script, and 5 is what Leskovec,
-    Rajaraman and Ullman advise for short texts ("Mining of Massive Datasets", section 3.2.2). datasketch finds
-    candidates by MinHash and locality-sensitive hashing, with fixed seeds; the similarity of each is then exact.
+    Similarity is the Jaccard similarity of the records' sets of shingles, runs of 5 characters: shingles in both over
+    shingles in either (Broder 1997). datasketch finds candidates by MinHash and locality-sensitive hashing, with fixed
+    seeds; the similarity of each is then computed exactly. See docs/data.md.
 
     Returns:
         the pairs, most similar first, and whether all candidates were compared: see `MOST_CANDIDATES`.
@@ -123,11 +121,10 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
         UserError: datasketch is not installed.
 
     >>> texts = ["The cat sat there.", "A dog.", "the  cat sat here."]
-    >>> records = [{"split": "train", "row": i, "instruction": text, "input": "", "output": ""}
-    ...            for i, text in enumerate(texts)]
+    >>> records = [{"split": "train", "instruction": text, "input": "", "output": ""} for text in texts]
     >>> [match], complete = near_duplicates(records, 0.5)
-    >>> match.record["row"], match.other["row"], match.similarity  # 9 shingles in both, of 14 + 13 - 9
-    (2, 0, 0.5)
+    >>> match.record["instruction"], match.other["instruction"], match.similarity  # 9 shingles in both, of 14 + 13 - 9
+    ('the  cat sat here.', 'The cat sat there.', 0.5)
     """
     try:
         from datasketch import MinHash, MinHashLSH  # here: an extra, and scipy behind it takes half a second
@@ -136,26 +133,25 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
             "near-duplicates are found by datasketch, which is not installed: pip install datasketch, or leave them "
             "out with --near_duplicates 0"
         ) from error
-    texts = ["\n".join(record[field] for field in FIELDS) for record in records]
+    different: dict[tuple[str, str], Record] = {}  # by split and text
+    for record in records:
+        different.setdefault((record["split"], "\n".join(record[field] for field in FIELDS)), record)
     settings = {"threshold": min(threshold, 0.9), "num_perm": PERMUTATIONS, "weights": WEIGHTS}  # none fits above 0.9
-    indexes = {name: MinHashLSH(**settings) for name in dict.fromkeys(record["split"] for record in records)}
-    hashes = MinHash.generator(map(_shingles, texts), num_perm=PERMUTATIONS, hashfunc=_hash)
-    found, complete, seen = [], True, set()
-    for position, minhash in enumerate(tqdm(hashes, "Near-duplicates", len(records), unit="record")):
-        record, text = records[position], texts[position]
-        if (record["split"], text) in seen:
-            continue
-        seen.add((record["split"], text))
+    indexes = {name: MinHashLSH(**settings) for name in dict.fromkeys(split for split, _ in different)}
+    shingles = (_shingles(text) for _, text in different)
+    hashes = MinHash.generator(shingles, num_perm=PERMUTATIONS, hashfunc=_hash)
+    matches, complete = [], True
+    for (split, text), minhash in zip(different, tqdm(hashes, "Near-duplicates", len(different)), strict=True):
         for name, index in indexes.items():
             candidates = sorted(index.query(minhash))
-            if name == record["split"] and len(candidates) < MOST_CANDIDATES:
-                index.insert(position, minhash, check_duplication=False)
             complete = complete and len(candidates) < MOST_CANDIDATES
             for other in candidates[:MOST_CANDIDATES]:
-                similarity = _similarity(text, texts[other])
-                if similarity >= threshold and texts[other] != text:
-                    found.append(Match(record, records[other], similarity))
-    return sorted(found, key=lambda match: -match.similarity), complete
+                similarity = _similarity(text, other)
+                if similarity >= threshold and other != text:
+                    matches.append(Match(different[split, text], different[name, other], similarity))
+            if name == split and len(candidates) < MOST_CANDIDATES:
+                index.insert(text, minhash, check_duplication=False)
+    return sorted(matches, key=lambda match: -match.similarity), complete
 
 
 def _similarity(text: str, other: str) -> float:

@@ -21,14 +21,9 @@ from recipe.data.records import problem_report
 from recipe.data.split import load_records
 from recipe.templates import Template, load_template
 
+TOKENS = List(Value("int32"))
 ENCODED_FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "length": Value("int32"),
-        "row": Value("int64"),
-        "truncated": Value("bool"),
-    }
+    {"input_ids": TOKENS, "labels": TOKENS, "length": Value("int32"), "row": Value("int64"), "truncated": Value("bool")}
 )
 
 
@@ -73,7 +68,11 @@ def encode_records(
     template = load_template(config.template, tokenizer)
     max_length = resolve_max_length(config, tokenizer)
     _, ending = template_overhead(template, tokenizer)
-    check_max_length(max_length, ending)
+    if max_length < 2 * (ending + 1):
+        raise UserError(
+            f"--max_length {max_length} leaves no room: the template's response header alone has {ending} tokens; "
+            f"give at least {2 * (ending + 1)}"
+        )
     arguments = {
         "template": template,
         "mask_prompt": config.mask_prompt,
@@ -184,15 +183,6 @@ def resolve_max_length(config: DataArguments, tokenizer: PreTrainedTokenizerBase
     return tokenizer.model_max_length if tokenizer.model_max_length < 1_000_000 else 1024
 
 
-def check_max_length(max_length: int, ending: int) -> None:
-    """Refuse a `max_length` that cannot hold the template's response header of `ending` tokens and a response."""
-    if max_length < 2 * (ending + 1):
-        raise UserError(
-            f"--max_length {max_length} leaves no room: the template's response header alone has {ending} tokens; "
-            f"give at least {2 * (ending + 1)}"
-        )
-
-
 def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Tokens that begin and that end every prompt of a template: (preamble, response header).
 
@@ -248,19 +238,17 @@ def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Datas
     statistics = []
     for name, split in encoded.items():
         table = split.with_format("arrow")[:]
-        tokens = pc.sum(table["length"]).as_py()
-        labels = table["labels"]
-        first = sum(pc.sum(pc.not_equal(pc.list_element(chunk, 0), IGNORE_INDEX)).as_py() for chunk in labels.chunks)
-        supervised = pc.sum(pc.not_equal(pc.list_flatten(labels), IGNORE_INDEX)).as_py() - first
+        lengths = table["length"].to_numpy()
+        learned = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
+        learned[lengths.cumsum() - lengths] = False
         statistics.append(
             {
                 "split": name,
                 "rows": len(split),
-                "tokens": tokens,
-                "mean": tokens / len(split),
-                "longest": pc.max(table["length"]).as_py(),
-                "preamble": preamble * len(split) / tokens,
-                "supervised": supervised / tokens,
+                "tokens": len(learned),
+                "longest": int(lengths.max()),
+                "preamble": preamble * len(split) / len(learned),
+                "supervised": int(learned.sum()) / len(learned),
                 "truncated": pc.sum(table["truncated"]).as_py(),
                 "dropped": len(records[name]) - len(split),
             }

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
@@ -42,7 +43,7 @@ def measure_lengths(
     for name, split in encode_records(records, tokenizer, config).items():
         table = split.with_format("arrow")[:]
         whole = table["length"].to_numpy()
-        learned = np.concatenate([chunk.flatten().to_numpy() for chunk in table["labels"].chunks]) != IGNORE_INDEX
+        learned = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
         response = np.add.reduceat(learned, whole.cumsum() - whole, dtype=np.int64)
         lengths[name] = np.stack([whole - response, response], axis=1)
     return lengths
@@ -148,18 +149,15 @@ def inspect_records(trained: Mapping[str, Dataset], lengths: Mapping[str, np.nda
         show: examples of each finding.
     """
     records = flatten(trained)
-    whole = np.concatenate([split.sum(axis=1) for split in lengths.values()]).tolist()
-    by_length = sorted(
-        ({"tokens": tokens, **record} for tokens, record in zip(whole, records, strict=True)),
-        key=lambda record: record["tokens"],
-    )
+    characters: Counter[str] = Counter()  # records that have each odd character
     prompts: dict[str, set] = {}  # of each response
-    odd, characters = [], Counter()
-    for record in records:
+    for record, tokens in zip(records, np.concatenate([*lengths.values()]).sum(axis=1).tolist(), strict=True):
+        record["tokens"] = tokens
+        record["odd"] = sorted(set(ODD.findall("".join(record[field] for field in FIELDS))))
+        characters.update(record["odd"])
         prompts.setdefault(record["output"], set()).add((record["instruction"], record["input"]))
-        found = set(ODD.findall("".join(record[field] for field in FIELDS)))
-        characters.update(found)
-        odd += [record] if found else []
+    by_length = sorted(records, key=lambda record: record["tokens"])
+    odd = [record for record in records if record["odd"]]
     return {
         "longest": by_length[::-1][:show],
         "shortest": by_length[:show],

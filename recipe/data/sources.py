@@ -5,10 +5,12 @@ Rows in messages count from 0, as `dataset[i]` does.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import glob
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from recipe.console import shorten
 
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 
+NO_RECORDS = "holds no records; give it at least one"
+
 FileOffsets = list[tuple[str, int]]  # the files of a split, each with the number of its first row in that split
 LoadedSplits = dict[str, tuple[Dataset, FileOffsets]]
 
@@ -29,15 +33,16 @@ LoadedSplits = dict[str, tuple[Dataset, FileOffsets]]
 def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
     """Read a source; return its splits by name, and append to `problems` what cannot be read."""
     patterns = [source] if isinstance(source, str) else source
+    name = patterns[0]
     if all(Path(pattern).is_dir() for pattern in patterns):
         return _load_folders(patterns, problems)
-    if len(patterns) > 1 or _is_file_pattern(patterns[0]):
+    if len(patterns) > 1 or Path(name).is_file() or Path(name).suffix in FORMATS or glob.escape(name) != name:
         return _load_files("train", [file for pattern in patterns for file in _expand(pattern)], problems)
     try:
-        return {name: (dataset, [(patterns[0], 0)]) for name, dataset in load_dataset(patterns[0]).items()}
+        return {split: (dataset, [(name, 0)]) for split, dataset in load_dataset(name).items()}
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UserError(
-            f"data {patterns[0]!r}: not a file here, and no dataset that datasets can load ({error}); check the name, "
+            f"data {name!r}: not a file here, and no dataset that datasets can load ({error}); check the name, "
             "run `hf auth login` if it is private, or give a .json, .jsonl, .csv or .parquet file"
         ) from error
 
@@ -46,14 +51,10 @@ def _load_folders(folders: list[str], problems: list[str]) -> LoadedSplits:
     """The files of a folder in the splits their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
     files: dict[str, list[str]] = {}
     for folder in folders:
-        try:  # only the file names are looked up here, so "json" stands for any format
-            paths_by_split = load_dataset_builder("json", data_dir=folder).config.data_files
-        except FileNotFoundError as error:
-            raise UserError(
-                f"data {folder!r}: the folder holds no data files; put .jsonl or other files into it"
-            ) from error
-        for split, paths in paths_by_split.items():
-            files.setdefault(str(split), []).extend(path for path in paths if Path(path).suffix in FORMATS)
+        with contextlib.suppress(FileNotFoundError):  # an empty folder
+            # only the file names are looked up here, so that "json" stands for any format
+            for split, paths in load_dataset_builder("json", data_dir=folder).config.data_files.items():
+                files.setdefault(str(split), []).extend(path for path in paths if Path(path).suffix in FORMATS)
     if not any(files.values()):
         raise UserError(f"data {', '.join(folders)}: no files in a known format; give one of {', '.join(FORMATS)}")
     loaded: LoadedSplits = {}
@@ -62,16 +63,10 @@ def _load_folders(folders: list[str], problems: list[str]) -> LoadedSplits:
     return loaded
 
 
-def _is_file_pattern(source: str) -> bool:
-    return Path(source).is_file() or Path(source).suffix in FORMATS or glob.escape(source) != source
-
-
 def _expand(pattern: str) -> list[str]:
     """The files that a name or a glob stands for."""
-    if Path(pattern).is_file():
-        files = [pattern]
-    else:
-        files = [file for file in sorted(glob.glob(pattern, recursive=True)) if Path(file).is_file()]
+    is_file = Path(pattern).is_file()
+    files = [pattern] if is_file else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not files:
         folder = Path(pattern).parent
         near = difflib.get_close_matches(Path(pattern).name, [file.name for file in folder.glob("*")], n=1)
@@ -98,46 +93,44 @@ def _load_files(split: str, files: list[str], problems: list[str]) -> LoadedSpli
         return {split: (concatenate_datasets(parts), offsets)}
     except ValueError:  # it names no file
         problems += [
-            f"{file}: columns {_describe(part.features)} do not match those of {offsets[0][0]}, "
-            f"{_describe(parts[0].features)}; give all files the same columns and types"
+            f"{file}: columns {part.features} do not match those of {offsets[0][0]}, {parts[0].features}; "
+            "give all files the same columns and types"
             for (file, _), part in zip(offsets, parts, strict=True)
             if part.features != parts[0].features
         ]
         return {}
 
 
-def _describe(features: Features) -> str:
-    return ", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items())
-
-
 def _load_file(file: str, problems: list[str]) -> Dataset | None:
     kind = FORMATS[Path(file).suffix]
     options: dict[str, Any] = {}
+    reasons: list[str] = []  # why it cannot be read; each begins after the name of the file
     try:
         if kind == "csv":
-            header, bad_rows = _check_csv(file)
-            if bad_rows:
-                problems += bad_rows
-                return None
+            header, reasons = _check_csv(file)
             # text stays text: "007" is not 7, and "None" or an empty cell is not null
             options = {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
         if kind == "json" and not _starts_like_records(file):
             raise ValueError("not records")
-        dataset = load_dataset(kind, data_files=glob.escape(file), split="train", **options)
-        if kind == "json" and dataset.column_names == ["text"]:  # what datasets makes of an array of other values
-            raise ValueError("not records")
-        return _keep_dates_as_text(dataset, file) if kind == "json" else dataset
-    except (DatasetGenerationError, ValueError, TypeError, OSError, StopIteration, csv.Error) as error:
+        if not reasons:
+            dataset = load_dataset(kind, data_files=glob.escape(file), split="train", **options)
+            if kind == "json" and dataset.column_names == ["text"]:  # perhaps an array of other values
+                reasons = list(_json_problems(file))
+            if not reasons:
+                return _keep_dates_as_text(dataset, file) if kind == "json" else dataset
+    except (DatasetGenerationError, ValueError, TypeError, OSError, csv.Error) as error:
         cause = error.__cause__ or error
-        found = list(_json_problems(file)) if kind == "json" and not isinstance(error, OSError) else []
+        if kind == "json" and not isinstance(error, OSError):
+            reasons = list(_json_problems(file))
         if isinstance(cause, UnicodeDecodeError):
-            found = found or [_not_utf8(file, cause)]
-        problems += found or [f"{file}: cannot be read as {kind}: {cause}"]
-        return None
+            reasons = reasons or [f"is not UTF-8 text (at byte {cause.start}); save it as UTF-8"]
+        reasons = reasons or [f"cannot be read as {kind}: {cause}"]
+    problems += [f"{file} {reason}" for reason in reasons]
+    return None
 
 
 def _starts_like_records(file: str) -> bool:
-    """Whether the text begins an object or an array: the reader of datasets crashes on a leading `null`."""
+    """Whether the text begins an object or an array: on a leading `null` the reader of datasets ends the process."""
     with open(file, "rb") as content:
         return content.read(100_000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
@@ -151,25 +144,17 @@ def _check_csv(file: str) -> tuple[list[str], list[str]]:
         for row, fields in enumerate(lines):
             if len(fields) != len(header):
                 problems.append(
-                    f"{file} row {row}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
+                    f"row {row}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
                     "put text with commas or quotes in double quotes"
                 )
     if row < 0:
-        problems.append(_no_records(file))
+        problems.append(NO_RECORDS)
     if not all(header):
-        problems.append(f"{file}: the header has a column without a name ({', '.join(header)}); name or remove it")
+        problems.append(f"has a column without a name in its header ({', '.join(header)}); name or remove it")
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
-        problems.append(f"{file}: the header names {', '.join(map(repr, repeated))} twice; rename one of them")
+        problems.append(f"names {', '.join(map(repr, repeated))} twice in its header; rename one of them")
     return header, problems
-
-
-def _no_records(file: str) -> str:
-    return f"{file}: holds no records; give it at least one"
-
-
-def _not_utf8(file: str, error: UnicodeDecodeError) -> str:
-    return f"{file}: not UTF-8 text (at byte {error.start}); save it as UTF-8"
 
 
 def _keep_dates_as_text(dataset: Dataset, file: str) -> Dataset:
@@ -187,26 +172,23 @@ def _json_problems(file: str) -> Iterator[str]:
     """Where a JSON file cannot be read: the position in an array, or every broken line of JSON lines."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield _not_utf8(file, error)
-        return
-    if text.lstrip().startswith("["):
-        try:
+        if text.lstrip().startswith("["):
             records = [(f"row {row}", json.dumps(element)) for row, element in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            yield f"{file} line {error.lineno} column {error.colno}: broken JSON ({error.msg}); fix it there"
-            return
-    else:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        records = [(f"row {row} (line {number})", line) for row, (number, line) in enumerate(lines)]
+        else:
+            lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+            records = [(f"row {row} (line {number})", line) for row, (number, line) in enumerate(lines)]
+    except UnicodeDecodeError as error:
+        yield f"is not UTF-8 text (at byte {error.start}); save it as UTF-8"
+        return
+    except json.JSONDecodeError as error:
+        yield f"line {error.lineno} column {error.colno}: broken JSON ({error.msg}); fix it there"
+        return
     if not records:
-        yield _no_records(file)
+        yield NO_RECORDS
     for place, record in records:
         try:
             if not isinstance(json.loads(record), dict):
-                yield f"{file} {place}: {shorten(record)} is not an object with named fields"
+                yield f"{place}: {shorten(record)} is not an object with named fields"
         except json.JSONDecodeError as error:
-            yield (
-                f"{file} {place}: broken JSON at column {error.colno} ({error.msg}): {shorten(record)}; "
-                "fix the line or remove it"
-            )
+            problem = f"broken JSON at column {error.colno} ({error.msg}): {shorten(record)}"
+            yield f"{place}: {problem}; fix the line or remove it"
