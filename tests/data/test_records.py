@@ -82,13 +82,12 @@ def test_broken_json_array(tmp_path):
     assert refuse(path).startswith(f"{path} line 2 column 17: broken JSON")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("", "the file is empty"), ("[]", "holds no records"), ("\n", "holds no")]
-)
-def test_files_without_records(tmp_path, text, message):
-    path = tmp_path / "a.json"
-    path.write_text(text, encoding="utf-8")
-    assert f"{path}: {message}" in refuse(path)
+@pytest.mark.parametrize("text", ["", "[]", "\n"])
+def test_files_without_records(tmp_path, text):
+    for name in ("a.json", "a.jsonl", "a.csv"):
+        path = tmp_path / name
+        path.write_text("" if name == "a.csv" else text, encoding="utf-8")
+        assert refuse(path) == f"{path} holds no records; give it at least one"
 
 
 def test_text_in_another_encoding(tmp_path):
@@ -97,7 +96,10 @@ def test_text_in_another_encoding(tmp_path):
     assert refuse(path) == f"{path} row 0: 'output' is not UTF-8 text; save the file as UTF-8"
     path = tmp_path / "a.csv"
     path.write_bytes("instruction,output\nSay it.,é\n".encode("latin-1"))
-    assert "not UTF-8 text (at byte 27); save it as UTF-8" in refuse(path)
+    assert refuse(path) == f"{path} is not UTF-8 text (at byte 27); save it as UTF-8"
+    path = tmp_path / "a.json"
+    path.write_bytes(json.dumps([GOOD]).encode("utf-16"))
+    assert refuse(path) == f"{path} is not UTF-8 text (at byte 0); save it as UTF-8"
 
 
 def test_csv_rows_that_do_not_fit_the_header(tmp_path):
@@ -110,11 +112,11 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
         "put text with commas or quotes in double quotes",
     ]
     path.write_text("instruction,output,output\na,b,c\n")
-    assert "the header names 'output' twice" in refuse(path)
+    assert refuse(path).startswith(f"{path} names 'output' twice in its header")
     path.write_text("instruction,output,\na,b,c\n")
     assert "a column without a name" in refuse(path)
     path.write_text("instruction,input,output\n")
-    assert refuse(path) == f"{path}: holds no records; give it at least one"
+    assert refuse(path) == f"{path} holds no records; give it at least one"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_files_that_do_not_go_together(tmp_path):
     first = write(tmp_path / "part-0.jsonl", [GOOD])
     second = write(tmp_path / "part-1.jsonl", [{**GOOD, "output": 3}])
     message = refuse(tmp_path / "part-*.jsonl")
-    assert str(first) in message and str(second) in message and "output (int64)" in message
+    assert str(first) in message and str(second) in message and "'output': Value('int64')" in message
 
 
 def test_missing_file_names_the_near_one(tmp_path):
