@@ -79,12 +79,8 @@ def inspect_duplicates(
             }
         )
     pairs = [
-        {
-            "similarity": match.similarity,
-            "splits": [record["split"] for record in match[:2]],
-            "rows": [record["row"] for record in match[:2]],
-        }
-        for match in near
+        {"similarity": similarity, "splits": [record["split"], other["split"]], "rows": [record["row"], other["row"]]}
+        for record, other, similarity in near
     ]
     return {"threshold": threshold or None, "complete": complete, "splits": report}, pairs
 

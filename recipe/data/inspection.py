@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX
@@ -193,7 +193,7 @@ def plot_lengths(lengths: Mapping[str, np.ndarray], max_length: int, path: Path)
         for name, split in lengths.items():
             axes.ecdf(_parts(split)[part], label=name)
         axes.set(xlabel="tokens at most", xlim=(0, None))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_title(title, color=TEXT, fontsize=9)
     if max_length < axes.get_xlim()[1]:

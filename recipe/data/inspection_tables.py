@@ -71,6 +71,9 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
         for cost in split["overflow"]
         if cost["too_long"]
     ]
+    if not rows:
+        print("No record is too long at any limit.")
+        return
     columns = ["split", "max_length", "too long", "prompt tokens cut", "response tokens cut", "without end"]
     title = f"Records too long: what truncate would cut, and drop leave out (training: {settings['max_length']:,})"
     print_table(title, [*columns, "tokens dropped"], rows, caption="limits that are not listed cut nothing")
@@ -78,11 +81,10 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
 
 def print_records(report: Mapping[str, Any]) -> None:
     odd = report["odd_characters"]
-    names = {
-        "without an input": report["empty_input"],
-        "with control, invisible or replacement characters": odd["by_split"],
-    }
-    rows = [[name, *map(number, by_split.values())] for name, by_split in names.items()]
+    rows = [
+        ["without an input", *map(number, report["empty_input"].values())],
+        ["with control, invisible or replacement characters", *map(number, odd["by_split"].values())],
+    ]
     print_table("Records", ["", *report["splits"]], rows)
     if report["frequent_responses"]:
         rows = [
