@@ -212,22 +212,23 @@ def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments
 def _check_encoded(
     records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
 ) -> None:
-    if config.overflow == "error":
-        sources = config.data if isinstance(config.data, dict) else dict.fromkeys(encoded, config.data)
-        problems = [
-            f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
-            "raise --max_length, or choose --overflow truncate or drop"
-            for name, split in encoded.items()
-            for row in np.setdiff1d(*(rows.with_format("numpy")["row"][:] for rows in (records[name], split)))
-        ]
-        if problems:
-            raise UserError(problem_report(problems))
+    sources = config.data if isinstance(config.data, dict) else dict.fromkeys(encoded, config.data)
+    problems = []
     for name, split in encoded.items():
-        if len(split) == 0:
-            raise UserError(
+        if config.overflow == "error":
+            rows, kept = (dataset.with_format("numpy")["row"][:] for dataset in (records[name], split))
+            problems += [
+                f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
+                "raise --max_length, or choose --overflow truncate or drop"
+                for row in np.setdiff1d(rows, kept)
+            ]
+        elif len(split) == 0:
+            problems.append(
                 f"the {name} split is empty: all of its {len(records[name])} records are longer than --max_length "
                 f"{max_length}; raise it or choose --overflow truncate"
             )
+    if problems:
+        raise UserError(problem_report(problems))
 
 
 def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:

@@ -6,7 +6,6 @@ Nothing is changed. Rows count from 0, as `dataset[i]` does, in the split's own 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from recipe.data.encode import cut_lengths, encode_records
 from recipe.data.records import FIELDS
 from recipe.figures import STYLE, TEXT, paint, save_png
 
-ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # U+FFFD replaces bytes that could not be decoded
+ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # U+FFFD is what a decoder writes for bytes that are no text
 UNCUT = 10**9  # tokens: a max_length that cuts nothing
 SHUFFLES = 20  # orders of the records over which the cost of padding is averaged
 
@@ -149,15 +148,13 @@ def inspect_records(trained: Mapping[str, Dataset], lengths: Mapping[str, np.nda
         show: examples of each finding.
     """
     records = flatten(trained)
-    characters: Counter[str] = Counter()  # records that have each odd character
     prompts: dict[str, set] = {}  # of each response
     for record, tokens in zip(records, np.concatenate([*lengths.values()]).sum(axis=1).tolist(), strict=True):
         record["tokens"] = tokens
-        record["odd"] = sorted(set(ODD.findall("".join(record[field] for field in FIELDS))))
-        characters.update(record["odd"])
         prompts.setdefault(record["output"], set()).add((record["instruction"], record["input"]))
     by_length = sorted(records, key=lambda record: record["tokens"])
-    odd = [record for record in records if record["odd"]]
+    no_input = [record for record in records if not record["input"].strip()]
+    odd = [record for record in records if any(ODD.search(record[field]) for field in FIELDS)]
     return {
         "longest": by_length[::-1][:show],
         "shortest": by_length[:show],
@@ -166,15 +163,8 @@ def inspect_records(trained: Mapping[str, Dataset], lengths: Mapping[str, np.nda
             for text, count in Counter(record["output"] for record in records).most_common(show)
             if count > 1
         ],
-        "empty_input": _by_split(trained, [record for record in records if not record["input"].strip()]),
-        "odd_characters": {
-            "by_split": _by_split(trained, odd),
-            "characters": {
-                f"U+{ord(character):04X} {unicodedata.name(character, 'control character')}": count
-                for character, count in characters.most_common()
-            },
-            "examples": odd[:show],
-        },
+        "empty_input": {"by_split": _by_split(trained, no_input)},
+        "odd_characters": {"by_split": _by_split(trained, odd), "examples": odd[:show]},
     }
 
 

@@ -82,7 +82,7 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
 def print_records(report: Mapping[str, Any]) -> None:
     odd = report["odd_characters"]
     rows = [
-        ["without an input", *map(number, report["empty_input"].values())],
+        ["without an input", *map(number, report["empty_input"]["by_split"].values())],
         ["with control, invisible or replacement characters", *map(number, odd["by_split"].values())],
     ]
     print_table("Records", ["", *report["splits"]], rows)
@@ -92,9 +92,6 @@ def print_records(report: Mapping[str, Any]) -> None:
             for row in report["frequent_responses"]
         ]
         print_table("Most frequent responses", ["response", "records", "% of all", "different prompts"], rows)
-    if odd["characters"]:
-        rows = [[name, number(count)] for name, count in odd["characters"].items()]
-        print_table("Odd characters", ["character", "records"], rows)
     print_examples("Records with odd characters", [[record] for record in odd["examples"]])
     for name in ("longest", "shortest"):
         notes = [f"{record['tokens']:,} tokens" for record in report[name]]

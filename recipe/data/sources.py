@@ -159,24 +159,24 @@ def _check_csv(file: str) -> tuple[list[str], list[str]]:
 
 def _keep_dates_as_text(dataset: Dataset, file: str) -> Dataset:
     """datasets reads a JSON column in which every text is a date as dates; read such a file again without it."""
-    if not any(pa.types.is_temporal(kind) for kind in dataset.data.schema.types):
-        return dataset
+    if any(pa.types.is_temporal(kind) for kind in dataset.data.schema.types):
+        return Dataset.from_list([json.loads(record) for _, record in _json_texts(file)])
+    return dataset
+
+
+def _json_texts(file: str) -> list[tuple[str, str]]:
+    """The place in words and the JSON text of each element of an array, or of each line."""
     text = Path(file).read_text(encoding="utf-8-sig")
-    is_array = text.lstrip().startswith("[")
-    return Dataset.from_list(
-        json.loads(text) if is_array else [json.loads(line) for line in text.split("\n") if line.strip()]
-    )
+    if text.lstrip().startswith("["):
+        return [(f"row {row}", json.dumps(element)) for row, element in enumerate(json.loads(text))]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [(f"row {row} (line {number})", line) for row, (number, line) in enumerate(lines)]
 
 
 def _json_problems(file: str) -> Iterator[str]:
     """Where a JSON file cannot be read: the position in an array, or every broken line of JSON lines."""
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            records = [(f"row {row}", json.dumps(element)) for row, element in enumerate(json.loads(text))]
-        else:
-            lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-            records = [(f"row {row} (line {number})", line) for row, (number, line) in enumerate(lines)]
+        records = _json_texts(file)
     except UnicodeDecodeError as error:
         yield f"is not UTF-8 text (at byte {error.start}); save it as UTF-8"
         return

@@ -169,15 +169,9 @@ def test_what_is_odd_is_counted_and_shown():
         "test": np.array([[5, 20]]),
     }
     report = inspect_records(DatasetDict(train=train, test=test), lengths, show=2)
-    assert report["empty_input"] == {"train": 3, "test": 1}
+    assert report["empty_input"]["by_split"] == {"train": 3, "test": 1}
     odd = report["odd_characters"]
     assert odd["by_split"] == {"train": 2, "test": 0} and [record["row"] for record in odd["examples"]] == [3, 4]
-    assert odd["characters"] == {
-        "U+FFFD REPLACEMENT CHARACTER": 1,
-        "U+200B ZERO WIDTH SPACE": 1,
-        "U+0007 control character": 1,
-        "U+000D control character": 1,
-    }
     [frequent] = report["frequent_responses"]
     assert frequent == {"response": "A tree.", "records": 3, "share": 0.5, "prompts": 3}
     assert [(row["tokens"], row["row"]) for row in report["longest"]] == [(99, 3), (25, 0)]
