@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import difflib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from recipe.config import DataArguments, UserError
 from recipe.console import shorten
-from recipe.data.sources import FileOffsets, load_source
+from recipe.data.sources import load_source
 
 FIELDS = ("instruction", "input", "output")
 LONGEST_REPORT = 100  # problems listed in one report; the rest are counted
@@ -45,11 +44,12 @@ def read_records(config: DataArguments) -> DatasetDict:
                     f"data, split {split!r}: {source} has {', '.join(loaded)}; name one of its files instead"
                 )
             loaded = {split: loaded[split]}
-        for name, (dataset, offsets) in loaded.items():
-            mapped = _map_columns(dataset, config, source, problems)
-            if mapped is not None:
-                problems += _record_problems(mapped, offsets, name)
-                splits[split or name] = mapped
+        for name, files in loaded.items():
+            parts = [(file, _map_columns(dataset, config, file, problems)) for file, dataset in files]
+            for file, dataset in parts:
+                problems += _record_problems(dataset, file) if dataset is not None else []
+            if not problems:
+                splits[split or name] = _concatenate(parts, problems)
     if problems:
         raise UserError(problem_report(problems))
     return splits
@@ -76,11 +76,11 @@ def _sources_by_split(data: dict | str | list) -> dict[str | None, str | list[st
     return dict(by_split)
 
 
-def _map_columns(dataset: Dataset, config: DataArguments, source: Any, problems: list[str]) -> Dataset | None:
-    """Rename the configured columns to `instruction`, `input`, `output`; add `row`, and `input` if there is none."""
+def _map_columns(dataset: Dataset, config: DataArguments, file: str, problems: list[str]) -> Dataset | None:
+    """Rename the configured columns to `instruction`, `input`, `output`; add an empty `input` if there is none."""
     columns = {name: getattr(config, f"{name}_column") for name in FIELDS}
     if len(set(columns.values())) < len(columns):
-        problems.append(f"{source}: two fields are mapped to one column ({columns}); give each its own")
+        problems.append(f"{file}: two fields are mapped to one column ({columns}); give each its own")
         return None
     present, unused = dataset.column_names, sorted(set(dataset.column_names) - set(columns.values()))
     missing = []
@@ -90,7 +90,7 @@ def _map_columns(dataset: Dataset, config: DataArguments, source: Any, problems:
             continue
         fix = f"did you mean {near[0]!r}? Rename it or give" if near else f"name the column of the {name} with"
         missing.append(
-            f"{source}: no column {column!r} among {', '.join(map(repr, present))}; "
+            f"{file}: no column {column!r} among {', '.join(map(repr, present))}; "
             f"{fix} --{name}_column {near[0] if near else 'NAME'}"
         )
     if missing:
@@ -99,12 +99,26 @@ def _map_columns(dataset: Dataset, config: DataArguments, source: Any, problems:
     renames = {column: name for name, column in columns.items() if column in present}
     kept = [name for name in present if name in renames or name not in (*FIELDS, "row")]
     dataset = dataset.select_columns(kept).rename_columns(renames)
-    if "input" not in dataset.column_names:
-        dataset = dataset.add_column("input", [""] * len(dataset))
+    return dataset if "input" in dataset.column_names else dataset.add_column("input", [""] * len(dataset))
+
+
+def _concatenate(parts: list[tuple[str, Dataset]], problems: list[str]) -> Dataset:
+    """The records of all files, with their number in the column `row`."""
+    first_file, first = parts[0]
+    try:
+        dataset = concatenate_datasets([part for _, part in parts])
+    except ValueError:  # it names no file
+        problems += [
+            f"{file}: columns {part.features} do not match those of {first_file}, {first.features}; "
+            "give all files the same columns and types"
+            for file, part in parts
+            if part.features != first.features
+        ]
+        return first
     return dataset.add_column("row", np.arange(len(dataset)))
 
 
-def _record_problems(dataset: Dataset, offsets: FileOffsets, split: str) -> list[str]:
+def _record_problems(dataset: Dataset, file: str) -> list[str]:
     """Every null, blank or non-text value, in row order; Arrow scans the columns, Python looks at the suspects only."""
     found: list[tuple[int, str]] = []
     for field in FIELDS:
@@ -120,7 +134,7 @@ def _record_problems(dataset: Dataset, offsets: FileOffsets, split: str) -> list
                     found.append((index, problem))
             start += len(table)
     found.sort(key=lambda item: item[0])
-    return [f"{_location(offsets, index, split)}: {problem}" for index, problem in found]
+    return [f"{file} row {index}: {problem}" for index, problem in found]
 
 
 def _suspects(column: pa.ChunkedArray, is_text: bool) -> np.ndarray:
@@ -147,9 +161,3 @@ def _value_problem(field: str, value: Any) -> str | None:
     if field == "input" or value.strip():
         return None
     return f"{field!r} is {'blank' if value else 'empty'} ({shorten(repr(value))}); {fix} or remove the row"
-
-
-def _location(offsets: FileOffsets, index: int, split: str) -> str:
-    """The file and the row in it, or the split and the row where the source is no file."""
-    file, first_row = [offset for offset in offsets if offset[1] <= index][-1]
-    return f"{file} row {index - first_row}" if Path(file).is_file() else f"{file} {split} row {index}"

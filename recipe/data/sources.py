@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets import Dataset, Features, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from recipe.config import UserError
@@ -26,8 +26,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", 
 
 NO_RECORDS = "holds no records; give it at least one"
 
-FileOffsets = list[tuple[str, int]]  # the files of a split, each with the number of its first row in that split
-LoadedSplits = dict[str, tuple[Dataset, FileOffsets]]
+LoadedSplits = dict[str, list[tuple[str, Dataset]]]  # by split: each file's name and its records
 
 
 def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
@@ -39,7 +38,7 @@ def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
     if len(patterns) > 1 or Path(name).is_file() or Path(name).suffix in FORMATS or glob.escape(name) != name:
         return _load_files("train", [file for pattern in patterns for file in _expand(pattern)], problems)
     try:
-        return {split: (dataset, [(name, 0)]) for split, dataset in load_dataset(name).items()}
+        return {split: [(f"{name} {split}", dataset)] for split, dataset in load_dataset(name).items()}
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UserError(
             f"data {name!r}: not a file here, and no dataset that datasets can load ({error}); check the name, "
@@ -54,8 +53,10 @@ def _load_folders(folders: list[str], problems: list[str]) -> LoadedSplits:
         with contextlib.suppress(FileNotFoundError):  # an empty folder
             # only the file names are looked up here, so that "json" stands for any format
             for split, paths in load_dataset_builder("json", data_dir=folder).config.data_files.items():
-                files.setdefault(str(split), []).extend(path for path in paths if Path(path).suffix in FORMATS)
-    if not any(files.values()):
+                for path in paths:
+                    if Path(path).suffix in FORMATS:
+                        files.setdefault(str(split), []).append(path)
+    if not files:
         raise UserError(f"data {', '.join(folders)}: no files in a known format; give one of {', '.join(FORMATS)}")
     loaded: LoadedSplits = {}
     for split, paths in files.items():
@@ -80,25 +81,8 @@ def _expand(pattern: str) -> list[str]:
 
 def _load_files(split: str, files: list[str], problems: list[str]) -> LoadedSplits:
     """One file at a time, so that each record's row in its own file stays known; datasets caches each."""
-    parts: list[Dataset] = []
-    offsets: FileOffsets = []
-    for file in files:
-        part = _load_file(file, problems)
-        if part is not None:
-            offsets.append((file, sum(map(len, parts))))
-            parts.append(part)
-    if not parts:
-        return {}
-    try:
-        return {split: (concatenate_datasets(parts), offsets)}
-    except ValueError:  # it names no file
-        problems += [
-            f"{file}: columns {part.features} do not match those of {offsets[0][0]}, {parts[0].features}; "
-            "give all files the same columns and types"
-            for (file, _), part in zip(offsets, parts, strict=True)
-            if part.features != parts[0].features
-        ]
-        return {}
+    parts = [(file, _load_file(file, problems)) for file in files]
+    return {split: [(file, dataset) for file, dataset in parts if dataset is not None]}
 
 
 def _load_file(file: str, problems: list[str]) -> Dataset | None:

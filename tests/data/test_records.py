@@ -165,8 +165,26 @@ def test_rows_are_counted_in_their_own_file(tmp_path):
 def test_files_that_do_not_go_together(tmp_path):
     first = write(tmp_path / "part-0.jsonl", [GOOD])
     second = write(tmp_path / "part-1.jsonl", [{**GOOD, "output": 3}])
+    assert refuse(tmp_path / "part-*.jsonl").startswith(f"{second} row 0: 'output' is 3 (int), not text")
+    write(first, [{**GOOD, "id": "a"}])
+    write(second, [{**GOOD, "id": 3}])
     message = refuse(tmp_path / "part-*.jsonl")
-    assert str(first) in message and str(second) in message and "'output': Value('int64')" in message
+    assert str(first) in message and str(second) in message and "'id': Value('int64')" in message
+
+
+def test_files_with_and_without_inputs_go_together(tmp_path):
+    write(tmp_path / "part-0.jsonl", [GOOD])
+    write(tmp_path / "part-1.jsonl", [{"instruction": "Say goodbye.", "output": "Goodbye."}])
+    config = DataArguments(data=str(tmp_path / "part-*.jsonl"), validation_ratio=0, test_ratio=0)
+    assert load_records(config)[0]["train"]["input"][:] == ["", ""]
+
+
+def test_a_folder_may_hold_other_files(tmp_path):
+    (tmp_path / "test.txt").write_text("a note")
+    with pytest.raises(UserError, match="no files in a known format"):
+        load_records(DataArguments(data=str(tmp_path)))
+    write(tmp_path / "train.jsonl", [GOOD])
+    assert list(load_records(DataArguments(data=str(tmp_path), validation_ratio=0, test_ratio=0))[0]) == ["train"]
 
 
 def test_missing_file_names_the_near_one(tmp_path):
