@@ -14,7 +14,7 @@ from recipe.config import DataArguments, InstructionTrainingArguments, ModelArgu
 
 @dataclass
 class InspectionArguments(InstructionTrainingArguments):
-    """Everything training takes, so that its YAML files and flags are taken here, and what is asked of the data."""
+    """The arguments of training, so that its YAML files and flags work here, and three of its own."""
 
     limits: list[int] = field(
         default_factory=lambda: [128, 256, 512, 1024],
@@ -27,7 +27,7 @@ class InspectionArguments(InstructionTrainingArguments):
     show: int = field(default=5, metadata={"help": "Examples of each finding."})
 
     def __post_init__(self) -> None:
-        # not the checks of training: a laptop without a GPU may look at the data of a run for one
+        # without the checks of training: the data of a run on a GPU can be inspected on a laptop that has none
         if self.near_duplicates and not 0.5 <= self.near_duplicates <= 1:
             raise UserError(f"--near_duplicates {self.near_duplicates}: give a similarity from 0.5 to 1, or 0 for none")
         for name, least in (("per_device_train_batch_size", 1), ("show", 0)):
@@ -57,13 +57,13 @@ def main(argv: list[str]) -> None:
 
     # data
     tokenizer = load_tokenizer(model_args)
-    if model_args.model_name_or_path or model_args.model_type:  # a tokenizer may be looked at without a model
+    if model_args.model_name_or_path or model_args.model_type:  # a tokenizer is enough to inspect data
         fit_max_length(data_args, model_args, tokenizer)
     data_args.max_length = resolve_max_length(data_args, tokenizer)
     given = split_by_content(read_records(data_args), data_args)
     records, dropped = drop_cross_split_duplicates(given)
 
-    # look
+    # inspect
     repetition, pairs = inspect_duplicates(given, records, args.near_duplicates, args.show)
     lengths = measure_lengths(records, tokenizer, data_args)
     limits = sorted({*args.limits, data_args.max_length})
@@ -99,7 +99,7 @@ def results_folder(argv: list[str], args: InspectionArguments) -> Path:
         UserError: neither is given, or it is a file.
     """
     if args.output_dir is None:
-        raise UserError("say where the results go: --output_dir")
+        raise UserError("name a folder for the results with --output_dir")
     is_flag = any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv)
     output_dir = Path(args.output_dir)
     output_dir = output_dir if is_flag else output_dir.with_name(f"{output_dir.name}-data")

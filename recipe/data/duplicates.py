@@ -17,13 +17,13 @@ from recipe.data.records import FIELDS
 SHINGLE = 5  # characters
 PERMUTATIONS = 128  # hash functions of a MinHash
 WEIGHTS = (0.02, 0.98)  # of needless and of missed candidates: about 98 % of the pairs at the threshold are candidates
-MOST_CANDIDATES = 50  # compared with one record in one split: in a crowd of similar records, 50 stand for all
+MOST_CANDIDATES = 50  # that one record is compared with in a split: of a crowd of similar records, 50 are enough
 
 Record = dict[str, Any]  # split, row, instruction, input, output
 
 
 class Match(NamedTuple):
-    """A record and another one like it, which is in an earlier split or before it in the same split."""
+    """A record, a similar one in an earlier split or earlier in the same split, and how similar they are, 0 to 1."""
 
     record: Record
     other: Record

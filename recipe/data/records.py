@@ -119,15 +119,16 @@ def _concatenate(parts: list[tuple[str, Dataset]], problems: list[str]) -> Datas
 
 
 def _record_problems(dataset: Dataset, file: str) -> list[str]:
-    """Every null, blank or non-text value, in row order; Arrow scans the columns, Python looks at the suspects only."""
+    """Every null, blank or non-text value, in row order; Arrow finds the suspects, Python looks at them."""
     found: list[tuple[int, str]] = []
     for field in FIELDS:
-        is_text = getattr(dataset.features[field], "dtype", None) in ("string", "large_string")
+        column = dataset.select_columns([field])
+        is_text = getattr(column.features[field], "dtype", None) in ("string", "large_string")
         start = 0
-        for table in dataset.select_columns([field]).with_format("arrow").iter(batch_size=10_000):
-            for index in (start + np.flatnonzero(_suspects(table[field], is_text))).tolist():
+        for table in column.with_format("arrow").iter(batch_size=10_000):
+            for index in (start + np.flatnonzero(_suspects(field, table[field], is_text))).tolist():
                 try:
-                    problem = _value_problem(field, dataset[field][index])
+                    problem = _value_problem(field, column[index][field])
                 except UnicodeDecodeError:
                     problem = f"{field!r} is not UTF-8 text; save the file as UTF-8"
                 if problem:
@@ -137,14 +138,14 @@ def _record_problems(dataset: Dataset, file: str) -> list[str]:
     return [f"{file} row {index}: {problem}" for index, problem in found]
 
 
-def _suspects(column: pa.ChunkedArray, is_text: bool) -> np.ndarray:
+def _suspects(field: str, column: pa.ChunkedArray, is_text: bool) -> np.ndarray:
     """Which values need a look, (rows,) bool: null, blank, and all of a column that is not text, or not UTF-8."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
         is_text = False
-    if not is_text:
-        return np.ones(len(column), dtype=bool)
+    if not is_text or field == "input":  # an input may be null or blank
+        return np.full(len(column), not is_text)
     trimmed = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
     return pc.equal(trimmed, pa.scalar("", trimmed.type)).to_numpy()
 

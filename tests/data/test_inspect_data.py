@@ -131,7 +131,7 @@ def test_a_training_file_is_taken_and_its_folder_is_left_alone(script, files, tm
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "say where the results go: --output_dir"),
+        ([], "name a folder for the results with --output_dir"),
         (["--output_dir", "OUT", "--near_duplicates", "0.3"], "--near_duplicates 0.3: give a similarity from 0.5 to 1"),
         (["--output_dir", "OUT", "--near_duplicates", "nan"], "--near_duplicates nan: give a similarity"),
         (

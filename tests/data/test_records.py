@@ -45,6 +45,13 @@ def test_all_bad_rows_stand_in_one_report(tmp_path, suffix):
     ]
 
 
+def test_good_records_cost_no_look_at_single_values(tmp_path, monkeypatch):
+    """A look takes a millisecond, and half of all records may have an empty input."""
+    monkeypatch.setattr("recipe.data.records._value_problem", lambda *_: pytest.fail("looked"))
+    path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "input": None}])
+    assert len(load_records(DataArguments(data=str(path), validation_ratio=0, test_ratio=0))[0]["train"]) == 2
+
+
 @pytest.mark.parametrize(
     ("value", "shown"), [(5, "5 (int)"), (["x"], '["x"] (list)'), ({"a": 1}, '{"a": 1} (dict)'), (True, "true (bool)")]
 )
