@@ -1,12 +1,12 @@
-"""From records to tokens: split, encode, count. The trip of a record up to the collator."""
+"""From records to tokens: prompt and response of each record, cut to length, and counted."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments, UserError
-from recipe.data.records import report
+from recipe.data.records import problem_report
 from recipe.data.split import load_records
 from recipe.templates import Template, load_template
 
+TOKENS = List(Value("int32"))
 ENCODED_FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "length": Value("int32"),
-        "row": Value("int64"),
-        "truncated": Value("bool"),
-    }
+    {"input_ids": TOKENS, "labels": TOKENS, "length": Value("int32"), "row": Value("int64"), "truncated": Value("bool")}
 )
 
 
@@ -53,19 +48,13 @@ def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Da
     return encode_records(records, tokenizer, config)
 
 
-# --- split ----------------------------------------------------------------------------------------------------------
-
-
-# --- encode ---------------------------------------------------------------------------------------------------------
-
-
 def encode_records(
     records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments
 ) -> DatasetDict:
     """Prompt and response of each record as tokens, one batched `datasets.map` per split, cached.
 
-    The prompt and the response are tokenized apart and concatenated, so that training sees the boundary that
-    generation will see; one end-of-text token ends the response. See `encode_batch` for records that are too long.
+    Prompt and response are tokenized separately and concatenated, so that training sees the boundary that generation
+    will see; one end-of-text token ends the response. See `encode_batch` for records that are too long.
 
     Raises:
         UserError: a tokenizer without an end-of-text token, `max_length` out of range, with `overflow="error"` each
@@ -77,10 +66,13 @@ def encode_records(
             "set its eos_token and save it, or give another --tokenizer_name"
         )
     template = load_template(config.template, tokenizer)
-    _, ending = template_overhead(template, tokenizer)
     max_length = resolve_max_length(config, tokenizer)
+    _, ending = template_overhead(template, tokenizer)
     if max_length < 2 * (ending + 1):
-        raise UserError(f"--max_length {max_length} leaves no room: the template's last line alone has {ending} tokens")
+        raise UserError(
+            f"--max_length {max_length} leaves no room: the template's response header alone has {ending} tokens; "
+            f"give at least {2 * (ending + 1)}"
+        )
     arguments = {
         "template": template,
         "mask_prompt": config.mask_prompt,
@@ -98,7 +90,7 @@ def encode_records(
             fn_kwargs={"tokenizer": tokenizer, **arguments},
             num_proc=config.num_proc,
             # our own fingerprint: hashing the tokenizer object misses the cache once it has been used
-            new_fingerprint=_fingerprint(split._fingerprint, tokenizer, arguments),
+            new_fingerprint=_fingerprint(split, tokenizer, arguments),
             desc=f"Tokenizing {name}",
         )
     _check_encoded(records, encoded, config, max_length)
@@ -117,15 +109,12 @@ def encode_batch(
     """Encode a batch of records for `datasets.map`, from flat arrays straight into Arrow.
 
     A record longer than `max_length` is left out with `overflow="drop"` (and `"error"`, which the caller reports). With
-    `"truncate"` the prompt gives way first, before its last `ending` tokens (the response header) and down to half of
-    `max_length`; what is still too long is cut off the response, which then has no end-of-text token to learn.
+    `"truncate"` it is cut to `cut_lengths`: the prompt before its last `ending` tokens (the response header), the
+    response at its end, so that it then has no end-of-text token to learn.
     """
-    records = [
-        {"instruction": instruction, "input": text}
-        for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
-    ]
-    pairs = zip(template.prompts(records), batch["output"], strict=True)
-    tokens, lengths = token_ids(tokenizer, list(itertools.chain.from_iterable(pairs)))
+    inputs = zip(batch["instruction"], batch["input"], strict=True)
+    prompts = template.prompts({"instruction": instruction, "input": text} for instruction, text in inputs)
+    tokens, lengths = token_ids(tokenizer, [*itertools.chain.from_iterable(zip(prompts, batch["output"], strict=True))])
     tokens = np.insert(tokens, lengths.cumsum()[1::2], tokenizer.eos_token_id)
     lengths = lengths.reshape(-1, 2) + np.array([0, 1])  # (records, 2): prompt, and response with its end-of-text token
     labels = tokens.copy()
@@ -136,20 +125,17 @@ def encode_batch(
     too_long = totals > max_length
     kept = np.ones(len(totals), dtype=bool) if overflow == "truncate" else ~too_long
     keep = np.repeat(kept, totals)  # (tokens,)
+    cut = cut_lengths(lengths, max_length)
     ends = totals.cumsum()
     for index in np.flatnonzero(too_long & kept):
-        prompt, response = lengths[index]
-        room = min(prompt, max(max_length - response, max_length // 2))  # of the prompt
-        boundary = ends[index] - response
-        keep[boundary - prompt : boundary][room - ending : prompt - ending] = False
-        keep[boundary : ends[index]][max_length - room :] = False
-        totals[index] = max_length
-    if too_long.any():
-        tokens, labels, totals = tokens[keep], labels[keep], totals[kept]
-    offsets = np.concatenate([[0], totals.cumsum()]).astype(np.int32)
+        prompt_end = ends[index] - lengths[index, 1]
+        removed_prompt, removed_response = lengths[index] - cut[index]
+        keep[prompt_end - ending - removed_prompt : prompt_end - ending] = False
+        keep[ends[index] - removed_response : ends[index]] = False
+    offsets = np.concatenate([[0], cut[kept].sum(axis=1).cumsum()]).astype(np.int32)
     columns = {
-        "input_ids": pa.ListArray.from_arrays(offsets, tokens),
-        "labels": pa.ListArray.from_arrays(offsets, labels),
+        "input_ids": pa.ListArray.from_arrays(offsets, tokens[keep]),
+        "labels": pa.ListArray.from_arrays(offsets, labels[keep]),
         "length": np.diff(offsets),
         "row": np.array(batch["row"])[kept],
         "truncated": too_long[kept],
@@ -157,15 +143,30 @@ def encode_batch(
     return pa.table(columns, schema=ENCODED_FEATURES.arrow_schema)
 
 
+def cut_lengths(lengths: np.ndarray, max_length: int) -> np.ndarray:
+    """Tokens of prompt and response, (records, 2), that are left when records are cut to `max_length`.
+
+    The prompt is cut first, down to half of `max_length`; what is still too long is cut off the response.
+
+    >>> cut_lengths(np.array([[30, 90], [80, 40], [30, 60]]), 100)
+    array([[30, 70],
+           [60, 40],
+           [30, 60]])
+    """
+    prompt, response = lengths.T
+    prompt = np.minimum(prompt, np.maximum(max_length - response, max_length // 2))
+    return np.stack([prompt, np.minimum(response, max_length - prompt)], axis=1)
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of all texts in a row, without special ones, (tokens,) int32, and how many each has, (texts,) int64.
 
-    Lists of numbers are not kept: thousands of them at a time set off Python's search for cycles again and again.
+    Lists of numbers are not kept: thousands of them at a time make Python's garbage collector run again and again.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # Python tokenizers have none
     rows: Iterable[list[int]]
     if backend is not None and backend.truncation is None and backend.padding is None:
-        # leaves out what nobody asks for
+        # fast, because it does not compute character offsets
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         lengths, rows = [len(encoding) for encoding in encodings], (encoding.ids for encoding in encodings)
     else:
@@ -187,72 +188,68 @@ def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) ->
 
     For Alpaca and the GPT-2 tokenizer (24, 6): up to `### Instruction:\\n`, and from `\\n\\n### Response:\\n`.
     """
-    probes = [{"instruction": "Name it.", "input": ""}, {"instruction": "8 + 5 = ?", "input": ""}]
-    one, other = (tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in template.prompts(probes))
-    return _common_prefix(one, other), _common_prefix(one[::-1], other[::-1])
+    records = [{"instruction": "Name it.", "input": ""}, {"instruction": "8 + 5 = ?", "input": ""}]
+    prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in template.prompts(records)]
+    return _common_prefix(*prompts), _common_prefix(*(prompt[::-1] for prompt in prompts))
 
 
-def _common_prefix(one: list[int], other: list[int]) -> int:
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return index
-    return min(len(one), len(other))
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _fingerprint(records: str, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    """Names the cached result of an encoding: the records, the code of this file, the tokenizer and the settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     settings = [str(value) for _, value in sorted(arguments.items())]
-    code = inspect.getsource(encode_batch) + inspect.getsource(token_ids)
-    parts = [records, code, vocabulary, str(tokenizer.special_tokens_map), *settings]
+    code = Path(__file__).read_text(encoding="utf-8")
+    # datasets shows `_fingerprint` in its guide to caching, and has no public name for it
+    parts = [records._fingerprint, code, vocabulary, str(tokenizer.special_tokens_map), *settings]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _check_encoded(
     records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
 ) -> None:
-    if config.overflow == "error":
-        sources = config.data if isinstance(config.data, dict) else dict.fromkeys(encoded, config.data)
-        problems = [
-            f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
-            "raise --max_length, or choose --overflow truncate or drop"
-            for name, split in encoded.items()
-            for row in np.setdiff1d(*(rows.with_format("numpy")["row"][:] for rows in (records[name], split)))
-        ]
-        if problems:
-            raise UserError(report(problems))
+    sources = config.data if isinstance(config.data, dict) else dict.fromkeys(encoded, config.data)
+    problems = []
     for name, split in encoded.items():
-        if len(split) == 0:
-            raise UserError(
+        if config.overflow == "error":
+            rows, kept = (dataset.with_format("numpy")["row"][:] for dataset in (records[name], split))
+            problems += [
+                f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
+                "raise --max_length, or choose --overflow truncate or drop"
+                for row in np.setdiff1d(rows, kept)
+            ]
+        elif len(split) == 0:
+            problems.append(
                 f"the {name} split is empty: all of its {len(records[name])} records are longer than --max_length "
                 f"{max_length}; raise it or choose --overflow truncate"
             )
-
-
-# --- count ----------------------------------------------------------------------------------------------------------
+    if problems:
+        raise UserError(problem_report(problems))
 
 
 def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:
-    """What the tokens of each split are, one dict a split; `preamble` is the template's, from `template_overhead`.
+    """Token counts of each split, one dict a split; `preamble` is the template's, from `template_overhead`.
 
     `supervised` counts the targets of the loss: the first token of a record is never one.
     """
     statistics = []
     for name, split in encoded.items():
         table = split.with_format("arrow")[:]
-        tokens = pc.sum(table["length"]).as_py()
-        labels = table["labels"]
-        first = sum(pc.sum(pc.not_equal(pc.list_element(chunk, 0), IGNORE_INDEX)).as_py() for chunk in labels.chunks)
-        supervised = pc.sum(pc.not_equal(pc.list_flatten(labels), IGNORE_INDEX)).as_py() - first
+        lengths = table["length"].to_numpy()
+        learned = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
+        learned[lengths.cumsum() - lengths] = False
         statistics.append(
             {
                 "split": name,
                 "rows": len(split),
-                "tokens": tokens,
-                "mean": tokens / len(split),
-                "longest": pc.max(table["length"]).as_py(),
-                "preamble": preamble * len(split) / tokens,
-                "supervised": supervised / tokens,
+                "tokens": len(learned),
+                "longest": int(lengths.max()),
+                "preamble": preamble * len(split) / len(learned),
+                "supervised": int(learned.sum()) / len(learned),
                 "truncated": pc.sum(table["truncated"]).as_py(),
                 "dropped": len(records[name]) - len(split),
             }

@@ -17,33 +17,26 @@ def load_records(config: DataArguments) -> tuple[DatasetDict, int]:
     """Validated records in splits, before any token: see `recipe.data.records.read_records` for the columns.
 
     Splits that the data names are kept. A missing `validation` or `test` is taken from `train`, by `validation_ratio`
-    and `test_ratio`, as a function of `split_seed` and each record's content alone. No record stands on both sides.
+    and `test_ratio`, as a function of `split_seed` and each record's content alone. No two splits share a record.
 
     Returns:
-        the splits, and how many rows of `train` and `validation` were left out because a later split holds them too.
+        the splits, and how many rows of `train` and `validation` were dropped because a later split has them too.
 
     Raises:
-        UserError: what `read_records` refuses, and an empty split.
+        UserError: what `read_records` refuses, too few records to split, and a split of which nothing is left.
     """
-    splits, leaked = without_leaks(split_by_content(read_records(config), config))
-    for name, split in splits.items():
-        if len(split) == 0:
-            raise UserError(
-                f"the {name} split is empty: all of its records also stand in a later split of {config.data}; "
-                "give it records of its own"
-            )
-    return splits, leaked
+    return drop_cross_split_duplicates(split_by_content(read_records(config), config))
 
 
 def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
     """Take a missing `validation` and `test` out of `train`.
 
-    Records are ranked by a keyed hash of their content: the order of the file does not matter, exact duplicates stand
-    next to each other, and the cut between two splits moves past them, so that a record is on one side only.
+    Records are ranked by a keyed hash of their content: the order of the file does not matter, exact duplicates have
+    neighbouring ranks, and the cut between two splits moves past them, so that a record is on one side only.
     """
     ratios = {"test": config.test_ratio, "validation": config.validation_ratio}
     wanted = {name: ratio for name, ratio in ratios.items() if name not in splits and ratio > 0}
-    if "train" not in splits or not wanted or len(splits["train"]) == 0:
+    if "train" not in splits or not wanted:
         return splits
     train = splits["train"]
     hashes = content_hashes(train, key=str(config.split_seed))
@@ -61,28 +54,33 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
             f"{' and '.join(wanted)}; give more records, or set " + " and ".join(f"--{name}_ratio 0" for name in wanted)
         )
     parts = {**splits, **parts, "train": train.select(np.sort(ranked[start:]))}
-    return DatasetDict(
-        {name: parts[name] for name in dict.fromkeys(["train", "validation", "test", *splits]) if name in parts}
-    )
+    order = dict.fromkeys(["train", "validation", "test", *splits])
+    return DatasetDict({name: parts[name] for name in order if name in parts})
 
 
-def without_leaks(splits: DatasetDict) -> tuple[DatasetDict, int]:
-    """Leave out, and count, rows of `train` and of `validation` that stand word for word in a later split.
+def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
+    """Drop, and count, rows of `train` and `validation` that a later split has too, word for word.
 
     Test splits stay as they are, so that scores on a published one stay comparable.
+
+    Raises:
+        UserError: nothing is left of a split.
     """
-    order = list(dict.fromkeys([*(name for name in ("train", "validation") if name in splits), *splits]))
-    hashes = {name: content_hashes(splits[name]) for name in order}
-    kept, leaked = dict(splits), 0
-    for position, name in enumerate(order):
-        later = [hashes[other] for other in order[position + 1 :]]
-        if name not in ("train", "validation") or not later:
+    kept, dropped = dict(splits), 0
+    hashes = {name: content_hashes(split) for name, split in splits.items()}
+    for name in ("train", "validation"):
+        own = hashes.pop(name, None)  # what is left are the later splits
+        if own is None or not hashes:
             continue
-        in_later = np.isin(hashes[name], np.concatenate(later))
+        in_later = np.isin(own, np.concatenate(list(hashes.values())))
+        if in_later.all():
+            raise UserError(
+                f"the {name} split is empty: each of its records is also in a later split; give it records of its own"
+            )
         if in_later.any():
             kept[name] = splits[name].select(np.flatnonzero(~in_later))
-            leaked += int(in_later.sum())
-    return DatasetDict(kept), leaked
+            dropped += int(in_later.sum())
+    return DatasetDict(kept), dropped
 
 
 def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:

@@ -43,9 +43,9 @@ def test_split_depends_on_the_seed_and_the_records_not_on_their_order(tmp_path):
     config = DataArguments(data=write(tmp_path / "a.json", rows))
     shuffled = DataArguments(data=write(tmp_path / "b.json", rows[::-1]))
     other_seed = DataArguments(data=config.data, split_seed=124)
-    one, two, three = (instructions(load_records(c)[0]) for c in (config, shuffled, other_seed))
-    assert {name: set(texts) for name, texts in one.items()} == {name: set(texts) for name, texts in two.items()}
-    assert set(one["test"]) != set(three["test"])
+    first, second, third = (instructions(load_records(c)[0]) for c in (config, shuffled, other_seed))
+    assert {name: set(texts) for name, texts in first.items()} == {name: set(texts) for name, texts in second.items()}
+    assert set(first["test"]) != set(third["test"])
 
 
 def test_exact_duplicates_stay_on_one_side(tmp_path):
@@ -71,7 +71,7 @@ def test_given_splits_are_kept_and_leaked_rows_leave_train(tmp_path):
 
 def test_a_train_split_that_is_all_in_the_test_split_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", records(5))
-    with pytest.raises(UserError, match="the train split is empty: all of its records also stand in a later split"):
+    with pytest.raises(UserError, match="the train split is empty: each of its records is also in a later split"):
         load_records(DataArguments(data={"train": path, "test": path}, validation_ratio=0))
 
 

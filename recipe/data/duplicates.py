@@ -1,0 +1,166 @@
+"""Records that appear more than once, exactly or nearly, within a split and across splits. Nothing is changed."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from recipe.config import UserError
+from recipe.data.records import FIELDS
+
+SHINGLE = 5  # characters
+PERMUTATIONS = 128  # hash functions of a MinHash
+WEIGHTS = (0.02, 0.98)  # of needless and of missed candidates: about 98 % of the pairs at the threshold are candidates
+MOST_CANDIDATES = 50  # that one record is compared with in a split: of a crowd of similar records, 50 are enough
+
+Record = dict[str, Any]  # split, row, instruction, input, output
+
+
+class Match(NamedTuple):
+    """A record, a similar one in an earlier split or earlier in the same split, and how similar they are, 0 to 1."""
+
+    record: Record
+    other: Record
+    similarity: float = 1.0
+
+
+def flatten(splits: Mapping[str, Dataset]) -> list[Record]:
+    """The records of all splits, one after another; an input that is null becomes an empty one."""
+    return [
+        {"split": name, **record, "input": record["input"] or ""}
+        for name, split in splits.items()
+        for record in split.select_columns(["row", *FIELDS])
+    ]
+
+
+def inspect_duplicates(
+    given: Mapping[str, Dataset], trained: Mapping[str, Dataset], threshold: float, show: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Records that appear more than once: leaks into held-out splits first, then within each split; see docs/data.md.
+
+    Args:
+        given: the splits before `recipe.data.split.drop_cross_split_duplicates`.
+        trained: the splits after it; near-duplicates are looked for among these.
+        threshold: similarity from which two records are near-duplicates; 0 looks for none.
+        show: examples of each finding.
+
+    Returns:
+        the report, and every pair of near-duplicates, most similar first: similarity, splits, rows.
+    """
+    near, complete = near_duplicates(flatten(trained), threshold) if threshold else ([], True)
+    records = {name: flatten({name: split}) for name, split in given.items()}
+    across = sorted(itertools.combinations(given, 2), key=lambda names: (names[0] != "train", names[1] == "validation"))
+    report = []
+    for earlier, later in [*across, *zip(given, given, strict=True)]:
+        exact = _equal_records(records[later], records[earlier], FIELDS)
+        exact_rows = {match.record["row"] for match in exact}
+        same_prompt = _equal_records(records[later], records[earlier], FIELDS[:2])
+        matches = {
+            "exact": exact,
+            "same_prompt": [match for match in same_prompt if match.record["row"] not in exact_rows],
+            "near": _most_similar(near, later, earlier),
+        }
+        report.append(
+            {
+                "records_of": later,
+                "found_in": earlier,
+                "records": len(records[later]),
+                **{kind: len(found) if kind != "near" or threshold else None for kind, found in matches.items()},
+                "examples": {
+                    kind: [{"similarity": match.similarity, "records": match[:2]} for match in found[:show]]
+                    for kind, found in matches.items()
+                },
+            }
+        )
+    pairs = [
+        {"similarity": similarity, "splits": [record["split"], other["split"]], "rows": [record["row"], other["row"]]}
+        for record, other, similarity in near
+    ]
+    return {"threshold": threshold or None, "complete": complete, "splits": report}, pairs
+
+
+def _equal_records(records: Sequence[Record], others: Sequence[Record], fields: Sequence[str]) -> list[Match]:
+    """Each record with the first of `others` that has the same fields and is not the record itself."""
+    first: dict[tuple[str, ...], Record] = {}
+    for other in others:
+        first.setdefault(tuple(other[field] for field in fields), other)
+    found = [(record, first.get(tuple(record[field] for field in fields))) for record in records]
+    return [Match(record, other) for record, other in found if other is not None and other is not record]
+
+
+def _most_similar(near: Sequence[Match], later: str, earlier: str) -> list[Match]:
+    """Each record of one split with its most similar record of the other; `near` has the most similar pairs first."""
+    best: dict[int, Match] = {}
+    for match in near:
+        if (match.record["split"], match.other["split"]) == (later, earlier):
+            best.setdefault(match.record["row"], match)
+    return list(best.values())
+
+
+def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[Match], bool]:
+    """Pairs of different records that have nearly the same characters in nearly the same order.
+
+    Similarity is the Jaccard similarity of the records' sets of shingles, runs of 5 characters: shingles in both over
+    shingles in either (Broder 1997). datasketch finds candidates by MinHash and locality-sensitive hashing, with fixed
+    seeds; the similarity of each is then computed exactly. See docs/data.md.
+
+    Returns:
+        the pairs, most similar first, and whether all candidates were compared: see `MOST_CANDIDATES`.
+
+    Raises:
+        UserError: datasketch is not installed.
+
+    >>> texts = ["The cat sat there.", "A dog.", "the  cat sat here."]
+    >>> records = [{"split": "train", "instruction": text, "input": "", "output": ""} for text in texts]
+    >>> [match], complete = near_duplicates(records, 0.5)
+    >>> match.record["instruction"], match.other["instruction"], match.similarity  # 9 shingles in both, of 14 + 13 - 9
+    ('the  cat sat here.', 'The cat sat there.', 0.5)
+    """
+    try:
+        from datasketch import MinHash, MinHashLSH  # here: an extra, and scipy behind it takes half a second
+    except ImportError as error:
+        raise UserError(
+            "near-duplicates are found by datasketch, which is not installed: pip install datasketch, or leave them "
+            "out with --near_duplicates 0"
+        ) from error
+    different: dict[tuple[str, str], Record] = {}  # by split and text
+    for record in records:
+        different.setdefault((record["split"], "\n".join(record[field] for field in FIELDS)), record)
+    settings = {"threshold": min(threshold, 0.9), "num_perm": PERMUTATIONS, "weights": WEIGHTS}  # none fits above 0.9
+    indexes = {name: MinHashLSH(**settings) for name in dict.fromkeys(split for split, _ in different)}
+    shingles = (_shingles(text) for _, text in different)
+    hashes = MinHash.generator(shingles, num_perm=PERMUTATIONS, hashfunc=_hash)
+    matches, complete = [], True
+    for (split, text), minhash in zip(different, tqdm(hashes, "Near-duplicates", len(different)), strict=True):
+        for name, index in indexes.items():
+            candidates = sorted(index.query(minhash))
+            complete = complete and len(candidates) < MOST_CANDIDATES
+            for other in candidates[:MOST_CANDIDATES]:
+                similarity = _similarity(text, other)
+                if similarity >= threshold and other != text:
+                    matches.append(Match(different[split, text], different[name, other], similarity))
+            if name == split and len(candidates) < MOST_CANDIDATES:
+                index.insert(text, minhash, check_duplication=False)
+    return sorted(matches, key=lambda match: -match.similarity), complete
+
+
+def _similarity(text: str, other: str) -> float:
+    one, two = _shingles(text), _shingles(other)
+    common = len(one & two)
+    return common / (len(one) + len(two) - common)
+
+
+@lru_cache(maxsize=1000)
+def _shingles(text: str) -> frozenset[str]:
+    plain = " ".join(text.lower().split())
+    return frozenset(plain[start : start + SHINGLE] for start in range(max(1, len(plain) - SHINGLE + 1)))
+
+
+def _hash(shingle: str) -> int:
+    return zlib.crc32(shingle.encode("utf-8", "surrogatepass"))
