@@ -67,7 +67,7 @@ def test_the_same_figure_gives_the_same_picture(tmp_path):
 
 
 def test_the_page_has_the_colours_of_the_figures():
-    style = (ROOT / "recipe" / "report.css").read_text(encoding="utf-8")
+    style = (ROOT / "recipe" / "evaluation" / "report" / "report.css").read_text(encoding="utf-8")
     names = {"ground": None, "text": figures.TEXT, "muted": figures.MUTED, "line": figures.LINE}
     names |= {"baseline": figures.BASELINE_COLOR, "tuned": figures.TUNED_COLOR, "orange": figures.WORSE_COLOR}
     for name, light in names.items():
@@ -76,7 +76,7 @@ def test_the_page_has_the_colours_of_the_figures():
 
 
 def test_text_and_graphics_stand_out_from_their_ground():
-    style = (ROOT / "recipe" / "report.css").read_text(encoding="utf-8")
+    style = (ROOT / "recipe" / "evaluation" / "report" / "report.css").read_text(encoding="utf-8")
     colors = {name: pair for name, *pair in re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\);", style)}
     grounds = ("ground", "raised", "better-wash", "worse-wash", "mark")
     for theme in (0, 1):

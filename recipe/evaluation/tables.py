@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recipe.console import column_widths, one_line, print_table, table_room, table_width
-from recipe.evaluation.verdict import counted, model_name, scale
+from recipe.evaluation.verdict import counted, model_name, role_of, scale
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
@@ -95,9 +95,7 @@ def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:
         console.print()
         console.print(Text(one_line(question), style="bold"))
         answers = {"reference": prediction["output"]}
-        answers |= {
-            label: prediction[m]["text"] for m, label in (("baseline", "base"), ("tuned", "tuned")) if m in prediction
-        }
+        answers |= {role_of(m): prediction[m]["text"] for m in ("baseline", "tuned") if m in prediction}
         for label, text in answers.items():
             console.print(Text(f"  {label:<10} {one_line(text, 100)}"))
 

@@ -75,13 +75,23 @@ def judge_scale(score: Mapping[str, Any]) -> Scale:
     return Scale(1, 1 if high - low > 20 else 2, "", f"{low} to {high}", "")
 
 
+def role_of(label: str) -> str:
+    """What a model is called in a sentence: base, tuned, and any other by its label in quotes.
+
+    >>> [role_of(label) for label in ("baseline", "tuned", "base")]
+    ['base', 'tuned', '“base”']
+    """
+    return {"baseline": "base", "tuned": "tuned"}.get(label, f"“{label}”")
+
+
 def model_name(label: str) -> str:
-    """How a model is called: Base, Tuned, and any other by its label in quotes, whatever that is.
+    """What a model is called in a heading: `role_of` with a capital letter.
 
     >>> [model_name(label) for label in ("baseline", "tuned", "base")]
     ['Base', 'Tuned', '“base”']
     """
-    return {"baseline": "Base", "tuned": "Tuned"}.get(label, f"“{label}”")
+    role = role_of(label)
+    return role[0].upper() + role[1:]
 
 
 def counted(score: Mapping[str, Any] | None, n: int) -> int | None:
@@ -280,7 +290,7 @@ def _judge_gaps(judge: Mapping[str, Any] | None) -> Iterator[str]:
     for prompt, score in judge["scores"].items():
         units = judge_scale(score)
         gaps = [
-            f"{scored:,} of {score['n']:,} {_role(model) or model_name(model)} responses scored, "
+            f"{scored:,} of {score['n']:,} {role_of(model)} responses scored, "
             f"worst case {' to '.join(map(units.value, score['bounds'][model]))}"
             for model, scored in score["scored"].items()
             if scored < score["n"]
@@ -303,8 +313,7 @@ def _cut_answers(
     cap = ((metrics.get("provenance") or {}).get("generation") or {}).get("max_new_tokens")
     total, unknown = len(predictions), []
     for label in labels:
-        role = _role(label)
-        name = f"{role} model" if role else f"model {model_name(label)}"
+        name = f"{role_of(label)} model"
         reasons = Counter(prediction[label].get("stop_reason") for prediction in predictions)
         if reasons["length"]:
             where = f"the cap of {cap:,} tokens" if cap else "the cap on tokens"
@@ -329,10 +338,6 @@ def refuse_nan(content: Any, where: str = "metrics") -> None:
     pairs = content.items() if isinstance(content, Mapping) else enumerate(content) if isinstance(content, list) else ()
     for key, value in pairs:
         refuse_nan(value, f"{where}.{key}")
-
-
-def _role(label: str) -> str | None:
-    return {"baseline": "base", "tuned": "tuned"}.get(label)
 
 
 def _reasons(score: Mapping[str, Any]) -> str:

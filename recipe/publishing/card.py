@@ -526,7 +526,7 @@ def examples(predictions: Sequence[Mapping[str, Any]], split: str) -> dict[str, 
     Fewer where the split holds less than twice as many; none is both.
     """
     from recipe.evaluation.comparison import example_scores, labels_of
-    from recipe.evaluation.verdict import PERCENT
+    from recipe.evaluation.verdict import PERCENT, role_of
 
     rows = [prediction for prediction in predictions if prediction["split"] == split]
     scores = {
@@ -539,10 +539,8 @@ def examples(predictions: Sequence[Mapping[str, Any]], split: str) -> dict[str, 
     def show(index: int) -> dict[str, str]:
         row = rows[index]
         parts = {"instruction": row["instruction"], "input": row.get("input") or None, "reference": row["output"]}
-        parts |= {
-            name: row[label]["text"] for label, name in (("baseline", "base"), ("tuned", "tuned")) if label in scores
-        }
-        said = [f"{'base' if label == 'baseline' else label} {PERCENT.value(scores[label][index])}" for label in scores]
+        parts |= {role_of(label): row[label]["text"] for label in scores}
+        said = [f"{role_of(label)} {PERCENT.value(scores[label][index])}" for label in scores]
         family = f", {escape(str(row['family']))}" if row.get("family") else ""
         return {
             "id": escape(row["id"]) + family,

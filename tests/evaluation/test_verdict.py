@@ -239,7 +239,7 @@ def test_a_model_in_a_folder_called_base_is_not_the_base():
     said = cautions(make_metrics(predictions), predictions, ["baseline", "base"])
     assert said == [
         "The base model ran out of context in 500 of 500 responses.",
-        "The model “base” ran out of context in 500 of 500 responses.",
+        "The “base” model ran out of context in 500 of 500 responses.",
     ]
 
 
