@@ -159,8 +159,9 @@ def _chrf_statistics(predictions: Sequence[str], references: Sequence[str]) -> n
         row: list[int] = []
         for order in range(1, CHAR_ORDER + 1):
             predicted, expected = (Counter([t[i : i + order] for i in range(len(t) - order + 1)]) for t in bare)
+            common = sum(min(count, expected[gram]) for gram, count in predicted.items() if gram in expected)
             # as in sacrebleu, the prediction's n-grams count only where the reference has some of that order
-            row += [predicted.total() if expected else 0, expected.total(), (predicted & expected).total()]
+            row += [predicted.total() if expected else 0, expected.total(), common]
         rows.append(row)
     return np.array(rows, dtype=np.float64)
 
