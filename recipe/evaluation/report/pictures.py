@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from recipe.console import one_line
+from recipe.evaluation.comparison import labels_of
+from recipe.evaluation.verdict import PERCENT, direction, headline_metric, model_name, scale, title, weakest_first
 from recipe.figures import (
     BASELINE_COLOR,
     LINE,
@@ -25,6 +31,7 @@ from recipe.figures import (
     WIDTH,
     WORSE_COLOR,
     canvas,
+    draw_loss,
     paint,
     save_png,
 )
@@ -34,9 +41,9 @@ DARK = {
     TEXT: "#e6e9ed", MUTED: "#9aa4af", LINE: "#3a414a", BASELINE_COLOR: "#98a2ad", TUNED_COLOR: "#7ea6e0",
     WORSE_COLOR: "#dd8452", TIE_COLOR: "#4a525c", INK: "#14171a",
 }  # fmt: skip
-
-
-MAX_FAMILIES = 24
+NAMES = ("deltas", "outcomes", "lengths", "loss")
+MAX_FAMILIES = 24  # in the forest plot
+MAX_LABEL = 28  # characters
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,38 @@ def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
+def draw_pictures(
+    output_dir: Path,
+    predictions: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    log_history: Sequence[Mapping[str, Any]] | None = None,
+    chosen_step: int | None = None,
+) -> dict[str, Picture]:
+    """The figures of the first split, by name, each also as `{name}.png`; PNGs of an earlier report are removed."""
+    part = next(iter(metrics["splits"].values()))
+    intervals, outcomes = forest_rows(part), outcome_counts(part, metrics["judge"])
+    lengths, unit = response_lengths(predictions, part)
+    drawings: dict[str, tuple[Callable[[], Figure], str]] = {}  # name → how it is drawn, what it shows in words
+    if any(intervals.values()):
+        alt = "Forest plot of differences, tuned minus base, with 95 % intervals; the tables hold their values."
+        drawings["deltas"] = partial(draw_deltas, intervals), alt
+    if outcomes:
+        counts = (f"{name}: better {o[0]:,}, equal {o[1]:,}, worse {o[2]:,}" for name, o in outcomes.items())
+        drawings["outcomes"] = partial(draw_outcomes, outcomes), f"Examples where tuned is {'; '.join(counts)}."
+    notes = "; ".join(f"{row.label}: {row.note}" for row in lengths)
+    drawings["lengths"] = partial(draw_lengths, lengths, unit), f"Histograms of {unit} per response. {notes}."
+    if any("loss" in entry or "train_loss" in entry for entry in log_history or ()):
+        chosen = "" if chosen_step is None else f" Step {chosen_step:,} was chosen."
+        alt = f"Training and validation loss over optimizer steps.{chosen}"
+        drawings["loss"] = partial(draw_loss, log_history or (), chosen_step), alt
+    for name in set(NAMES) - set(drawings):
+        (output_dir / f"{name}.png").unlink(missing_ok=True)
+    return {name: make_picture(draw, alt, output_dir / f"{name}.png") for name, (draw, alt) in drawings.items()}
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Interval:
     """One row of the forest plot: a difference with its 95 % interval, in points."""
@@ -79,15 +118,34 @@ class Interval:
     delta: float
     low: float
     high: float
-    direction: str  # better or worse; anything else: not shown
+    direction: str  # better or worse; anything else is not significant
+
+
+def forest_rows(part: Mapping[str, Any]) -> dict[str, list[Interval]]:
+    """Differences in points by group: all scores in percent, and the headline score by family."""
+
+    def rows(scores: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Interval]:
+        return [
+            Interval(one_line(label, MAX_LABEL), 100 * s["delta"], 100 * s["ci95"][0], 100 * s["ci95"][1], direction(s))
+            for label, s in scores
+            if s["delta"] is not None and s["ci95"] is not None
+        ]
+
+    in_percent = {name: score for name, score in part["metrics"].items() if scale(name) is PERCENT}
+    groups = {"Scores": rows((title(name), score) for name, score in in_percent.items())}
+    headline = headline_metric(part["metrics"])
+    if headline and headline in in_percent:
+        ranked = weakest_first(part["families"], headline)
+        families = rows((str(family), entry["metrics"][headline]) for family, entry in ranked)
+        if len(families) > MAX_FAMILIES:
+            groups["Extreme families"] = families[: MAX_FAMILIES // 2] + families[-MAX_FAMILIES // 2 :]
+        elif families:
+            groups["Families"] = families
+    return groups
 
 
 def draw_deltas(groups: Mapping[str, Sequence[Interval]]) -> Figure:
-    """Forest plot: tuned minus baseline with 95 % intervals beside the zero line, in percentage points.
-
-    Args:
-        groups: rows under each heading; the headings stand above their rows.
-    """
+    """Forest plot: tuned minus baseline with 95 % intervals, in percentage points, under the heading of each group."""
     rows = sum(len(rows) + 1 for rows in groups.values())
     figure, axes = canvas(height=0.55 + 0.205 * rows)
     position, labels = 0.0, {}
@@ -100,7 +158,7 @@ def draw_deltas(groups: Mapping[str, Sequence[Interval]]) -> Figure:
             position += 1
             color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(row.direction, MUTED)
             axes.plot([row.low, row.high], [position, position], color=color, linewidth=2, solid_capstyle="butt")
-            face = "none" if color == MUTED else color  # hollow: which way it went is not shown
+            face = "none" if color == MUTED else color  # hollow: not significant
             axes.plot(row.delta, position, "o", markersize=5, color=color, markerfacecolor=face)
             labels[position] = row.label
         position += 1.35
@@ -124,12 +182,20 @@ def _make_room_for_zero(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
-    """Examples on which tuned is better, equal or worse than baseline: one stacked bar a score.
+# --- outcomes ---------------------------------------------------------------------------------------------------------
 
-    Args:
-        outcomes: (better, equal, worse) counts of each score.
-    """
+
+def outcome_counts(part: Mapping[str, Any], judge: Mapping[str, Any] | None) -> dict[str, tuple[int, int, int]]:
+    """(better, equal, worse) counts of examples for each score, and for the judge's pairs."""
+    counts = {title(name): (o["win"], o["tie"], o["loss"]) for name, o in part["outcomes"].items()}
+    pairs = judge and judge["pairwise"]
+    if pairs:
+        counts["Judge, pairs"] = (pairs["win"], pairs["tie"], pairs["loss"])
+    return counts
+
+
+def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
+    """One stacked bar for each score: the examples on which tuned is better than, equal to and worse than base."""
     figure, axes = canvas(height=0.75 + 0.34 * len(outcomes))
     kinds = (("tuned better", TUNED_COLOR), ("equal", TIE_COLOR), ("tuned worse", WORSE_COLOR))
     left = np.zeros(len(outcomes))
@@ -153,22 +219,46 @@ def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
     return figure
 
 
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of one model's responses, or of the references (`role` "reference"), and a note to stand beside them."""
+    """Lengths of one model's responses, or of the references, and a note to show beside them."""
 
     label: str
-    role: str  # reference, baseline, tuned, other
+    role: str  # reference, baseline, tuned; anything else is a further model
     values: Sequence[int]
     note: str
 
 
+def response_lengths(predictions: Sequence[Mapping[str, Any]], part: Mapping[str, Any]) -> tuple[list[Lengths], str]:
+    """Lengths of the references and of each model's responses, all in tokens, or all in words if a count is unknown."""
+    answers = {label: [line[label] for line in predictions] for label in labels_of(predictions)}
+    references = [answer.get("reference_tokens") for answer in answers["tuned"]]
+    counts = {label: [answer.get("tokens") for answer in column] for label, column in answers.items()}
+    if None in references or any(None in column for column in counts.values()):
+        unit = "words"
+        references = [len(line["output"].split()) for line in predictions]
+        counts = {label: [len(answer["text"].split()) for answer in column] for label, column in answers.items()}
+    else:
+        unit = "tokens"
+        references = [count - 1 for count in references]  # without the end-of-text token, as in responses
+    stop_rate = part["behaviour"]["stop_rate"]
+    rows = [Lengths("References", "reference", references, f"median {median(references):g}")]
+    for label, values in counts.items():
+        rate = stop_rate.get(label)
+        note = f"median {median(values):g}" + ("" if rate is None else f", stop rate {PERCENT.value(rate)}")
+        rows.append(Lengths(one_line(model_name(label), MAX_LABEL), label, values, note))
+    return rows, unit
+
+
 def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
-    """Histograms of lengths, one below the other on the same axis; the last bin holds all that is longer."""
+    """Histograms of lengths, one below the other on the same axis; the last bin also holds all longer responses."""
     colors = {"baseline": BASELINE_COLOR, "tuned": TUNED_COLOR, "reference": TEXT}
     everything = np.concatenate([np.asarray(row.values) for row in lengths])
     longest = everything.max()
-    # the longest 1 % of one model may be a hundred times the rest: they share the last bin
+    # the longest 1 % of one model's may be a hundred times longer than the rest: they share the last bin
     edge = max(1, min(longest, int(1.5 * max(np.quantile(row.values, 0.99) for row in lengths)) + 1))
     bins = np.linspace(0, edge + 1, min(40, edge + 2))
     figure = Figure(figsize=(WIDTH, 0.55 + 0.72 * len(lengths)), layout="constrained")
@@ -185,7 +275,7 @@ def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="x", length=0 if axes is not panels[-1] else 3)
         top = axes.get_ylim()[1]
-        # words stand over the right end: leave them room where bars reach up there
+        # the label is above the right half: leave it room where bars are high there
         right = np.histogram(values, bins=bins, weights=weights)[0][len(bins) // 2 :].max(initial=0)
         axes.set_ylim(0, top if right < 0.35 * top else 2.4 * max(right, 0.4 * top))
     panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -1,5 +1,5 @@
 "use strict";
-// The page of recipe/report.py. What models wrote reaches the page by textContent only, never as markup.
+// The page of page.py. What models wrote reaches the page by textContent only, never as markup.
 
 const PAGE_SIZE = 25;
 const CLAMP = 600; // characters of a text shown at first
@@ -140,7 +140,6 @@ function diffWords(reference, response) {
 // --- the example browser ----------------------------------------------------------------------------------------------
 
 function startBrowser(data) {
-  data.family = data.family.map(family => String(family ?? "").trim() ? String(family) : null);
   const form = document.getElementById("controls");
   const list = document.getElementById("list");
   const names = new Map(data.models);
