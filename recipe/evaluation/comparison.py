@@ -208,23 +208,17 @@ def _check(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> N
     if not predictions:
         raise UserError("no predictions to score: the split is empty; name another one, or give it records")
     ids = [str(line.get("id", f"line {number}")) for number, line in enumerate(predictions, start=1)]
-    repeated = [id_ for id_, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise UserError(f"{_some(repeated)} of {len(ids)} ids occur more than once; keep one prediction of each")
-    texts = {"no reference in 'output'": [line.get("output") for line in predictions]}
+    problems = {"occur more than once": [id_ for id_, count in Counter(ids).items() if count > 1]}
+    texts = {"have no reference in 'output'": [line.get("output") for line in predictions]}
     for label in labels:
         answers = [line.get(label) for line in predictions]
-        texts[f"no answer of {label!r}"] = [a.get("text") if isinstance(a, Mapping) else None for a in answers]
+        texts[f"have no answer of {label!r}"] = [a.get("text") if isinstance(a, Mapping) else None for a in answers]
     for problem, column in texts.items():
-        lacking = [id_ for id_, text in zip(ids, column, strict=True) if not isinstance(text, str)]
-        if lacking:
+        problems[problem] = [id_ for id_, text in zip(ids, column, strict=True) if not isinstance(text, str)]
+    for problem, affected in problems.items():
+        if affected:
             raise UserError(
-                f"{_some(lacking)} of {len(ids)} ids have {problem}, so the models cannot be compared on the same "
-                f"prompts (there are answers of {', '.join(labels_of(predictions)) or 'no model'}); generate what is "
-                "missing, or remove these ids"
+                f"{len(affected)} ({', '.join(affected[:5])}{', ...' if len(affected) > 5 else ''}) of {len(ids)} ids "
+                f"{problem}, so the models cannot be compared on the same prompts (there are answers of "
+                f"{', '.join(labels_of(predictions)) or 'no model'}); generate what is missing, or remove these ids"
             )
-
-
-def _some(ids: Sequence[str]) -> str:
-    """A count and the first few."""
-    return f"{len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"

@@ -245,7 +245,7 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
     return [
         *_small_splits(metrics),
         *_incomplete_scores(metrics),
-        *_judge_gaps(metrics["judge"]),
+        *(_judge_gaps(metrics["judge"]) if metrics["judge"] else ()),
         *_cut_answers(metrics, predictions, labels),
     ]
 
@@ -278,29 +278,25 @@ def _incomplete_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
             yield f"{', '.join(titles)}: {problem} ({reason})."
 
 
-def _judge_gaps(judge: Mapping[str, Any] | None) -> Iterator[str]:
-    if judge is None:
-        return
+def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
     if judge["error"]:
         yield f"The judge failed: {judge['error']}"
-        return
     for prompt, score in judge["scores"].items():
         units = judge_scale(score)
         gaps = [
-            f"{scored:,} of {score['n']:,} {role_of(model)} responses scored, "
-            f"worst case {' to '.join(map(units.value, score['bounds'][model]))}"
+            f"{scored:,} of {score['n']:,} {role_of(model)} responses scored; with the missing scores their mean would "
+            f"be {' to '.join(map(units.value, score['bounds'][model]))}"
             for model, scored in score["scored"].items()
             if scored < score["n"]
         ]
         if gaps:
-            mean = "mean withheld" if score["tuned"] is None else "the mean leaves the others out"
+            mean = "no mean is given" if score["tuned"] is None else "the mean leaves the others out"
             yield f"Judge, {prompt}: {'; '.join(gaps)}; {mean}{_reasons(score)}."
     pairs = judge["pairwise"]
     if pairs and pairs["judged"] < pairs["n"]:
-        worst = " to ".join(map(PERCENT.value, pairs["bounds"]))
         yield (
-            f"Judge, pairwise: {pairs['judged']:,} of {pairs['n']:,} pairs judged{_reasons(pairs)}; "
-            f"worst case of the win rate {worst}."
+            f"Judge, pairwise: {pairs['judged']:,} of {pairs['n']:,} pairs judged{_reasons(pairs)}; with the missing "
+            f"pairs the win rate would be {' to '.join(map(PERCENT.value, pairs['bounds']))}."
         )
 
 

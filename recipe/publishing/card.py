@@ -492,7 +492,7 @@ def evaluation_parts(evaluation: Evaluation, run: Mapping[str, Any]) -> dict[str
             }
             for name, part in metrics["splits"].items()
         ],
-        "judge": [{**row, "title": escape(row["title"])} for row in judge_table(judge, [], [])],
+        "judge": [{**row, "title": escape(row["title"])} for row in judge_table(judge)],
         "judged_by": escape(str(judge["model"])) if judge else None,
         "pairs": pairs_sentence((judge or {}).get("pairwise")),
         "examples": examples(predictions, split),

@@ -146,7 +146,7 @@ def test_the_verdict_comes_first_and_everything_is_there(browser, report):
             assert any(heading in text for text in headings), heading
         better, worse = (page.locator(f".card.{kind}").bounding_box() for kind in ("better", "worse"))
         assert (better["width"], better["height"], better["y"]) == (worse["width"], worse["height"], worse["y"])
-        assert re.search(r"93 of 96 tuned responses scored, worst case .* mean withheld \(3 timeout\)",
+        assert re.search(r"93 of 96 tuned responses scored; .* no mean is given \(3 timeout\)",
                          page.locator(".cautions").text_content().replace("\N{NO-BREAK SPACE}", " "))  # fmt: skip
         assert page.locator("#shown").text_content() == "120 examples"
         facts = page.locator("#provenance").text_content()
@@ -587,7 +587,6 @@ def test_a_model_in_a_folder_called_base_is_told_from_the_base(browser, tmp_path
         names = page.locator(".example").first.locator("h4 bdi").all_text_contents()
         assert names == ["Base", "Tuned", "“base”", "“Tuned”"]
         assert page.locator("select[name=model] option").all_text_contents() == ["Tuned", "“base”", "“Tuned”"]
-        assert page.locator("#judge .which").all_text_contents() == ["Base", "Tuned", "“base”"]
         alt = page.locator("#figure-lengths img").first.get_attribute("alt")
         assert "Base: " in alt and "“base”: " in alt
 

@@ -257,10 +257,8 @@ def test_cautions_tell_an_incomplete_judge_with_its_worst_case():
     [said] = [s for s in cautions(make_metrics(predictions, judge), predictions, ["tuned"]) if "Judge" in s]
     low, high = judge["scores"][PROMPT]["bounds"]["tuned"]
     assert high - low == pytest.approx(100 * 3 / 400)
-    assert said == (
-        f"Judge, {PROMPT}: 397 of 400 tuned responses scored, worst case {low:.1f} to {high:.1f}; "
-        "mean withheld (3 timeout)."
-    )
+    assert said.startswith(f"Judge, {PROMPT}: 397 of 400 tuned responses scored")
+    assert f" {low:.1f} to {high:.1f}; no mean is given (3 timeout)." in said
     assert not any(
         "Judge" in s
         for s in cautions(make_metrics(predictions, make_judge(make_judge_rows(predictions))), predictions, [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -21,7 +21,9 @@ def example_columns(
 ) -> dict[str, Any]:
     """All examples by column, so that each name is written once and not once for each example."""
     row_of = {prediction["id"]: row for row, prediction in enumerate(predictions)}
-    scores = {label: {k: rounded(v) for k, v in example_scores(predictions, label).items()} for label in labels}
+    scores = {
+        label: {k: v.round(6).tolist() for k, v in example_scores(predictions, label).items()} for label in labels
+    }
     judgements: dict[str, dict[str, list]] = {label: {} for label in labels}  # label → prompt → for each example
     pairs: list[list | None] = [None] * len(predictions)
     for judgement in judge_rows:
@@ -63,11 +65,6 @@ def family_of(prediction: Mapping[str, Any]) -> str | None:
     """The family as text, None if it is missing or blank."""
     family = prediction.get("family")
     return None if family is None or not str(family).strip() else str(family)
-
-
-def rounded(values: Iterable[float]) -> list[float]:
-    """Six decimals, and 1 instead of 1.0: fewer characters."""
-    return [int(value) if value in (0, 1) else round(float(value), 6) for value in values]
 
 
 def embed_json(content: Any) -> Markup:

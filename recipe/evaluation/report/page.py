@@ -17,7 +17,6 @@ from markupsafe import Markup
 from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.judge.summary import WITH_VALUE
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
 from recipe.evaluation.report.pictures import draw_pictures
 from recipe.evaluation.verdict import (
@@ -65,16 +64,14 @@ def write_report(
     """Write `report.html` with its figures inside, and the figures as PNGs beside it.
 
     Args:
-        output_dir: where `report.html`, `deltas.png` and `outcomes.png` (with a baseline), `lengths.png` and `loss.png`
-            (with a history) go. The page links the files of the evaluation that are there.
-        predictions: the lines of `predictions.jsonl`.
-        metrics: the content of `metrics.json`.
-        judge_rows: the lines of `judge.jsonl`; those that `metrics` does not summarize are left out.
+        output_dir: gets `report.html`, `deltas.png` and `outcomes.png` (with a baseline), `lengths.png` and `loss.png`
+            (with a history); the page links the other files of the evaluation that are there.
+        predictions, metrics, judge_rows: the content of `predictions.jsonl`, `metrics.json` and `judge.jsonl`.
         log_history: of the tuned model's training, as in its `trainer_state.json`.
         chosen_step: the step whose weights were evaluated.
 
     Raises:
-        UserError: scores and predictions, or judgements and predictions, do not belong together; a score is NaN.
+        UserError: the files do not belong together, or a score is NaN.
 
     Example::
 
@@ -101,11 +98,10 @@ def write_report(
         measures=MEASURES,
         enough=ENOUGH_TO_JUDGE,
         judge=judge,
-        judge_rows=judge_table(judge, judge_rows, others),
+        judge_rows=judge_table(judge, others),
         pairs=pairs_sentence(judge and judge["pairwise"]),
         examples=example_columns(predictions, labels, judge_rows, judge or {}),
         provenance=metrics["provenance"],
-        facts=provenance_facts(metrics["provenance"]),
         files={
             name: what
             for name, what in FILES.items()
@@ -170,13 +166,9 @@ def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str])
 
 
 def score_row(name: str, score: Mapping[str, Any], n: int, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """One line of a table, as text.
+    """One line of a table, as text; its `over` says how many of the n records the score covers, if not all.
 
-    Args:
-        name: of the score.
-        score: baseline, tuned, delta and interval, as in `metrics.json`.
-        n: the records; `over` of the line says how many of them the score covers, if not all.
-        others: the same score of further models.
+    `others` are the same score of further models.
     """
     return _row(title(name), scale(name), score, n, others)
 
@@ -215,33 +207,13 @@ def direction_word(score: Mapping[str, Any]) -> str:
     return "" if result == "neutral" else result
 
 
-def judge_table(
-    judge: Mapping[str, Any] | None, judge_rows: Sequence[Mapping[str, Any]], others: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One line for each prompt: mean scores and their difference; its `parts` say how complete each model's are."""
-    statuses = Counter((row["prompt"], row["model"], row["status"]) for row in judge_rows if not is_pair(row))
+def judge_table(judge: Mapping[str, Any] | None, others: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One line for each prompt: the judge's mean scores and their difference, as text."""
     table = []
     for prompt, score in (judge["scores"] if judge else {}).items():
-        units, compared = judge_scale(score), judged(score)
-        means = [{"tuned": score["other_models"].get(m), "delta": None, "n": compared["n"]} for m in others]
-        parts = []
-        for model, scored in score["scored"].items():
-            missing = {
-                status: n
-                for (its_prompt, its_model, status), n in statuses.items()
-                if (its_prompt, its_model) == (prompt, model) and status not in WITH_VALUE
-            }
-            parts.append(
-                {
-                    "model": model,
-                    "name": model_name(model),
-                    "scored": f"{scored:,} of {score['n']:,}",
-                    "empty": f"{score['empty'].get(model, 0):,}",
-                    "bounds": " to ".join(map(units.value, score["bounds"][model])),
-                    "missing": ", ".join(f"{n:,} {status}" for status, n in missing.items()),
-                }
-            )
-        table.append({**_row(prompt, units, compared, compared["n"], means), "scale": units.unit, "parts": parts})
+        means = [{"tuned": score["other_models"].get(m), "delta": None, "n": score["n"]} for m in others]
+        row = _row(prompt, judge_scale(score), judged(score), score["n"], means)
+        table.append({**row, "scale": row["unit"]})
     return table
 
 
@@ -262,23 +234,11 @@ def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
     return " ".join(sentences)
 
 
-def provenance_facts(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Data, settings and machine, in words."""
-
-    def listed(content: Any) -> str:
-        is_mapping = isinstance(content, Mapping)
-        return ", ".join(f"{k} {v}" for k, v in content.items() if v is not None) if is_mapping else str(content)
-
-    keys = ("data", "data_hash", "splits", "generation", "versions", "hardware")
-    names = ("Data", "Data hash", "Records", "Generation", "Versions", "Hardware")
-    return {name: listed(provenance[key]) for key, name in zip(keys, names, strict=True)}
-
-
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
 def render(**context: Any) -> str:
-    """The page; its policy allows only the one style and the one script that are written into it, and no network."""
+    """The page; its policy allows only the style and the script that are written into it, and no network."""
     style, script = ((HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -289,20 +249,19 @@ def render(**context: Any) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters.update(nonbreaking=nonbreaking, name=model_name, embed=embed_json)
-    policy = f"default-src 'none'; img-src data:; style-src {csp_hash(style)}; script-src {csp_hash(script)}"
+    # a content security policy names an inline text by its hash
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
+    )
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'"
     return environment.get_template("report.html.jinja").render(
         **context,
         style=Markup(style),
         script=Markup(script),
-        policy=Markup(policy + "; base-uri 'none'; form-action 'none'"),
+        policy=Markup(f"{policy}; base-uri 'none'; form-action 'none'"),
     )
 
 
 def nonbreaking(text: str) -> str:
     """A sentence whose numbers stay on one line with their units, and with the arrow between them."""
     return re.sub(r" (?=[%→]|points\b)|(?<=→) ", "\N{NO-BREAK SPACE}", text)
-
-
-def csp_hash(text: str) -> str:
-    """The source expression by which a content security policy allows exactly this inline text."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
