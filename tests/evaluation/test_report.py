@@ -22,7 +22,8 @@ from recipe.evaluation.comparison import example_scores
 from recipe.evaluation.judge.summary import summarize_pairs
 from recipe.evaluation.report.examples import embed_json
 from recipe.evaluation.report.page import write_report
-from recipe.evaluation.report.pictures import forest_rows
+from recipe.evaluation.report.pictures import forest_groups
+from recipe.evaluation.verdict import direction
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -571,8 +572,8 @@ def test_few_records_show_no_difference(browser, tmp_path):
         said = page.locator(".verdict").text_content().replace("\N{NO-BREAK SPACE}", " ")
         assert "on only 6 test_unseen records" in said and "fewer than 20 cannot show one." in said
         assert "No family got significantly better." in page.locator(".card.better").text_content()
-    [*_, families] = forest_rows(make_metrics(predictions)["splits"]["test"]).values()
-    assert {(row.low > 0, row.direction) for row in families} == {(True, "unclear")}
+    families = forest_groups(make_metrics(predictions)["splits"]["test"])["Families"]
+    assert {(score["ci95"][0] > 0, direction(score)) for _, score in families} == {(True, "unclear")}
 
 
 def test_a_model_in_a_folder_called_base_is_told_from_the_base(browser, tmp_path):

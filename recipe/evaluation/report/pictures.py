@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ DARK = {
 NAMES = ("deltas", "outcomes", "lengths", "loss")
 MAX_FAMILIES = 24  # in the forest plot
 MAX_LABEL = 28  # characters
+LabelledScore = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,17 @@ def draw_pictures(
 ) -> dict[str, Picture]:
     """The figures of the first split, by name, each also as `{name}.png`; PNGs of an earlier report are removed."""
     part = next(iter(metrics["splits"].values()))
-    intervals, outcomes = forest_rows(part), outcome_counts(part, metrics["judge"])
-    lengths, unit = response_lengths(predictions, part)
+    deltas, outcomes = forest_groups(part), outcome_counts(part, metrics["judge"])
+    lengths, unit = response_lengths(predictions)
     drawings: dict[str, tuple[Callable[[], Figure], str]] = {}  # name → how it is drawn, what it shows in words
-    if any(intervals.values()):
+    if deltas:
         alt = "Forest plot of differences, tuned minus base, with 95 % intervals; the tables hold their values."
-        drawings["deltas"] = partial(draw_deltas, intervals), alt
+        drawings["deltas"] = partial(draw_deltas, deltas), alt
     if outcomes:
         counts = (f"{name}: better {o[0]:,}, equal {o[1]:,}, worse {o[2]:,}" for name, o in outcomes.items())
         drawings["outcomes"] = partial(draw_outcomes, outcomes), f"Examples where tuned is {'; '.join(counts)}."
-    notes = "; ".join(f"{row.label}: {row.note}" for row in lengths)
-    drawings["lengths"] = partial(draw_lengths, lengths, unit), f"Histograms of {unit} per response. {notes}."
+    medians = "; ".join(f"{row.label}: median {median(row.values):g}" for row in lengths)
+    drawings["lengths"] = partial(draw_lengths, lengths, unit), f"Histograms of {unit} per response. {medians}."
     if any("loss" in entry or "train_loss" in entry for entry in log_history or ()):
         chosen = "" if chosen_step is None else f" Step {chosen_step:,} was chosen."
         alt = f"Training and validation loss over optimizer steps.{chosen}"
@@ -110,57 +111,42 @@ def draw_pictures(
 # --- differences ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Interval:
-    """One row of the forest plot: a difference with its 95 % interval, in points."""
-
-    label: str
-    delta: float
-    low: float
-    high: float
-    direction: str  # better or worse; anything else is not significant
-
-
-def forest_rows(part: Mapping[str, Any]) -> dict[str, list[Interval]]:
-    """Differences in points by group: all scores in percent, and the headline score by family."""
-
-    def rows(scores: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Interval]:
-        return [
-            Interval(one_line(label, MAX_LABEL), 100 * s["delta"], 100 * s["ci95"][0], 100 * s["ci95"][1], direction(s))
-            for label, s in scores
-            if s["delta"] is not None and s["ci95"] is not None
-        ]
-
+def forest_groups(part: Mapping[str, Any]) -> dict[str, list[LabelledScore]]:
+    """Differences with an interval, by group: all scores in percent, and the headline score by family."""
     in_percent = {name: score for name, score in part["metrics"].items() if scale(name) is PERCENT}
-    groups = {"Scores": rows((title(name), score) for name, score in in_percent.items())}
     headline = headline_metric(part["metrics"])
+    families: list[LabelledScore] = []
     if headline and headline in in_percent:
         ranked = weakest_first(part["families"], headline)
-        families = rows((str(family), entry["metrics"][headline]) for family, entry in ranked)
-        if len(families) > MAX_FAMILIES:
-            groups["Extreme families"] = families[: MAX_FAMILIES // 2] + families[-MAX_FAMILIES // 2 :]
-        elif families:
-            groups["Families"] = families
-    return groups
+        families = [(str(family), entry["metrics"][headline]) for family, entry in ranked]
+    groups = {"Scores": [(title(name), score) for name, score in in_percent.items()], "Families": families}
+    shown = {
+        name: [row for row in rows if row[1]["delta"] is not None and row[1]["ci95"]] for name, rows in groups.items()
+    }
+    if len(shown["Families"]) > MAX_FAMILIES:
+        families = shown.pop("Families")
+        shown["Extreme families"] = families[: MAX_FAMILIES // 2] + families[-MAX_FAMILIES // 2 :]
+    return {name: rows for name, rows in shown.items() if rows}
 
 
-def draw_deltas(groups: Mapping[str, Sequence[Interval]]) -> Figure:
+def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
     """Forest plot: tuned minus baseline with 95 % intervals, in percentage points, under the heading of each group."""
     rows = sum(len(rows) + 1 for rows in groups.values())
     figure, axes = canvas(height=0.55 + 0.205 * rows)
     position, labels = 0.0, {}
-    for heading, intervals in groups.items():
+    for heading, scores in groups.items():
         axes.text(
             -0.01, position, heading, transform=axes.get_yaxis_transform(), ha="right", va="center",
             color=MUTED, fontsize=8, fontweight="bold",
         )  # fmt: skip
-        for row in intervals:
+        for label, score in scores:
             position += 1
-            color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(row.direction, MUTED)
-            axes.plot([row.low, row.high], [position, position], color=color, linewidth=2, solid_capstyle="butt")
+            color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(direction(score), MUTED)
+            interval = [100 * bound for bound in score["ci95"]]
+            axes.plot(interval, [position, position], color=color, linewidth=2, solid_capstyle="butt")
             face = "none" if color == MUTED else color  # hollow: not significant
-            axes.plot(row.delta, position, "o", markersize=5, color=color, markerfacecolor=face)
-            labels[position] = row.label
+            axes.plot(100 * score["delta"], position, "o", markersize=5, color=color, markerfacecolor=face)
+            labels[position] = one_line(label, MAX_LABEL)
         position += 1.35
     axes.axvline(0, color=TEXT, linewidth=0.8)
     axes.set_yticks(list(labels), list(labels.values()))
@@ -198,15 +184,14 @@ def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
     """One stacked bar for each score: the examples on which tuned is better than, equal to and worse than base."""
     figure, axes = canvas(height=0.75 + 0.34 * len(outcomes))
     kinds = (("tuned better", TUNED_COLOR), ("equal", TIE_COLOR), ("tuned worse", WORSE_COLOR))
-    left = np.zeros(len(outcomes))
+    counts = np.array(list(outcomes.values()))  # (scores, 3)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for index, (label, color) in enumerate(kinds):
-        counts = np.array([counts[index] for counts in outcomes.values()], dtype=float)
-        totals = np.array([max(1, sum(counts)) for counts in outcomes.values()])
-        bars = axes.barh(range(len(outcomes)), counts / totals, left=left, color=color, height=0.62, label=label)
+        left, width = shares[:, :index].sum(axis=1), shares[:, index]
+        bars = axes.barh(range(len(outcomes)), width, left=left, color=color, height=0.62, label=label)
+        texts = [f"{n:,}" if share > 0.07 else "" for n, share in zip(counts[:, index], width, strict=True)]
         ink = TEXT if color == TIE_COLOR else INK
-        texts = [f"{count:,.0f}" if count / total > 0.07 else "" for count, total in zip(counts, totals, strict=True)]
         axes.bar_label(bars, texts, label_type="center", color=ink, fontsize=8)
-        left += counts / totals
     axes.set_yticks(range(len(outcomes)), list(outcomes))
     axes.set_ylim(len(outcomes) - 0.5, -0.5)
     axes.set_xlim(0, 1)
@@ -224,40 +209,33 @@ def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of one model's responses, or of the references, and a note to show beside them."""
+    """Lengths of one model's responses, or of the references."""
 
     label: str
     role: str  # reference, baseline, tuned; anything else is a further model
     values: Sequence[int]
-    note: str
 
 
-def response_lengths(predictions: Sequence[Mapping[str, Any]], part: Mapping[str, Any]) -> tuple[list[Lengths], str]:
+def response_lengths(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[Lengths], str]:
     """Lengths of the references and of each model's responses, all in tokens, or all in words if a count is unknown."""
     answers = {label: [line[label] for line in predictions] for label in labels_of(predictions)}
     references = [answer.get("reference_tokens") for answer in answers["tuned"]]
     counts = {label: [answer.get("tokens") for answer in column] for label, column in answers.items()}
+    unit = "tokens"
     if None in references or any(None in column for column in counts.values()):
         unit = "words"
         references = [len(line["output"].split()) for line in predictions]
         counts = {label: [len(answer["text"].split()) for answer in column] for label, column in answers.items()}
     else:
-        unit = "tokens"
         references = [count - 1 for count in references]  # without the end-of-text token, as in responses
-    stop_rate = part["behaviour"]["stop_rate"]
-    rows = [Lengths("References", "reference", references, f"median {median(references):g}")]
-    for label, values in counts.items():
-        rate = stop_rate.get(label)
-        note = f"median {median(values):g}" + ("" if rate is None else f", stop rate {PERCENT.value(rate)}")
-        rows.append(Lengths(one_line(model_name(label), MAX_LABEL), label, values, note))
-    return rows, unit
+    rows = [Lengths(one_line(model_name(label), MAX_LABEL), label, values) for label, values in counts.items()]
+    return [Lengths("References", "reference", references), *rows], unit
 
 
 def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
     """Histograms of lengths, one below the other on the same axis; the last bin also holds all longer responses."""
     colors = {"baseline": BASELINE_COLOR, "tuned": TUNED_COLOR, "reference": TEXT}
-    everything = np.concatenate([np.asarray(row.values) for row in lengths])
-    longest = everything.max()
+    longest = max(max(row.values) for row in lengths)
     # the longest 1 % of one model's may be a hundred times longer than the rest: they share the last bin
     edge = max(1, min(longest, int(1.5 * max(np.quantile(row.values, 0.99) for row in lengths)) + 1))
     bins = np.linspace(0, edge + 1, min(40, edge + 2))
@@ -270,7 +248,8 @@ def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
         color = colors.get(row.role, MUTED)
         axes.hist(values, bins=bins, weights=weights, color=color, alpha=0.45 if row.role == "reference" else 1)
         axes.text(0.99, 0.93, row.label, transform=axes.transAxes, ha="right", va="top", color=TEXT)
-        axes.text(0.99, 0.66, row.note, transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=8)
+        note = f"median {median(row.values):g}"
+        axes.text(0.99, 0.66, note, transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=8)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="x", length=0 if axes is not panels[-1] else 3)
