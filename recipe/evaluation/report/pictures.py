@@ -49,28 +49,25 @@ LabelledScore = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as the page holds it: `data:` URIs of SVG for both themes, what it shows in words, its size.
-
-    The size is in CSS pixels, so that the page keeps its place while it loads.
-    """
+    """A figure in the page: `data:` URIs of its SVG for both themes, what it shows in words, its size."""
 
     light: str
     dark: str
     alt: str
-    width: int
+    width: int  # CSS pixels, so that the page does not move while it loads
     height: int
 
 
 def make_picture(draw: Callable[[], Figure], alt: str, png: Path) -> Picture:
-    """Draw a figure, write it to a PNG on white, and give it in SVG on nothing, in the colours of both themes."""
+    """Draw a figure, write it as a PNG on white, and return it as a transparent SVG in the colours of both themes."""
     with matplotlib.rc_context(STYLE):
         figure = draw()
         save_png(figure, png, dpi=200)
-        figure.set_layout_engine("none")  # it is laid out now; a second time takes as long as all else
+        figure.set_layout_engine("none")  # the layout is done; doing it again would double the time
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     light = buffer.getvalue()
-    dark = re.sub("(?<=: )#[0-9a-f]{6}", lambda found: DARK.get(found[0], found[0]), light)
+    dark = re.sub("(?<=: )#[0-9a-f]{6}", lambda match: DARK.get(match[0], match[0]), light)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return Picture(_data_uri(light), _data_uri(dark), alt, width, height)
 
@@ -160,7 +157,7 @@ def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
 
 
 def _make_room_for_zero(axes: Axes) -> None:
-    """Keep zero in the picture, off its edge, and the view no narrower than two points."""
+    """Show zero, away from the edge, and at least two points around it."""
     low, high = axes.get_xlim()
     low, high = min(low, -0.05 * max(abs(low), abs(high)), -1), max(high, 0.05 * max(abs(low), abs(high)), 1)
     axes.set_xlim(low, high)
