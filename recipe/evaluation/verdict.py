@@ -30,30 +30,18 @@ class Scale:
     unit_of_change: str = "points"
 
     def value(self, value: float | None) -> str:
-        """A score with its sign, `–` where it is missing.
-
-        >>> Scale().value(0.9225)
-        '92.2 %'
-        """
+        """A score with its sign, such as 92.2 %; `–` where it is missing."""
         return "–" if value is None else _fixed(self.factor * value, self.digits) + self.sign
 
     def change(self, delta: float | None) -> str:
-        """A difference with plus or minus, `–` where it is missing.
-
-        >>> Scale().change(-0.0313)
-        '−3.1'
-        """
+        """A difference with plus or minus, such as −3.1; `–` where it is missing."""
         if delta is None:
             return "–"
         text = _fixed(self.factor * delta, self.digits)
         return text if text.startswith("−") or float(text.replace(",", "")) == 0 else f"+{text}"
 
     def interval(self, score: Mapping[str, Any]) -> str:
-        """The 95 % interval of a score's change, or of the score itself where nothing is compared; `–` if missing.
-
-        >>> Scale().interval({"delta": 0.5, "ci95": [0.4, 0.6]})
-        '+40.0 to +60.0'
-        """
+        """The 95 % interval of a score's change, or of the score where nothing is compared; `–` where it is missing."""
         show = self.value if score["delta"] is None else self.change
         return "–" if score["ci95"] is None else " to ".join(map(show, score["ci95"]))
 
@@ -110,11 +98,6 @@ def counted(score: Mapping[str, Any], n: int) -> int | None:
     return None if score["tuned"] is None or score["n"] == n else score["n"]
 
 
-def is_too_few(score: Mapping[str, Any]) -> bool:
-    """Whether a score covers so few records that its interval does not show a difference."""
-    return score["n"] < ENOUGH_TO_JUDGE
-
-
 def headline_metric(scores: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The score that decides the verdict: exact match, or the next that is not missing and not zero for both models.
 
@@ -146,7 +129,7 @@ def direction(score: Mapping[str, Any]) -> Direction:
         return "missing"
     if score["delta"] is None or score["better"] is None:
         return "neutral"
-    if score["ci95"] is None or is_too_few(score):
+    if score["ci95"] is None or score["n"] < ENOUGH_TO_JUDGE:
         return "unclear"
     low, high = score["ci95"] if score["better"] == "higher" else (-score["ci95"][1], -score["ci95"][0])
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
@@ -187,22 +170,20 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
         return Verdict(f"Nothing was measured: every score of {_records(part['n'], split)} is missing.", "missing")
     score, units = part["metrics"][name], scale(name)
     label = title(name).lower() if name in SPELLED_OUT else title(name)
-    records, value = _records(score["n"], split), f"{units.value(score['tuned'])} {units.unit}".strip()
+    value = f"{units.value(score['tuned'])} {units.unit}".strip()
+    records = _records(score["n"], split)
     interval = f"95 % interval {units.interval(score)}" if score["ci95"] else "no interval"
-    if score["delta"] is None:
-        sentence = (
-            f"The tuned model reaches {label} {value} on {records} ({interval}); there is no baseline to compare."
-        )
-        return Verdict(sentence, "neutral")
     result = direction(score)
-    leads = {"better": "The tuned model is better", "worse": "The tuned model is worse"}
-    change = f"{units.change(score['delta'])} {units.unit_of_change}".strip()
-    only, too_few = ("only ", f"; fewer than {ENOUGH_TO_JUDGE} cannot show one") if is_too_few(score) else ("", "")
-    return Verdict(
-        f"{leads.get(result, 'No significant difference')}: {label} {units.value(score['baseline'])} → {value} "
-        f"on {only}{records} ({change}, {interval}){too_few}.",
-        result,
-    )
+    if score["delta"] is None:
+        sentence = f"The tuned model reaches {label} {value} on {records} ({interval}); there is no baseline"
+    else:
+        lead = f"The tuned model is {result}" if result in ("better", "worse") else "No significant difference"
+        change = f"{units.change(score['delta'])} {units.unit_of_change}".strip()
+        values = f"{label} {units.value(score['baseline'])} → {value}"
+        sentence = f"{lead}: {values} on {records} ({change}, {interval})"
+        if score["n"] < ENOUGH_TO_JUDGE:
+            sentence += f"; fewer than {ENOUGH_TO_JUDGE} records are too few to show one"
+    return Verdict(f"{sentence}.", result)
 
 
 @dataclass(frozen=True)

@@ -570,7 +570,7 @@ def test_few_records_show_no_difference(browser, tmp_path):
         assert set(page.locator("#scores table").nth(2).locator("td.word").all_text_contents()) == {"○ too few"}
         assert page.locator("#judge td.word").first.text_content() == "○ too few"
         said = page.locator(".verdict").text_content().replace("\N{NO-BREAK SPACE}", " ")
-        assert "on only 6 test_unseen records" in said and "fewer than 20 cannot show one." in said
+        assert "on 6 test_unseen records" in said and "fewer than 20 records are too few to show one." in said
         assert "No family got significantly better." in page.locator(".card.better").text_content()
     families = forest_groups(make_metrics(predictions)["splits"]["test"])["Families"]
     assert {(score["ci95"][0] > 0, direction(score)) for _, score in families} == {(True, "unclear")}

@@ -54,8 +54,8 @@ MISSING = {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better
         ),
         (  # of so few, intervals that exclude zero are common without any difference
             {"exact_match": make_score(0.0, 1.0, [1.0, 1.0], n=2)},
-            "No significant difference: exact match 0.0 % → 100.0 % on only 2 test records "
-            "(+100.0 points, 95 % interval +100.0 to +100.0); fewer than 20 cannot show one.",
+            "No significant difference: exact match 0.0 % → 100.0 % on 2 test records "
+            "(+100.0 points, 95 % interval +100.0 to +100.0); fewer than 20 records are too few to show one.",
             "unclear",
         ),
         (  # an interval that touches zero does not exclude it
@@ -66,14 +66,14 @@ MISSING = {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better
         ),
         (
             {"exact_match": make_score(0.0, 1.0, None, n=1)},
-            "No significant difference: exact match 0.0 % → 100.0 % on only 1 test record "
-            "(+100.0 points, no interval); fewer than 20 cannot show one.",
+            "No significant difference: exact match 0.0 % → 100.0 % on 1 test record "
+            "(+100.0 points, no interval); fewer than 20 records are too few to show one.",
             "unclear",
         ),
         (
             {"exact_match": make_score(None, 0.75, [0.7, 0.8])},
             "The tuned model reaches exact match 75.0 % on 400 test records (95 % interval 70.0 % to 80.0 %); "
-            "there is no baseline to compare.",
+            "there is no baseline.",
             "neutral",
         ),
         (  # zero for both says nothing about which is better

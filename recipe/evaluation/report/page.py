@@ -29,7 +29,6 @@ from recipe.evaluation.verdict import (
     direction,
     findings,
     headline_metric,
-    is_too_few,
     judge_scale,
     judged,
     model_name,
@@ -203,7 +202,7 @@ def direction_word(score: Mapping[str, Any]) -> str:
     """The direction of a difference as a table says it, or why there is none."""
     result = direction(score)
     if result == "unclear":
-        return "too few" if is_too_few(score) else "not significant" if score["ci95"] else "no interval"
+        return "too few" if score["n"] < ENOUGH_TO_JUDGE else "not significant" if score["ci95"] else "no interval"
     return "" if result == "neutral" else result
 
 
