@@ -31,16 +31,15 @@ def compare(
     """Scores of a model beside its baseline, as `metrics.json` holds them.
 
     Args:
-        predictions: lines of `predictions.jsonl`: `id`, `output` (the reference), `family` where the data has one, and
-            under each model's label its answer: `text`, and where known `stop_reason`, `reference_loss` (nats) and
+        predictions: lines of `predictions.jsonl`: `id`, `output` (the reference), `family` if the data has one, and
+            under each model's label its `text` and, if known, `stop_reason`, `reference_loss` (nats) and
             `reference_tokens`.
         model: the label of the answers to score; its scores are named `tuned`.
-        baseline: the label of the answers to compare with; if there are none, there are no differences.
+        baseline: the label of the answers to compare with; without them there are no differences.
 
     Returns:
-        `n`; `metrics` and `behaviour`: see `paired_scores`; `families`: for each its `n` and `metrics`; `outcomes`: for
-        each metric that a single example has, how many examples were better than (`win`), equal to (`tie`) and worse
-        than (`loss`) the baseline.
+        `n`; `metrics` and `behaviour`: see `paired_scores`; `families`: the `n` and `metrics` of each; `outcomes`: for
+        each metric of single examples, on how many the model was better (`win`), equal (`tie`) and worse (`loss`).
 
     Raises:
         UserError: no predictions, or predictions that do not pair: an id that occurs twice, or without an answer.
@@ -73,24 +72,19 @@ def compare(
 
 def example_scores(predictions: Sequence[Mapping[str, Any]], label: str) -> dict[str, np.ndarray]:
     """For each metric that a single example has, the scores of one model, (n,) float64."""
-    return _scores_of_each(_statistics(PER_EXAMPLE, predictions, label))
-
-
-PER_EXAMPLE = {name: measure for name, measure in METRICS.items() if measure.per_example}
-
-
-def _scores_of_each(statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: measure.from_sums(statistics[name], 1) for name, measure in PER_EXAMPLE.items()}
+    measures = {name: measure for name, measure in METRICS.items() if measure.per_example}
+    statistics = _statistics(measures, predictions, label)
+    return {name: measure.from_sums(statistics[name], 1) for name, measure in measures.items()}
 
 
 def _outcomes(tuned: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
-    tuned_scores, base_scores = _scores_of_each(tuned), _scores_of_each(base)
     outcomes = {}
-    for name in PER_EXAMPLE:
-        gains = tuned_scores[name] - base_scores[name]
-        ties = np.abs(gains) < 1e-9  # the same score, added up in another order, is a tie
-        counts = {"win": ~ties & (gains > 0), "tie": ties, "loss": ~ties & (gains < 0)}
-        outcomes[name] = {outcome: int(rows.sum()) for outcome, rows in counts.items()}
+    for name, measure in METRICS.items():
+        if measure.per_example:
+            gains = measure.from_sums(tuned[name], 1) - measure.from_sums(base[name], 1)
+            ties = np.abs(gains) < 1e-9  # the same score, added up in another order, is a tie
+            counts = {"win": ~ties & (gains > 0), "tie": ties, "loss": ~ties & (gains < 0)}
+            outcomes[name] = {outcome: int(rows.sum()) for outcome, rows in counts.items()}
     return outcomes
 
 

@@ -247,54 +247,32 @@ LOSSES = ("loss_sums", "token_counts")
 SQUAD = "Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250"
 
 METRICS: dict[str, Measure] = {
-    "exact_match": Measure(
-        "Exact match", TEXTS, _each(exact_match), _mean, "higher", f"{SQUAD}, without its normalisation",
-        per_example=True,
-    ),
+    "exact_match": Measure("Exact match", TEXTS, _each(exact_match), _mean, "higher",
+        f"{SQUAD}, without its normalisation", per_example=True),
     "token_f1": Measure("Token F1", TEXTS, _each(token_f1), _mean, "higher", SQUAD, per_example=True),
-    "rouge_l": Measure(
-        "ROUGE-L", TEXTS, _each(rouge_l), _mean, "higher",
-        "Lin 2004, ROUGE: a package for automatic evaluation of summaries", per_example=True,
-    ),
-    "chrf": Measure(
-        "chrF", TEXTS, _chrf_statistics, _chrf_from_sums, "higher",
-        "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation", per_example=True,
-    ),
-    "bleu": Measure(
-        "BLEU", TEXTS, _bleu_statistics, _bleu_from_sums, "higher",
-        "Papineni et al. 2002, BLEU; Post 2018, sacreBLEU, arXiv:1804.08771",
-    ),
-    "reference_loss": Measure(
-        "Reference loss", LOSSES, _loss_statistics, _ratio_of_sums, "lower",
-        "Bengio et al. 2003, A neural probabilistic language model",
-    ),
-    "perplexity": Measure(
-        "Perplexity", LOSSES, _loss_statistics, _perplexity_from_sums, "lower",
-        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks",
-    ),
+    "rouge_l": Measure("ROUGE-L", TEXTS, _each(rouge_l), _mean, "higher",
+        "Lin 2004, ROUGE: a package for automatic evaluation of summaries", per_example=True),
+    "chrf": Measure("chrF", TEXTS, _chrf_statistics, _chrf_from_sums, "higher",
+        "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation", per_example=True),
+    "bleu": Measure("BLEU", TEXTS, _bleu_statistics, _bleu_from_sums, "higher",
+        "Papineni et al. 2002, BLEU; Post 2018, sacreBLEU, arXiv:1804.08771"),
+    "reference_loss": Measure("Reference loss", LOSSES, _loss_statistics, _ratio_of_sums, "lower",
+        "Bengio et al. 2003, A neural probabilistic language model"),
+    "perplexity": Measure("Perplexity", LOSSES, _loss_statistics, _perplexity_from_sums, "lower",
+        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks"),
 }  # fmt: skip
 
 BEHAVIOUR: dict[str, Measure] = {
-    "stop_rate": Measure(
-        "Stop rate", ("stop_reasons",), _stop_statistics, _mean, "higher",
-        "Welleck et al. 2020, Consistency of a recurrent language model, arXiv:2002.02492 (its complement)",
-    ),
-    "length_ratio": Measure(
-        "Length ratio", TEXTS, _length_statistics, _ratio_of_sums, None,
-        "Papineni et al. 2002, BLEU (the ratio in its brevity penalty)",
-    ),
-    "distinct_2": Measure(
-        "Distinct-2", ("predictions",), _distinct_statistics, _ratio_of_sums, "higher",
-        "Li et al. 2016, A diversity-promoting objective function, arXiv:1510.03055", resampled=False,
-    ),
-    "repeated_4grams": Measure(
-        "Repeated 4-grams", ("predictions",), _each(_repeated_4grams), _mean, "lower",
-        "Welleck et al. 2020, Neural text generation with unlikelihood training, arXiv:1908.04319 (seq-rep-4)",
-    ),
-    "empty_rate": Measure(
-        "Empty rate", ("predictions",), _each(lambda prediction: not prediction.strip()), _mean, "lower",
-        "the share of responses without any text",
-    ),
+    "stop_rate": Measure("Stop rate", ("stop_reasons",), _stop_statistics, _mean, "higher",
+        "Welleck et al. 2020, Consistency of a recurrent language model, arXiv:2002.02492 (its complement)"),
+    "length_ratio": Measure("Length ratio", TEXTS, _length_statistics, _ratio_of_sums, None,
+        "Papineni et al. 2002, BLEU (the ratio in its brevity penalty)"),
+    "distinct_2": Measure("Distinct-2", ("predictions",), _distinct_statistics, _ratio_of_sums, "higher",
+        "Li et al. 2016, A diversity-promoting objective function, arXiv:1510.03055", resampled=False),
+    "repeated_4grams": Measure("Repeated 4-grams", ("predictions",), _each(_repeated_4grams), _mean, "lower",
+        "Welleck et al. 2020, Neural text generation with unlikelihood training, arXiv:1908.04319 (seq-rep-4)"),
+    "empty_rate": Measure("Empty rate", ("predictions",), _each(lambda text: not text.strip()), _mean, "lower",
+        "the share of responses without any text"),
 }  # fmt: skip
 
 MEASURES = {**METRICS, **BEHAVIOUR}
