@@ -221,15 +221,15 @@ def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
     if not pairs:
         return None
     sentences = [
-        f"Side by side, asked in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, "
-        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}."
+        f"Side by side, in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, ties {pairs['tie']:,} "
+        f"and loses {pairs['loss']:,}."
     ]
     if pairs["win_rate"] is not None:
         interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
-        sentences.append(f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, a tie counting half.")
+        sentences.append(f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half.")
     if pairs["flip_rate"] is not None:
         asked, rate = pairs["judged"] - pairs["decided"], PERCENT.value(pairs["flip_rate"])
-        sentences.append(f"Of the {asked:,} that needed asking, {pairs['flips']:,} changed with the order ({rate}).")
+        sentences.append(f"In {pairs['flips']:,} of the {asked:,} pairs asked about, the order decided ({rate}).")
     return " ".join(sentences)
 
 
