@@ -221,8 +221,8 @@ def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
     if not pairs:
         return None
     sentences = [
-        f"Side by side, in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, ties {pairs['tie']:,} "
-        f"and loses {pairs['loss']:,}."
+        f"Side by side, in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, "
+        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}."
     ]
     if pairs["win_rate"] is not None:
         interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
