@@ -1,12 +1,12 @@
-"""A score of your own, on the answers that `scripts/eval.py` left, with a paired interval.
+"""Your own score, on the answers that `scripts/eval.py` wrote, with a paired interval.
 
     python examples/custom_metric.py
     python examples/custom_metric.py --predictions outputs/demo-eval/predictions.jsonl
 
 The score: does an answer state the numbers of its reference, and no others? Records whose reference has no number do
-not have the score. It is made in two ways that need no change to the recipe: as a `Measure`, statistics of each
-example and a score from their sums, which gives the intervals of `metrics.json`; and as an `evaluate.Metric`, beside
-the recipe's own.
+not have the score. It is written in two ways, and neither needs a change to the recipe: as a `Measure` (statistics of
+each example, and a score from their sums), which gives intervals as in `metrics.json`; and as an `evaluate.Metric`,
+which combines with those of the recipe.
 """
 
 import argparse
@@ -77,11 +77,11 @@ def main() -> None:
 
     statistics = {label: {"numbers_right": number_statistics(texts, references)} for label, texts in answers.items()}
     scores = paired_scores({"numbers_right": NUMBERS_RIGHT}, statistics["tuned"], statistics["baseline"])
-    [found] = scores.values()
-    low, high = found["ci95"]
-    print(f"{found['n']} of {len(rows)} records have a number in their reference")
-    print(f"numbers right: base {found['baseline']:.4f}, tuned {found['tuned']:.4f}")
-    print(f"difference {found['delta']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
+    result = scores["numbers_right"]
+    low, high = result["ci95"]
+    print(f"{result['n']} of {len(rows)} records have a number in their reference")
+    print(f"numbers right: base {result['baseline']:.4f}, tuned {result['tuned']:.4f}")
+    print(f"difference {result['delta']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
 
     combined = evaluate.combine([NumbersRight(), ExactMatch()])
     for label, texts in answers.items():

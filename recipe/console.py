@@ -11,21 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 120  # of tables that go to a file
-NARROWEST = 6  # a name's column where a terminal is narrow
-HEADING = 20  # a heading over a column of figures is folded from here on
-# invisible, or able to reorder what stands around them: C0 but tab and newline, C1, soft hyphen, zero width, bidi marks
+NARROWEST = 6  # a column of names in a narrow terminal
+HEADING = 20  # a longer heading above a column of figures is folded
+# invisible, or able to reorder the text around them: C0 except tab and newline, C1, soft hyphen, zero width, bidi marks
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]"
 )
 
 
 def visible(text: str) -> str:
-    """A text with its unseen characters shown: control characters by their picture, others by their code point.
+    """A text with its invisible characters shown: control characters by their picture, others by their code point.
 
     >>> visible("a\\x00b\\u202ec")
     'a␀b⟨U+202E⟩c'
     """
-    return UNSEEN.sub(lambda found: _picture(ord(found[0])), text)
+    return UNSEEN.sub(lambda match: _picture(ord(match[0])), text)
 
 
 def _picture(code: int) -> str:
@@ -40,7 +40,7 @@ def shorten(text: str, limit: int = 60) -> str:
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """A text in one line of at most `limit` characters, for a terminal: nothing in it can command the terminal."""
+    """A text in one line of at most `limit` characters, without characters that control a terminal."""
     return shorten(visible(text[: limit + 1]).replace("\n", "\\n").replace("\t", "\\t"), limit)
 
 
@@ -49,12 +49,12 @@ def print_table(
 ) -> None:
     """Print a table in the terminal; the first `text_columns` hold text, the others figures.
 
-    Where it is too wide, the names in the first column are cut, and figures never: the lines then run over.
+    If it is too wide, the names in the first column are cut, but never figures: the lines are then too long.
     """
     headings, *lines = [[one_line(cell) for cell in row] for row in (columns, *rows)]
     widths = column_widths(headings, lines, text_columns)
     widths[0] -= max(0, min(table_width(widths) - table_room(), widths[0] - NARROWEST))
-    # everything is a Text, so that nothing in it is read as markup
+    # everything is a Text, so that rich reads no markup in it
     table = Table(title=Text(one_line(title), style="table.title"), title_justify="left", caption_justify="left")
     table.caption = Text(caption, style="table.caption") if caption else None
     for index, (heading, width) in enumerate(zip(headings, widths, strict=True)):
@@ -74,7 +74,7 @@ def table_room() -> int:
 
 
 def column_widths(headings: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int) -> list[int]:
-    """What each column needs to be read wholly; a long heading over figures can be folded."""
+    """The width of each column at which nothing in it is cut; a long heading above figures is folded."""
     widths = []
     for index, heading in enumerate(headings):
         needed = cell_len(heading) if index < text_columns else min(cell_len(heading), HEADING)
@@ -83,24 +83,20 @@ def column_widths(headings: Sequence[str], lines: Sequence[Sequence[str]], text_
 
 
 def table_width(widths: Sequence[int]) -> int:
-    return sum(width + 3 for width in widths) + 1  # a rule and a blank on both sides of each
+    return sum(width + 3 for width in widths) + 1  # each has a rule and a space on both sides
 
 
 def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:
-    """Print `recipe.data.token_statistics` as a table, and below it what was cut or left out."""
-    rows = [
-        [
-            s["split"], f"{s['rows']:,}", f"{s['tokens']:,}", f"{s['longest']:,}", f"{s['preamble']:.0%}",
-            f"{s['supervised']:.0%}",
-        ]
-        for s in statistics
-    ]  # fmt: skip
-    counts = {
-        "cut to max_length": sum(s["truncated"] for s in statistics),
-        "left out as too long": sum(s["dropped"] for s in statistics),
+    """Print `recipe.data.token_statistics` as a table, and below it how many records were cut or left out."""
+    headings = ["split", "rows", "tokens", "longest", "% preamble", "% supervised"]
+    rows = []
+    for split in statistics:
+        counts = [f"{split[name]:,}" for name in ("rows", "tokens", "longest")]
+        rows.append([split["split"], *counts, f"{split['preamble']:.0%}", f"{split['supervised']:.0%}"])
+    notes = {
+        "cut to max_length": sum(split["truncated"] for split in statistics),
+        "left out because they are too long": sum(split["dropped"] for split in statistics),
         "left out because a later split holds them too": leaked,
     }
-    caption = "; ".join(f"{count:,} records {what}" for what, count in counts.items() if count) or None
-    print_table(
-        "Records in tokens", ["split", "rows", "tokens", "longest", "% preamble", "% supervised"], rows, caption=caption
-    )
+    caption = "; ".join(f"{count:,} records {note}" for note, count in notes.items() if count)
+    print_table("Records in tokens", headings, rows, caption=caption)

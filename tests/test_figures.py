@@ -12,7 +12,6 @@ from matplotlib.colors import to_rgb
 from recipe import figures
 from recipe.evaluation.report.pictures import (
     DARK,
-    Interval,
     Lengths,
     draw_deltas,
     draw_lengths,
@@ -21,9 +20,15 @@ from recipe.evaluation.report.pictures import (
 )
 from recipe.figures import draw_loss
 
+
+def difference(label: str, delta: float, low: float, high: float, better: str = "higher", n: int = 400) -> tuple:
+    ci95 = [low / 100, high / 100]
+    return label, {"tuned": 0.5, "delta": delta / 100, "ci95": ci95, "better": better, "n": n}
+
+
 GROUPS = {
-    "Scores": [Interval("Exact match", 40, 30, 50, "better"), Interval("chrF", -1, -3, 1, "unclear")],
-    "Families": [Interval("plural", -20, -35, -5, "worse")],
+    "Scores": [difference("Exact match", 40, 30, 50), difference("chrF", -1, -3, 1)],
+    "Families": [difference("plural", -20, -35, -5)],
 }
 GROUNDS = {"light": "#ffffff", "dark": "#14171a"}  # --ground of report.css
 
@@ -67,7 +72,7 @@ def test_the_same_figure_gives_the_same_picture(tmp_path):
 
 
 def test_the_page_has_the_colours_of_the_figures():
-    style = (ROOT / "recipe" / "report.css").read_text(encoding="utf-8")
+    style = (ROOT / "recipe" / "evaluation" / "report" / "report.css").read_text(encoding="utf-8")
     names = {"ground": None, "text": figures.TEXT, "muted": figures.MUTED, "line": figures.LINE}
     names |= {"baseline": figures.BASELINE_COLOR, "tuned": figures.TUNED_COLOR, "orange": figures.WORSE_COLOR}
     for name, light in names.items():
@@ -76,7 +81,7 @@ def test_the_page_has_the_colours_of_the_figures():
 
 
 def test_text_and_graphics_stand_out_from_their_ground():
-    style = (ROOT / "recipe" / "report.css").read_text(encoding="utf-8")
+    style = (ROOT / "recipe" / "evaluation" / "report" / "report.css").read_text(encoding="utf-8")
     colors = {name: pair for name, *pair in re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\);", style)}
     grounds = ("ground", "raised", "better-wash", "worse-wash", "mark")
     for theme in (0, 1):
@@ -101,7 +106,7 @@ def test_a_difference_is_coloured_by_its_direction_and_hollow_without_one():
 
 def test_the_sign_of_a_difference_does_not_colour_it():
     """Less may be better, and a difference of few records is none."""
-    rows = [Interval("loss", -2, -3, -1, "better"), Interval("two records", 100, 100, 100, "unclear")]
+    rows = [difference("loss", -2, -3, -1, better="lower"), difference("two records", 100, 100, 100, n=2)]
     _, better, _, unclear, _ = draw_deltas({"Scores": rows}).axes[0].lines
     assert better.get_color() == figures.TUNED_COLOR
     assert (unclear.get_color(), unclear.get_markerfacecolor()) == (figures.MUTED, "none")
@@ -109,7 +114,7 @@ def test_the_sign_of_a_difference_does_not_colour_it():
 
 @pytest.mark.parametrize("interval", [(0, 0, 0), (100, 100, 100), (-100, -100, -100)])
 def test_zero_stays_in_the_picture(interval):
-    low, high = draw_deltas({"Scores": [Interval("x", *interval, "unclear")]}).axes[0].get_xlim()
+    low, high = draw_deltas({"Scores": [difference("x", *interval)]}).axes[0].get_xlim()
     assert low < 0 < high
 
 
@@ -122,7 +127,7 @@ def test_outcomes_are_shares_with_their_counts(tmp_path):
 
 
 def test_one_endless_response_does_not_flatten_the_others():
-    rows = [Lengths("Tuned", "tuned", [*range(1, 200), 20_000], ""), Lengths("References", "reference", [5] * 200, "")]
+    rows = [Lengths("Tuned", "tuned", [*range(1, 200), 20_000]), Lengths("References", "reference", [5] * 200)]
     figure = draw_lengths(rows, "words")
     assert figure.axes[0].get_xlim()[1] < 400
     assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(1)
@@ -131,7 +136,7 @@ def test_one_endless_response_does_not_flatten_the_others():
 
 
 def test_lengths_of_nothing_but_empty_responses_are_drawn(tmp_path):
-    rows = [Lengths("Tuned", "tuned", [0, 0], "")]
+    rows = [Lengths("Tuned", "tuned", [0, 0])]
     picture = make_picture(lambda: draw_lengths(rows, "words"), "", tmp_path / "lengths.png")
     assert "Tuned" in words_of(svg_of(picture.light))
     assert sum(bar.get_height() for bar in draw_lengths(rows, "words").axes[0].patches) == pytest.approx(1)
@@ -139,7 +144,7 @@ def test_lengths_of_nothing_but_empty_responses_are_drawn(tmp_path):
 
 def test_names_are_text_and_not_mathematics_nor_markup(tmp_path):
     names = ["$x_1^2$", "<script>alert(1)</script>", "a--b -->", "#4c72b0"]
-    groups = {"Families": [Interval(name, 1, 0.5, 2, "better") for name in names]}
+    groups = {"Families": [difference(name, 1, 0.5, 2) for name in names]}
     picture = make_picture(lambda: draw_deltas(groups), "", tmp_path / "deltas.png")
     for svg in (svg_of(picture.light), svg_of(picture.dark)):
         assert set(names) <= set(words_of(svg))

@@ -1,7 +1,7 @@
-"""What each score is: functions for one pair, and `METRICS` and `BEHAVIOUR` for many.
+"""What each score is: functions of one pair of texts, and `METRICS` and `BEHAVIOUR` for many examples.
 
-Every score of many examples is made in two steps: statistics of each example, and a function of their sums. The scores
-of a corpus, of a task family and of a bootstrap resample are then sums over different examples, and nothing else.
+The score of many examples is computed in two steps: statistics of each example, then a function of their sums. The
+score of a whole split, of one task family and of a bootstrap resample differ only in the examples that are summed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import numpy as np
 from rouge_score.scoring import fmeasure
 from rouge_score.tokenize import tokenize as rouge_words
 from sacrebleu.metrics import BLEU
-from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
 CHAR_ORDER = 6  # chrF's longest character n-gram, as in sacrebleu
 WORD_ORDER = 4  # BLEU's longest word n-gram
@@ -28,12 +27,13 @@ WORD_ORDER = 4  # BLEU's longest word n-gram
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 if both texts are the same but for white space and Unicode composition (NFC); case and punctuation count.
+    """1 if both texts are the same except for white space and Unicode composition (NFC); case and punctuation count.
 
     >>> exact_match("He goes  home.\\n", "He goes home."), exact_match("he goes home", "He goes home.")
     (1.0, 0.0)
     """
-    return float(_normalize_space(prediction) == _normalize_space(reference))
+    predicted, expected = (" ".join(unicodedata.normalize("NFC", text).split()) for text in (prediction, reference))
+    return float(predicted == expected)
 
 
 def token_f1(prediction: str, reference: str) -> float:
@@ -47,14 +47,14 @@ def token_f1(prediction: str, reference: str) -> float:
     predicted, expected = _squad_words(prediction), _squad_words(reference)
     if not predicted or not expected:
         return float(predicted == expected)
-    common = sum((Counter(predicted) & Counter(expected)).values())
+    common = (Counter(predicted) & Counter(expected)).total()
     return 2 * common / (len(predicted) + len(expected))
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), as the package `rouge_score` has it, unstemmed.
+    """F-measure of the longest common subsequence of words (Lin 2004), as in the package `rouge_score`, unstemmed.
 
-    Its words are runs of a-z and 0-9: a text without any, such as one in another script, scores 0.
+    Words are runs of a-z and 0-9: a text without any, for example in another script, scores 0.
 
     >>> rouge_l("He goes to school.", "He walks to school.")
     0.75
@@ -75,29 +75,25 @@ def chrf(prediction: str, reference: str) -> float:
     return float(_chrf_from_sums(_chrf_statistics([prediction], [reference])[0], 1))
 
 
-def _normalize_space(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
 def _squad_words(text: str) -> list[str]:
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def _longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Its length, one row of the table at a time in the bits of an integer (Hyyrö 2004, bit-parallel LCS).
+def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Its length; each row of the usual table is held in the bits of one integer (Hyyrö 2004, bit-parallel LCS).
 
     The table of `rouge_score` takes minutes and gigabytes for two texts of 100 kB; this takes a tenth of a second.
     """
-    places: dict[str, int] = {}
-    for index, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << index
-    everywhere = (1 << len(one)) - 1
-    row = everywhere  # a zero bit is a place where the length grows by one
-    for word in other:
-        matches = row & places.get(word, 0)
-        row = (row + matches | row - matches) & everywhere
-    return len(one) - row.bit_count()
+    positions: dict[str, int] = {}  # word → bits of the positions in `a` that hold it
+    for index, word in enumerate(a):
+        positions[word] = positions.get(word, 0) | 1 << index
+    all_bits = (1 << len(a)) - 1
+    row = all_bits  # a zero bit is a position where the length grows by one
+    for word in b:
+        matches = row & positions.get(word, 0)
+        row = (row + matches | row - matches) & all_bits
+    return len(a) - row.bit_count()
 
 
 # --- statistics of each example, (n, k), and scores from their sums -------------------------------------------------
@@ -105,22 +101,21 @@ def _longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int
 
 @dataclass(frozen=True)
 class Measure:
-    """How a score is made.
+    """How a score is computed.
 
     Attributes:
         title: its name for people.
-        features: the columns it is made of, as its `evaluate.Metric` takes them: `predictions` and `references`
-            (texts), `stop_reasons` ("eos", "length", "context"), `loss_sums` (nats) and `token_counts`; in the last
-            three None stands for what is not known.
-        statistics: from these columns of n examples (n, k) float64; a row that is not finite is an example without
-            the score.
-        from_sums: from sums (..., k) over examples, and the number of examples (...), the scores (...); NaN where the
-            score is undefined, such as a ratio to nothing.
-        better: which direction is an improvement; None if neither is.
+        features: the columns that it needs, named as in `evaluate.Metric`: `predictions` and `references` (texts),
+            `stop_reasons` ("eos", "length", "context"), `loss_sums` (nats) and `token_counts`. In the last three None
+            means unknown.
+        statistics: takes these columns of n examples, returns (n, k) float64; a row that is not finite is an example
+            without the score.
+        from_sums: takes sums (..., k) over examples and the number of examples (...), returns the scores (...); NaN
+            where the score is undefined, such as a ratio to nothing.
+        better: whether "higher" or "lower" is an improvement; None if neither is.
         source: where its definition comes from.
-        per_example: whether one example has this score by itself.
+        per_example: whether a single example has this score.
         resampled: False if the score of examples drawn with replacement does not estimate the score.
-        fraction: whether it lies between 0 and 1.
     """
 
     title: str
@@ -131,7 +126,6 @@ class Measure:
     source: str
     per_example: bool = False
     resampled: bool = True
-    fraction: bool = True
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -144,6 +138,10 @@ def _mean(sums: np.ndarray, n: Any) -> np.ndarray:
     return _ratio(sums[..., 0], np.asarray(n))
 
 
+def _ratio_of_sums(sums: np.ndarray, n: Any) -> np.ndarray:
+    return _ratio(sums[..., 0], sums[..., 1])
+
+
 def _each(score: Callable[..., float]) -> Callable[..., np.ndarray]:
     """The statistics of a mean: the score of each example, (n, 1)."""
 
@@ -154,21 +152,18 @@ def _each(score: Callable[..., float]) -> Callable[..., np.ndarray]:
 
 
 def _chrf_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """(n, 18): of each order the n-grams of the prediction, of the reference, and those in common."""
+    """(n, 18): for each order the n-grams of the prediction, those of the reference, and those in common."""
     rows = []
-    for prediction, reference in zip(predictions, references, strict=True):
+    for texts in zip(predictions, references, strict=True):
+        bare = ["".join(text.split()) for text in texts]
         row: list[int] = []
-        predicted, expected = (extract_all_char_ngrams(text, CHAR_ORDER) for text in (prediction, reference))
-        for ours, theirs in zip(predicted, expected, strict=True):
-            # sacrebleu counts a prediction's n-grams only where the reference has some of that order
-            row += [ours.total() if theirs else 0, theirs.total(), _in_common(ours, theirs)]
+        for order in range(1, CHAR_ORDER + 1):
+            predicted, expected = (Counter([t[i : i + order] for i in range(len(t) - order + 1)]) for t in bare)
+            common = sum(min(count, expected[gram]) for gram, count in predicted.items() if gram in expected)
+            # as in sacrebleu, the prediction's n-grams count only where the reference has some of that order
+            row += [predicted.total() if expected else 0, expected.total(), common]
         rows.append(row)
     return np.array(rows, dtype=np.float64)
-
-
-def _in_common(one: Counter, other: Counter) -> int:
-    few, many = sorted((one, other), key=len)
-    return sum(min(count, many[ngram]) for ngram, count in few.items() if ngram in many)
 
 
 def _chrf_from_sums(sums: np.ndarray, n: Any) -> np.ndarray:
@@ -178,12 +173,12 @@ def _chrf_from_sums(sums: np.ndarray, n: Any) -> np.ndarray:
     orders = np.maximum(counted.sum(-1), 1)
     precision = (counted * common / np.maximum(predicted, 1)).sum(-1) / orders
     recall = (counted * common / np.maximum(expected, 1)).sum(-1) / orders
-    return np.nan_to_num(_ratio(5 * precision * recall, 4 * precision + recall))  # nothing in common is 0
+    return np.nan_to_num(_ratio(5 * precision * recall, 4 * precision + recall))  # nothing in common scores 0
 
 
 def _bleu_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """(n, 10): of each order the n-grams in common and those of the prediction, then the lengths of both in tokens."""
-    scorer = BLEU(effective_order=True)  # the counts do not depend on it; without it sacrebleu warns at each sentence
+    """(n, 10): for each order the n-grams in common, those of the prediction; then both lengths in tokens."""
+    scorer = BLEU(effective_order=True)  # does not change the counts, and stops a warning for each sentence
     pairs = zip(predictions, references, strict=True)
     scores = [scorer.sentence_score(prediction, [reference]) for prediction, reference in pairs]
     return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.float64)
@@ -193,7 +188,7 @@ def _bleu_from_sums(sums: np.ndarray, n: Any) -> np.ndarray:
     """Geometric mean of the precisions times the brevity penalty, smoothed as in NIST's script (sacrebleu's "exp")."""
     common, predicted = sums[..., :WORD_ORDER], sums[..., WORD_ORDER : 2 * WORD_ORDER]  # each (..., order)
     length, expected_length = sums[..., -2], sums[..., -1]
-    # the first order without a match counts a half match, the next a quarter, ...
+    # the first order without a match counts half a match, the next a quarter, ...
     matches = np.where(common == 0, 0.5 ** np.cumsum(common == 0, axis=-1), common)
     logarithms = np.log(matches / np.maximum(predicted, 1))
     brevity = np.exp(np.minimum(0, 1 - expected_length / np.maximum(length, 1)))
@@ -206,17 +201,13 @@ def _loss_statistics(loss_sums: Sequence[float | None], token_counts: Sequence[i
     return np.array([loss_sums, token_counts], dtype=np.float64).T  # None becomes NaN
 
 
-def _ratio_of_sums(sums: np.ndarray, n: Any) -> np.ndarray:
-    return _ratio(sums[..., 0], sums[..., 1])
-
-
 def _perplexity_from_sums(sums: np.ndarray, n: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         return np.exp(_ratio_of_sums(sums, n))
 
 
 def _stop_statistics(stop_reasons: Sequence[str | None]) -> np.ndarray:
-    """(n, 1); one unknown reason makes all unknown, for what is not recorded seldom leaves out a fair sample."""
+    """(n, 1); one unknown reason makes the whole score unknown: missing values are rarely missing at random."""
     if None in stop_reasons:
         return np.full((len(stop_reasons), 1), np.nan)
     return _each(lambda reason: reason == "eos")(stop_reasons)
@@ -229,7 +220,7 @@ def _length_statistics(predictions: Sequence[str], references: Sequence[str]) ->
 
 
 def _distinct_statistics(predictions: Sequence[str]) -> np.ndarray:
-    """(n, 2): bigrams that no prediction before it has, and bigrams."""
+    """(n, 2): bigrams that no earlier prediction has, and all bigrams."""
     seen: set[tuple[str, ...]] = set()
     rows = []
     for prediction in predictions:
@@ -249,64 +240,46 @@ def _ngrams(text: str, order: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[start:] for start in range(order)), strict=False))
 
 
+# --- the tables -----------------------------------------------------------------------------------------------------
+
 TEXTS = ("predictions", "references")
 LOSSES = ("loss_sums", "token_counts")
 SQUAD = "Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250"
 
 METRICS: dict[str, Measure] = {
-    "exact_match": Measure(
-        "Exact match", TEXTS, _each(exact_match), _mean, "higher", f"{SQUAD}, without its normalisation",
-        per_example=True,
-    ),
+    "exact_match": Measure("Exact match", TEXTS, _each(exact_match), _mean, "higher",
+        f"{SQUAD}, without its normalisation", per_example=True),
     "token_f1": Measure("Token F1", TEXTS, _each(token_f1), _mean, "higher", SQUAD, per_example=True),
-    "rouge_l": Measure(
-        "ROUGE-L", TEXTS, _each(rouge_l), _mean, "higher",
-        "Lin 2004, ROUGE: a package for automatic evaluation of summaries", per_example=True,
-    ),
-    "chrf": Measure(
-        "chrF", TEXTS, _chrf_statistics, _chrf_from_sums, "higher",
-        "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation", per_example=True,
-    ),
-    "bleu": Measure(
-        "BLEU", TEXTS, _bleu_statistics, _bleu_from_sums, "higher",
-        "Papineni et al. 2002, BLEU; Post 2018, sacreBLEU, arXiv:1804.08771",
-    ),
-    "reference_loss": Measure(
-        "Reference loss", LOSSES, _loss_statistics, _ratio_of_sums, "lower",
-        "Bengio et al. 2003, A neural probabilistic language model", fraction=False,
-    ),
-    "perplexity": Measure(
-        "Perplexity", LOSSES, _loss_statistics, _perplexity_from_sums, "lower",
-        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks", fraction=False,
-    ),
+    "rouge_l": Measure("ROUGE-L", TEXTS, _each(rouge_l), _mean, "higher",
+        "Lin 2004, ROUGE: a package for automatic evaluation of summaries", per_example=True),
+    "chrf": Measure("chrF", TEXTS, _chrf_statistics, _chrf_from_sums, "higher",
+        "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation", per_example=True),
+    "bleu": Measure("BLEU", TEXTS, _bleu_statistics, _bleu_from_sums, "higher",
+        "Papineni et al. 2002, BLEU; Post 2018, sacreBLEU, arXiv:1804.08771"),
+    "reference_loss": Measure("Reference loss", LOSSES, _loss_statistics, _ratio_of_sums, "lower",
+        "Bengio et al. 2003, A neural probabilistic language model"),
+    "perplexity": Measure("Perplexity", LOSSES, _loss_statistics, _perplexity_from_sums, "lower",
+        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks"),
 }  # fmt: skip
 
 BEHAVIOUR: dict[str, Measure] = {
-    "stop_rate": Measure(
-        "Stop rate", ("stop_reasons",), _stop_statistics, _mean, "higher",
-        "Welleck et al. 2020, Consistency of a recurrent language model, arXiv:2002.02492 (its complement)",
-    ),
-    "length_ratio": Measure(
-        "Length ratio", TEXTS, _length_statistics, _ratio_of_sums, None,
-        "Papineni et al. 2002, BLEU (what its brevity penalty looks at)", fraction=False,
-    ),
-    "distinct_2": Measure(
-        "Distinct-2", ("predictions",), _distinct_statistics, _ratio_of_sums, "higher",
-        "Li et al. 2016, A diversity-promoting objective function, arXiv:1510.03055", resampled=False,
-    ),
-    "repeated_4grams": Measure(
-        "Repeated 4-grams", ("predictions",), _each(_repeated_4grams), _mean, "lower",
-        "Welleck et al. 2020, Neural text generation with unlikelihood training, arXiv:1908.04319 (seq-rep-4)",
-    ),
-    "empty_rate": Measure(
-        "Empty rate", ("predictions",), _each(lambda prediction: not prediction.strip()), _mean, "lower",
-        "the share of responses without any text",
-    ),
+    "stop_rate": Measure("Stop rate", ("stop_reasons",), _stop_statistics, _mean, "higher",
+        "Welleck et al. 2020, Consistency of a recurrent language model, arXiv:2002.02492 (its complement)"),
+    "length_ratio": Measure("Length ratio", TEXTS, _length_statistics, _ratio_of_sums, None,
+        "Papineni et al. 2002, BLEU (the ratio in its brevity penalty)"),
+    "distinct_2": Measure("Distinct-2", ("predictions",), _distinct_statistics, _ratio_of_sums, "higher",
+        "Li et al. 2016, A diversity-promoting objective function, arXiv:1510.03055", resampled=False),
+    "repeated_4grams": Measure("Repeated 4-grams", ("predictions",), _each(_repeated_4grams), _mean, "lower",
+        "Welleck et al. 2020, Neural text generation with unlikelihood training, arXiv:1908.04319 (seq-rep-4)"),
+    "empty_rate": Measure("Empty rate", ("predictions",), _each(lambda text: not text.strip()), _mean, "lower",
+        "the share of responses without any text"),
 }  # fmt: skip
+
+MEASURES = {**METRICS, **BEHAVIOUR}
 
 
 def score(measure: Measure, columns: Mapping[str, Sequence]) -> float | None:
-    """One score of all examples that have it; None where none has, or where it is undefined or infinite.
+    """One score over all examples that have it; None where none has, or where it is undefined or infinite.
 
     Raises:
         ValueError: no examples.
@@ -338,6 +311,5 @@ def score_responses(
     columns: dict[str, Sequence] = {"predictions": texts, "references": references}
     if stop_reasons is not None:
         columns["stop_reasons"] = stop_reasons
-    measures = {**METRICS, **BEHAVIOUR}
-    scores = {name: score(m, columns) for name, m in measures.items() if columns.keys() >= set(m.features)}
+    scores = {name: score(m, columns) for name, m in MEASURES.items() if columns.keys() >= set(m.features)}
     return {name: value for name, value in scores.items() if value is not None}

@@ -9,102 +9,74 @@ from rich.console import Console
 from rich.text import Text
 
 from recipe.console import column_widths, one_line, print_table, table_room, table_width
-from recipe.evaluation.verdict import counted, model_name, scale
+from recipe.evaluation.verdict import PERCENT, counted, model_name, role_of, scale
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
     """Print `metrics.json`: the scores of each split, base beside tuned, and exact match by family.
 
-    Further models stand beside them, or below where they do not fit. A score over a part of the records has their
+    Further models stand beside them, or below if they do not fit. A score that does not cover all records has their
     number behind its name.
     """
-    paired = any(
-        score is not None and score["baseline"] is not None
-        for scores in metrics["splits"].values()
-        for score in scores["metrics"].values()
-    )
-    names = ["split (records)", "score"]
-    figures = [*(["base", "tuned", "change"] if paired else ["tuned"]), "95 % interval"]
-    others = [model_name(label) for label in metrics["other_models"]]
-    heads, rows, further = [], [], []
-    for split, scores in metrics["splits"].items():
-        by_model = [of[split]["metrics"] | of[split]["behaviour"] for of in metrics["other_models"].values()]
-        for name, score in {**scores["metrics"], **scores["behaviour"]}.items():
-            base, tuned, change, interval = _cells(name, score)
-            heads.append([f"{one_line(split)} ({scores['n']})", name + _counted(score, scores["n"])])
-            rows.append([*([base, tuned, change] if paired else [tuned]), interval])
-            further.append([_value(name, of[name], "tuned") + _counted(of[name], scores["n"]) for of in by_model])
-    tables = [("Scores", [*names, *figures, *others], _beside(heads, rows, further))]
-    if not _fits(*tables[0][1:]):
-        tables = [("Scores", [*names, *figures], _beside(heads, rows))]
-        while others:
-            count = len(others)
-            while count > 1 and not _fits([*names, *others[:count]], _beside(heads, [row[:count] for row in further])):
-                count -= 1
-            lines = _beside(heads, [row[:count] for row in further])
-            tables.append(("Further models", [*names, *others[:count]], lines))
-            others, further = others[count:], [row[count:] for row in further]
-    for title, columns, lines in tables:
-        print_table(title, columns, lines, text_columns=2)
+    names = [["split (records)"], ["score"]]  # each column a heading and its cells
+    figures = [["base"], ["tuned"], ["change"], ["95 % interval"]]
+    others = [[model_name(label)] for label in metrics["other_models"]]
+    for split, part in metrics["splits"].items():
+        further = [by_split[split] for by_split in metrics["other_models"].values()]
+        for kind in ("metrics", "behaviour"):
+            for name, score in part[kind].items():
+                units = scale(name)
+                row = [f"{one_line(split)} ({part['n']})", name + _counted(score, part["n"])]
+                row += [units.value(score["baseline"]), units.value(score["tuned"])]
+                row += [units.change(score["delta"]), units.interval(score)]
+                scores = [scores[kind][name] for scores in further]
+                row += [units.value(score["tuned"]) + _counted(score, part["n"]) for score in scores]
+                for column, cell in zip([*names, *figures, *others], row, strict=True):
+                    column.append(cell)
+    if set(figures[0][1:]) == {"–"}:  # no base model
+        figures = [figures[1], figures[3]]
+    tables = [("Scores", figures)]
+    for column in others:
+        if not _fits([*names, *tables[-1][1], column]):
+            tables.append(("Further models", []))
+        tables[-1][1].append(column)
+    for title, columns in tables:
+        headings, *rows = zip(*names, *columns, strict=True)
+        print_table(title, headings, rows, text_columns=2)
 
-    families = dict.fromkeys(family for scores in metrics["splits"].values() for family in scores["families"])
+    families = dict.fromkeys(family for part in metrics["splits"].values() for family in part["families"])
     if families:
-        columns = ["family"]
-        for split in metrics["splits"]:
-            columns += [f"{split}: n", "base", "tuned"]
-        rows = [
-            [str(family), *(cell for scores in metrics["splits"].values() for cell in _family_cells(scores, family))]
-            for family in families
-        ]
-        print_table("Exact match by family", columns, rows)
+        headings = ("family", *(h for split in metrics["splits"] for h in (f"{split}: n", "base", "tuned")))
+        cells = [[_family_cells(part["families"].get(f)) for part in metrics["splits"].values()] for f in families]
+        rows = [(str(family), *sum(row, ())) for family, row in zip(families, cells, strict=True)]
+        print_table("Exact match by family", headings, rows)
 
 
-def _fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    return table_width(column_widths(columns, rows, text_columns=2)) <= table_room()
+def _fits(columns: Sequence[Sequence[str]]) -> bool:
+    headings, *rows = zip(*columns, strict=True)
+    return table_width(column_widths(headings, rows, text_columns=2)) <= table_room()
 
 
-def _beside(*blocks: Sequence[Sequence[str]]) -> list[list[str]]:
-    """One table of several with the same rows."""
-    return [[cell for part in parts for cell in part] for parts in zip(*blocks, strict=True)]
-
-
-def _cells(name: str, score: Mapping[str, Any] | None) -> list[str]:
-    """Base, tuned, change and interval of one score; a dash for what was not measured."""
-    interval, delta = "–", None if score is None else score["delta"]
-    if score and score["ci95"]:
-        show = scale(name).value if delta is None else scale(name).change
-        interval = " to ".join(show(bound) for bound in score["ci95"])
-    change = scale(name).change(delta)
-    return [_value(name, score, "baseline"), _value(name, score, "tuned"), change, interval]
-
-
-def _value(name: str, score: Mapping[str, Any] | None, side: str) -> str:
-    return scale(name).value(None if score is None else score[side])
-
-
-def _counted(score: Mapping[str, Any] | None, n: int) -> str:
+def _counted(score: Mapping[str, Any], n: int) -> str:
     part = counted(score, n)
     return "" if part is None else f" ({part:,})"
 
 
+def _family_cells(entry: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if entry is None:
+        return "", "", ""
+    match = entry["metrics"]["exact_match"]
+    return str(entry["n"]), PERCENT.value(match["baseline"]), PERCENT.value(match["tuned"])
+
+
 def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:
-    """Print a few prompts with the reference and what base and tuned answered, from the whole length of the list."""
+    """Print a few prompts with the reference and what base and tuned answered, evenly spaced over the list."""
     console = Console(soft_wrap=True, highlight=False)
-    for prediction in predictions[:: max(1, len(predictions) // count)][:count]:
-        question = " | ".join(text for text in (prediction["instruction"], prediction["input"]) if text)
+    for line in predictions[:: max(1, len(predictions) // count)][:count]:
+        question = " | ".join(text for text in (line["instruction"], line["input"]) if text)
         console.print()
         console.print(Text(one_line(question), style="bold"))
-        answers = {"reference": prediction["output"]}
-        answers |= {
-            label: prediction[m]["text"] for m, label in (("baseline", "base"), ("tuned", "tuned")) if m in prediction
-        }
+        answers = {"reference": line["output"]}
+        answers |= {role_of(label): line[label]["text"] for label in ("baseline", "tuned") if label in line}
         for label, text in answers.items():
             console.print(Text(f"  {label:<10} {one_line(text, 100)}"))
-
-
-def _family_cells(scores: Mapping, family: str) -> list[str]:
-    entry = scores["families"].get(family)
-    if entry is None:
-        return ["", "", ""]
-    match = entry["metrics"]["exact_match"]
-    return [str(entry["n"]), *(_value("exact_match", match, side) for side in ("baseline", "tuned"))]

@@ -215,7 +215,7 @@ def evaluation_parts(evaluation: Evaluation) -> dict[str, Any]:
         "verdicts": [verdict(metrics, split).sentence for split in metrics["splits"]],
         "worse": findings(metrics, "worse"),
         "score_row": score_row,
-        "judge_rows": judge_table(metrics["judge"], [], []),
+        "judge_rows": judge_table(metrics["judge"]),
         "pairs": pairs_sentence((metrics["judge"] or {}).get("pairwise")),
         "examples": examples(headline),
         "cautions": cautions(metrics, headline, labels_of(predictions)),
@@ -228,7 +228,7 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
     There are fewer if less than twice as many were scored: none is in both.
     """
     from recipe.evaluation.comparison import example_scores, labels_of
-    from recipe.evaluation.verdict import PERCENT, model_name
+    from recipe.evaluation.verdict import PERCENT, role_of
 
     labels = [label for label in ("baseline", "tuned") if label in labels_of(rows)]
     scores = {label: example_scores(rows, label)[RANKED_BY].round(9) for label in labels}
@@ -239,9 +239,9 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
     def example(index: int) -> dict[str, str]:
         row = rows[index]
         texts = {"instruction": row["instruction"], "input": row.get("input") or None, "reference": row["output"]}
-        texts |= {model_name(label).lower(): row[label]["text"] for label in labels}
+        texts |= {role_of(label): row[label]["text"] for label in labels}
         lines = [labelled(name, text) for name, text in texts.items() if text is not None]
-        marks = [f"{model_name(label).lower()} {PERCENT.value(scores[label][index])}" for label in labels]
+        marks = [f"{role_of(label)} {PERCENT.value(scores[label][index])}" for label in labels]
         return {"id": escape(row["id"]), "scores": ", ".join(marks), "block": fence("\n".join(lines))}
 
     return {"Best": [example(index) for index in best], "Worst": [example(index) for index in worst]}

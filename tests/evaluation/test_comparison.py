@@ -212,7 +212,7 @@ def test_a_model_that_nobody_asked():
 
 
 def test_an_id_that_stands_twice():
-    with pytest.raises(UserError, match=r"1 \(a\) of 5 ids stand twice"):
+    with pytest.raises(UserError, match=r"1 \(a\) of 5 ids occur more than once"):
         compare([*FOUR, FOUR[0]])
 
 

@@ -1,13 +1,11 @@
 """The modules of the `evaluate` library: alone, combined, and without the network."""
 
-import doctest
 import math
 import socket
 
 import evaluate
 import pytest
 
-from recipe.evaluation import metrics
 from recipe.evaluation.measures import BEHAVIOUR, METRICS, score_responses
 from recipe.evaluation.metrics import (
     Bleu,
@@ -24,11 +22,22 @@ from recipe.evaluation.metrics import (
     TokenF1,
 )
 
-ALL = {
-    "exact_match": ExactMatch, "token_f1": TokenF1, "rouge_l": RougeL, "chrf": ChrF, "bleu": Bleu,
-    "reference_loss": ReferenceLoss, "perplexity": Perplexity, "stop_rate": StopRate, "length_ratio": LengthRatio,
-    "distinct_2": Distinct2, "repeated_4grams": Repeated4Grams, "empty_rate": EmptyRate,
-}  # fmt: skip
+PAIR = {"predictions": ["A cat."], "references": ["The cat."]}
+EXAMPLES = [  # metric, columns, score
+    (ExactMatch, {"predictions": ["A cat.", "Two  cats."], "references": ["The cat.", "Two cats."]}, 0.5),
+    (TokenF1, PAIR, 1.0),
+    (RougeL, PAIR, 0.5),
+    (ChrF, {"predictions": ["abcd", "x"], "references": ["abcd", "y"]}, 0.95),  # 4 of 5 letters, all 2-, 3-, 4-grams
+    (Bleu, {"predictions": ["a b c d"], "references": ["a b c d"]}, 1.0),
+    (ReferenceLoss, {"loss_sums": [2.0, 4.0, None], "token_counts": [1, 3, None]}, 1.5),
+    (Perplexity, {"loss_sums": [0.0, 0.0], "token_counts": [1, 3]}, 1.0),
+    (StopRate, {"stop_reasons": ["eos", "eos", "length", "context"]}, 0.5),
+    (LengthRatio, {"predictions": ["one two three"], "references": ["one two"]}, 1.5),
+    (Distinct2, {"predictions": ["a b a b", "a b"]}, 0.5),  # "a b", "b a" of four
+    (Repeated4Grams, {"predictions": ["a a a a a", "a b c"]}, 0.25),  # a half, and none
+    (EmptyRate, {"predictions": ["", "\n", "a", "b"]}, 0.5),
+]
+ALL = dict(zip([*METRICS, *BEHAVIOUR], [metric for metric, _, _ in EXAMPLES], strict=True))
 
 
 @pytest.fixture
@@ -40,12 +49,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def test_every_score_has_its_module():
-    assert list(ALL) == [*METRICS, *BEHAVIOUR]
-    for name, module in ALL.items():
-        info = module()._info()
-        assert module.key == name and list(info.features) == list(module.measure().features)
-        assert info.citation and ">>>" in info.description
+@pytest.mark.parametrize(("metric", "columns", "expected"), EXAMPLES)
+def test_each_metric_scores_its_example(metric, columns, expected):
+    [(name, value)] = metric().compute(**columns).items()
+    assert ALL[name] is metric and value == pytest.approx(expected)
+    info = metric()._info()
+    assert list(info.features) == list(columns) and info.citation and metric.__doc__.startswith(info.description)
 
 
 def test_text_modules_combine_without_the_network(no_network):
@@ -86,8 +95,3 @@ def test_nothing_to_score_is_an_error():
     for module in (ExactMatch(), Bleu(), ChrF(), LengthRatio()):
         with pytest.raises(ValueError, match="no predictions"):
             module.compute(predictions=[], references=[])
-
-
-def test_docstring_examples():
-    failed, run = doctest.testmod(metrics)
-    assert run >= len(ALL) and not failed

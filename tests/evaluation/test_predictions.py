@@ -114,7 +114,7 @@ def test_killed_in_the_middle_and_resumed_gives_what_an_undisturbed_run_gives(tm
         assert done.returncode == 0, done.stderr[-3000:]
         if folder is killed:
             assert f"{len(before)} of 200 answers of baseline are there already" in done.stdout
-        assert done.stdout.count("The tuned model") + done.stdout.count("No difference") == 1
+        assert done.stdout.count("The tuned model") + done.stdout.count("No significant difference") == 1
 
     resumed = rows_of(killed)
     assert without_time(resumed) == without_time(rows_of(whole)) == without_time(rows_of(two))

@@ -1,11 +1,8 @@
 """What the scores say: the sentence, what got better or worse, what calls for caution."""
 
-import math
-
 import pytest
 from evaluation_samples import PROMPT, make_judge, make_judge_rows, make_metrics, make_predictions
 
-from recipe.config import UserError
 from recipe.evaluation.verdict import (
     ENOUGH_TO_JUDGE,
     PERCENT,
@@ -15,7 +12,6 @@ from recipe.evaluation.verdict import (
     findings,
     judged,
     model_name,
-    refuse_nan,
     scale,
     verdict,
 )
@@ -52,32 +48,32 @@ MISSING = {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better
         ),
         (
             {"exact_match": make_score(0.5, 0.5625, [-0.0625, 0.1875], n=20)},
-            "No difference was shown: exact match 50.0 % → 56.2 % on 20 test records "
+            "No significant difference: exact match 50.0 % → 56.2 % on 20 test records "
             "(+6.2 points, 95 % interval −6.2 to +18.8).",
             "unclear",
         ),
         (  # of so few, intervals that exclude zero are common without any difference
             {"exact_match": make_score(0.0, 1.0, [1.0, 1.0], n=2)},
-            "No difference was shown: exact match 0.0 % → 100.0 % on only 2 test records "
-            "(+100.0 points, 95 % interval +100.0 to +100.0); fewer than 20 cannot show one.",
+            "No significant difference: exact match 0.0 % → 100.0 % on 2 test records "
+            "(+100.0 points, 95 % interval +100.0 to +100.0); fewer than 20 records are too few to show one.",
             "unclear",
         ),
         (  # an interval that touches zero does not exclude it
             {"exact_match": make_score(0.5, 0.5, [0.0, 0.0])},
-            "No difference was shown: exact match 50.0 % → 50.0 % on 400 test records "
+            "No significant difference: exact match 50.0 % → 50.0 % on 400 test records "
             "(0.0 points, 95 % interval 0.0 to 0.0).",
             "unclear",
         ),
         (
             {"exact_match": make_score(0.0, 1.0, None, n=1)},
-            "No difference was shown: exact match 0.0 % → 100.0 % on only 1 test record (+100.0 points, no interval); "
-            "fewer than 20 cannot show one.",
+            "No significant difference: exact match 0.0 % → 100.0 % on 1 test record "
+            "(+100.0 points, no interval); fewer than 20 records are too few to show one.",
             "unclear",
         ),
         (
             {"exact_match": make_score(None, 0.75, [0.7, 0.8])},
             "The tuned model reaches exact match 75.0 % on 400 test records (95 % interval 70.0 % to 80.0 %); "
-            "it is compared with no baseline.",
+            "there is no baseline.",
             "neutral",
         ),
         (  # zero for both says nothing about which is better
@@ -207,25 +203,19 @@ def test_cautions_name_thin_splits_cut_and_unknown_ends():
         prediction["tuned"]["stop_reason"] = "context" if number == 0 else None if number < 4 else "eos"
     said = cautions(make_metrics(predictions), predictions, ["baseline", "tuned"])
     assert [s for s in said if "Only 48 test records: intervals" in s]
-    assert "The base model ran into the cap of 128 tokens in 12 of 48 responses (25.0 %)." in said
-    assert "The tuned model ran out of context in 1 of 48 responses." in said
-    assert "How 3 of 48 responses of the tuned model ended is unknown: some may have been cut off." in said
+    assert "12 of 48 responses (25.0 %) of the base model reached the limit of 128 tokens." in said
+    assert "1 of 48 responses (2.1 %) of the tuned model reached the end of the context." in said
+    assert any(s.startswith("3 of 48 responses (6.2 %) of the tuned model ended in an unknown way") for s in said)
 
 
 def test_cautions_name_scores_over_a_part_of_the_records():
-    predictions = make_predictions(500, models=("baseline", "tuned", "base"))
+    predictions = make_predictions(500)
     for number, prediction in enumerate(predictions):
         if prediction["split"] == "test" and number >= 50:
             prediction["tuned"]["reference_loss"] = prediction["tuned"]["reference_tokens"] = None
-        if prediction["split"] == "test_unseen" and number < 50:
-            prediction["base"]["reference_loss"] = None
     metrics = make_metrics(predictions)
-    said = [s for s in cautions(metrics, predictions, ["tuned"]) if " over " in s]
-    fate = "the others are longer than the model's context or lack what it needs."
-    assert said == [
-        f"Reference loss and Perplexity are over 40 of 400 records of test; {fate}",
-        f"Reference loss and Perplexity of “base” are over 90 of 100 records of test_unseen; {fate}",
-    ]
+    [said] = cautions(metrics, predictions, ["tuned"])
+    assert said.startswith("Reference loss, Perplexity: measured on 40 of the 400 test records")
     assert counted(metrics["splits"]["test"]["metrics"]["perplexity"], 400) == 40
     assert counted(metrics["splits"]["test"]["metrics"]["chrf"], 400) is None
     assert counted(MISSING, 400) is None
@@ -238,8 +228,8 @@ def test_a_model_in_a_folder_called_base_is_not_the_base():
             prediction[label]["stop_reason"] = "context"
     said = cautions(make_metrics(predictions), predictions, ["baseline", "base"])
     assert said == [
-        "The base model ran out of context in 500 of 500 responses.",
-        "The model “base” ran out of context in 500 of 500 responses.",
+        "500 of 500 responses (100.0 %) of the base model reached the end of the context.",
+        "500 of 500 responses (100.0 %) of the “base” model reached the end of the context.",
     ]
 
 
@@ -250,8 +240,8 @@ def test_cautions_name_what_was_not_measured():
         if prediction["split"] == "test_unseen":
             del prediction["tuned"]["reference_loss"]
     said = " ".join(cautions(make_metrics(predictions), predictions, ["baseline", "tuned"]))
-    assert "Measured for the tuned model only on test: Reference loss, Perplexity." in said
-    assert "Not measured on test_unseen: Reference loss, Perplexity." in said
+    assert "Reference loss, Perplexity: measured for the tuned model only on the 400 test records" in said
+    assert "Reference loss, Perplexity: not measured on the 100 test_unseen records" in said
 
 
 def test_cautions_name_a_split_too_thin_for_any_verdict():
@@ -267,10 +257,8 @@ def test_cautions_tell_an_incomplete_judge_with_its_worst_case():
     [said] = [s for s in cautions(make_metrics(predictions, judge), predictions, ["tuned"]) if "Judge" in s]
     low, high = judge["scores"][PROMPT]["bounds"]["tuned"]
     assert high - low == pytest.approx(100 * 3 / 400)
-    assert said == (
-        f"Judge, {PROMPT}: 397 of 400 tuned responses scored, worst case {low:.1f} to {high:.1f}; "
-        "mean withheld (3 timeout)."
-    )
+    assert said.startswith(f"Judge, {PROMPT}: 397 of 400 tuned responses scored")
+    assert f" {low:.1f} to {high:.1f}; no mean is given (3 timeout)." in said
     assert not any(
         "Judge" in s
         for s in cautions(make_metrics(predictions, make_judge(make_judge_rows(predictions))), predictions, [])
@@ -282,11 +270,3 @@ def test_cautions_tell_a_judge_that_failed():
     judge = {"endpoint": "http://127.0.0.1:9/v1", "error": "no answer from 127.0.0.1:9", "scores": {}, "pairwise": None}
     said = cautions(make_metrics(predictions, judge), predictions, [])
     assert said == ["The judge failed: no answer from 127.0.0.1:9"]
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_nan_is_refused_with_its_place(number):
-    metrics = metrics_of(exact_match=make_score(0.0, 0.5, [0.25, number]))
-    with pytest.raises(UserError, match=r"metrics\.metrics\.exact_match\.ci95\.1 is (nan|-?inf)"):
-        refuse_nan(metrics)
-    refuse_nan(metrics_of(exact_match=make_score(0.0, 0.5, [0.25, 0.75])))

@@ -420,7 +420,7 @@ def test_an_evaluation_without_baseline_on_seen_records(folder, made, run, tmp_p
     check_sound(card)
     [table] = [table for table in tables(card) if table[0][0] == "score"]
     assert table[0] == ["score", "tuned", "95 % interval", "n"]
-    assert "There is no base model to compare with." in card and "compared with no baseline" in card
+    assert "There is no base model to compare with." in card and "there is no baseline." in card
     assert "Scores on `train` are on records that it may have learned from." in card
     assert "The records are not those of training: `others.json`." in card
     best, worst = card.split("### Best")[1].split("### Worst")

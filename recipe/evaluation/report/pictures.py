@@ -7,7 +7,10 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from recipe.console import one_line
+from recipe.evaluation.comparison import labels_of
+from recipe.evaluation.verdict import PERCENT, direction, headline_metric, model_name, scale, title, weakest_first
 from recipe.figures import (
     BASELINE_COLOR,
     LINE,
@@ -25,6 +31,7 @@ from recipe.figures import (
     WIDTH,
     WORSE_COLOR,
     canvas,
+    draw_loss,
     paint,
     save_png,
 )
@@ -34,35 +41,33 @@ DARK = {
     TEXT: "#e6e9ed", MUTED: "#9aa4af", LINE: "#3a414a", BASELINE_COLOR: "#98a2ad", TUNED_COLOR: "#7ea6e0",
     WORSE_COLOR: "#dd8452", TIE_COLOR: "#4a525c", INK: "#14171a",
 }  # fmt: skip
-
-
-MAX_FAMILIES = 24
+NAMES = ("deltas", "outcomes", "lengths", "loss")
+MAX_FAMILIES = 24  # in the forest plot
+MAX_LABEL = 28  # characters
+LabelledScore = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as the page holds it: `data:` URIs of SVG for both themes, what it shows in words, its size.
-
-    The size is in CSS pixels, so that the page keeps its place while it loads.
-    """
+    """A figure in the page: `data:` URIs of its SVG for both themes, what it shows in words, its size."""
 
     light: str
     dark: str
     alt: str
-    width: int
+    width: int  # CSS pixels, so that the page does not move while it loads
     height: int
 
 
 def make_picture(draw: Callable[[], Figure], alt: str, png: Path) -> Picture:
-    """Draw a figure, write it to a PNG on white, and give it in SVG on nothing, in the colours of both themes."""
+    """Draw a figure, write it as a PNG on white, and return it as a transparent SVG in the colours of both themes."""
     with matplotlib.rc_context(STYLE):
         figure = draw()
         save_png(figure, png, dpi=200)
-        figure.set_layout_engine("none")  # it is laid out now; a second time takes as long as all else
+        figure.set_layout_engine("none")  # the layout is done; doing it again would double the time
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     light = buffer.getvalue()
-    dark = re.sub("(?<=: )#[0-9a-f]{6}", lambda found: DARK.get(found[0], found[0]), light)
+    dark = re.sub("(?<=: )#[0-9a-f]{6}", lambda match: DARK.get(match[0], match[0]), light)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return Picture(_data_uri(light), _data_uri(dark), alt, width, height)
 
@@ -71,38 +76,74 @@ def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-@dataclass(frozen=True)
-class Interval:
-    """One row of the forest plot: a difference with its 95 % interval, in points."""
+def draw_pictures(
+    output_dir: Path,
+    predictions: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    log_history: Sequence[Mapping[str, Any]] | None = None,
+    chosen_step: int | None = None,
+) -> dict[str, Picture]:
+    """The figures of the first split, by name, each also as `{name}.png`; PNGs of an earlier report are removed."""
+    part = next(iter(metrics["splits"].values()))
+    deltas, outcomes = forest_groups(part), outcome_counts(part, metrics["judge"])
+    lengths, unit = response_lengths(predictions)
+    drawings: dict[str, tuple[Callable[[], Figure], str]] = {}  # name → how it is drawn, what it shows in words
+    if deltas:
+        alt = "Forest plot of differences, tuned minus base, with 95 % intervals; the tables hold their values."
+        drawings["deltas"] = partial(draw_deltas, deltas), alt
+    if outcomes:
+        counts = (f"{name}: better {o[0]:,}, equal {o[1]:,}, worse {o[2]:,}" for name, o in outcomes.items())
+        drawings["outcomes"] = partial(draw_outcomes, outcomes), f"Examples where tuned is {'; '.join(counts)}."
+    medians = "; ".join(f"{row.label}: median {median(row.values):g}" for row in lengths)
+    drawings["lengths"] = partial(draw_lengths, lengths, unit), f"Histograms of {unit} per response. {medians}."
+    if any("loss" in entry or "train_loss" in entry for entry in log_history or ()):
+        chosen = "" if chosen_step is None else f" Step {chosen_step:,} was chosen."
+        alt = f"Training and validation loss over optimizer steps.{chosen}"
+        drawings["loss"] = partial(draw_loss, log_history or (), chosen_step), alt
+    for name in set(NAMES) - set(drawings):
+        (output_dir / f"{name}.png").unlink(missing_ok=True)
+    return {name: make_picture(draw, alt, output_dir / f"{name}.png") for name, (draw, alt) in drawings.items()}
 
-    label: str
-    delta: float
-    low: float
-    high: float
-    direction: str  # better or worse; anything else: not shown
+
+# --- differences ------------------------------------------------------------------------------------------------------
 
 
-def draw_deltas(groups: Mapping[str, Sequence[Interval]]) -> Figure:
-    """Forest plot: tuned minus baseline with 95 % intervals beside the zero line, in percentage points.
+def forest_groups(part: Mapping[str, Any]) -> dict[str, list[LabelledScore]]:
+    """Differences with an interval, by group: all scores in percent, and the headline score by family."""
+    in_percent = {name: score for name, score in part["metrics"].items() if scale(name) is PERCENT}
+    headline = headline_metric(part["metrics"])
+    families: list[LabelledScore] = []
+    if headline and headline in in_percent:
+        ranked = weakest_first(part["families"], headline)
+        families = [(str(family), entry["metrics"][headline]) for family, entry in ranked]
+    groups = {"Scores": [(title(name), score) for name, score in in_percent.items()], "Families": families}
+    shown = {
+        name: [row for row in rows if row[1]["delta"] is not None and row[1]["ci95"]] for name, rows in groups.items()
+    }
+    if len(shown["Families"]) > MAX_FAMILIES:
+        families = shown.pop("Families")
+        shown["Extreme families"] = families[: MAX_FAMILIES // 2] + families[-MAX_FAMILIES // 2 :]
+    return {name: rows for name, rows in shown.items() if rows}
 
-    Args:
-        groups: rows under each heading; the headings stand above their rows.
-    """
+
+def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
+    """Forest plot: tuned minus baseline with 95 % intervals, in percentage points, under the heading of each group."""
     rows = sum(len(rows) + 1 for rows in groups.values())
     figure, axes = canvas(height=0.55 + 0.205 * rows)
     position, labels = 0.0, {}
-    for heading, intervals in groups.items():
+    for heading, scores in groups.items():
         axes.text(
             -0.01, position, heading, transform=axes.get_yaxis_transform(), ha="right", va="center",
             color=MUTED, fontsize=8, fontweight="bold",
         )  # fmt: skip
-        for row in intervals:
+        for label, score in scores:
             position += 1
-            color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(row.direction, MUTED)
-            axes.plot([row.low, row.high], [position, position], color=color, linewidth=2, solid_capstyle="butt")
-            face = "none" if color == MUTED else color  # hollow: which way it went is not shown
-            axes.plot(row.delta, position, "o", markersize=5, color=color, markerfacecolor=face)
-            labels[position] = row.label
+            color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(direction(score), MUTED)
+            interval = [100 * bound for bound in score["ci95"]]
+            axes.plot(interval, [position, position], color=color, linewidth=2, solid_capstyle="butt")
+            face = "none" if color == MUTED else color  # hollow: not significant
+            axes.plot(100 * score["delta"], position, "o", markersize=5, color=color, markerfacecolor=face)
+            labels[position] = one_line(label, MAX_LABEL)
         position += 1.35
     axes.axvline(0, color=TEXT, linewidth=0.8)
     axes.set_yticks(list(labels), list(labels.values()))
@@ -116,7 +157,7 @@ def draw_deltas(groups: Mapping[str, Sequence[Interval]]) -> Figure:
 
 
 def _make_room_for_zero(axes: Axes) -> None:
-    """Keep zero in the picture, off its edge, and the view no narrower than two points."""
+    """Show zero, away from the edge, and at least two points around it."""
     low, high = axes.get_xlim()
     low, high = min(low, -0.05 * max(abs(low), abs(high)), -1), max(high, 0.05 * max(abs(low), abs(high)), 1)
     axes.set_xlim(low, high)
@@ -124,23 +165,30 @@ def _make_room_for_zero(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
-    """Examples on which tuned is better, equal or worse than baseline: one stacked bar a score.
+# --- outcomes ---------------------------------------------------------------------------------------------------------
 
-    Args:
-        outcomes: (better, equal, worse) counts of each score.
-    """
+
+def outcome_counts(part: Mapping[str, Any], judge: Mapping[str, Any] | None) -> dict[str, tuple[int, int, int]]:
+    """(better, equal, worse) counts of examples for each score, and for the judge's pairs."""
+    counts = {title(name): (o["win"], o["tie"], o["loss"]) for name, o in part["outcomes"].items()}
+    pairs = judge and judge["pairwise"]
+    if pairs:
+        counts["Judge, pairs"] = (pairs["win"], pairs["tie"], pairs["loss"])
+    return counts
+
+
+def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
+    """One stacked bar for each score: the examples on which tuned is better than, equal to and worse than base."""
     figure, axes = canvas(height=0.75 + 0.34 * len(outcomes))
     kinds = (("tuned better", TUNED_COLOR), ("equal", TIE_COLOR), ("tuned worse", WORSE_COLOR))
-    left = np.zeros(len(outcomes))
+    counts = np.array(list(outcomes.values()))  # (scores, 3)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for index, (label, color) in enumerate(kinds):
-        counts = np.array([counts[index] for counts in outcomes.values()], dtype=float)
-        totals = np.array([max(1, sum(counts)) for counts in outcomes.values()])
-        bars = axes.barh(range(len(outcomes)), counts / totals, left=left, color=color, height=0.62, label=label)
+        left, width = shares[:, :index].sum(axis=1), shares[:, index]
+        bars = axes.barh(range(len(outcomes)), width, left=left, color=color, height=0.62, label=label)
+        texts = [f"{n:,}" if share > 0.07 else "" for n, share in zip(counts[:, index], width, strict=True)]
         ink = TEXT if color == TIE_COLOR else INK
-        texts = [f"{count:,.0f}" if count / total > 0.07 else "" for count, total in zip(counts, totals, strict=True)]
         axes.bar_label(bars, texts, label_type="center", color=ink, fontsize=8)
-        left += counts / totals
     axes.set_yticks(range(len(outcomes)), list(outcomes))
     axes.set_ylim(len(outcomes) - 0.5, -0.5)
     axes.set_xlim(0, 1)
@@ -153,22 +201,39 @@ def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
     return figure
 
 
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of one model's responses, or of the references (`role` "reference"), and a note to stand beside them."""
+    """Lengths of one model's responses, or of the references."""
 
     label: str
-    role: str  # reference, baseline, tuned, other
+    role: str  # reference, baseline, tuned; anything else is a further model
     values: Sequence[int]
-    note: str
+
+
+def response_lengths(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[Lengths], str]:
+    """Lengths of the references and of each model's responses, all in tokens, or all in words if a count is unknown."""
+    answers = {label: [line[label] for line in predictions] for label in labels_of(predictions)}
+    references = [answer.get("reference_tokens") for answer in answers["tuned"]]
+    counts = {label: [answer.get("tokens") for answer in column] for label, column in answers.items()}
+    unit = "tokens"
+    if None in references or any(None in column for column in counts.values()):
+        unit = "words"
+        references = [len(line["output"].split()) for line in predictions]
+        counts = {label: [len(answer["text"].split()) for answer in column] for label, column in answers.items()}
+    else:
+        references = [count - 1 for count in references]  # without the end-of-text token, as in responses
+    rows = [Lengths(one_line(model_name(label), MAX_LABEL), label, values) for label, values in counts.items()]
+    return [Lengths("References", "reference", references), *rows], unit
 
 
 def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
-    """Histograms of lengths, one below the other on the same axis; the last bin holds all that is longer."""
+    """Histograms of lengths, one below the other on the same axis; the last bin also holds all longer responses."""
     colors = {"baseline": BASELINE_COLOR, "tuned": TUNED_COLOR, "reference": TEXT}
-    everything = np.concatenate([np.asarray(row.values) for row in lengths])
-    longest = everything.max()
-    # the longest 1 % of one model may be a hundred times the rest: they share the last bin
+    longest = max(max(row.values) for row in lengths)
+    # the longest 1 % of one model's may be a hundred times longer than the rest: they share the last bin
     edge = max(1, min(longest, int(1.5 * max(np.quantile(row.values, 0.99) for row in lengths)) + 1))
     bins = np.linspace(0, edge + 1, min(40, edge + 2))
     figure = Figure(figsize=(WIDTH, 0.55 + 0.72 * len(lengths)), layout="constrained")
@@ -180,12 +245,13 @@ def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
         color = colors.get(row.role, MUTED)
         axes.hist(values, bins=bins, weights=weights, color=color, alpha=0.45 if row.role == "reference" else 1)
         axes.text(0.99, 0.93, row.label, transform=axes.transAxes, ha="right", va="top", color=TEXT)
-        axes.text(0.99, 0.66, row.note, transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=8)
+        note = f"median {median(row.values):g}"
+        axes.text(0.99, 0.66, note, transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=8)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="x", length=0 if axes is not panels[-1] else 3)
         top = axes.get_ylim()[1]
-        # words stand over the right end: leave them room where bars reach up there
+        # the label is above the right half: leave it room where bars are high there
         right = np.histogram(values, bins=bins, weights=weights)[0][len(bins) // 2 :].max(initial=0)
         axes.set_ylim(0, top if right < 0.35 * top else 2.4 * max(right, 0.4 * top))
     panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))

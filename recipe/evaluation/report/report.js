@@ -1,8 +1,8 @@
 "use strict";
-// The page of recipe/report.py. What models wrote reaches the page by textContent only, never as markup.
+// The page of page.py. What models wrote reaches the page by textContent only, never as markup.
 
 const PAGE_SIZE = 25;
-const CLAMP = 600; // characters of a text shown at first
+const CLAMP = 600; // characters of a long text that are shown first
 const DIFF_CELLS = 250000; // largest table of a word diff: 500 x 500 words
 const STOPS = new Map([["eos", "stopped"], ["length", "hit the cap"], ["context", "out of context"]]);
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]/gu;
@@ -14,13 +14,13 @@ document.addEventListener("DOMContentLoaded", () => {
   startBrowser(JSON.parse(document.getElementById("data").textContent));
 });
 
-// --- theme: follows the system until the button says otherwise --------------------------------------------------------
+// --- theme: follows the system until the button is used --------------------------------------------------------
 
 function startThemeEarly() {
   try {
     const theme = localStorage.getItem("report-theme");
     if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
-  } catch { /* storage may be off; the button then holds for this visit */ }
+  } catch { /* storage may be off; the choice then lasts for this visit */ }
 }
 
 function startTheme() {
@@ -29,7 +29,7 @@ function startTheme() {
   document.getElementById("theme").addEventListener("click", () => {
     const isDark = root.dataset.theme ? root.dataset.theme === "dark" : system.matches;
     if (isDark === system.matches) root.dataset.theme = isDark ? "light" : "dark";
-    else delete root.dataset.theme; // back to what the system says
+    else delete root.dataset.theme; // follow the system again
     try {
       if (root.dataset.theme) localStorage.setItem("report-theme", root.dataset.theme);
       else localStorage.removeItem("report-theme");
@@ -46,7 +46,7 @@ function startCopy() {
       await navigator.clipboard.writeText(command.textContent);
       button.textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(command); // no access to the clipboard: ready for a key press
+      getSelection().selectAllChildren(command); // no access to the clipboard: the user can copy the selection
       button.textContent = "Selected";
     }
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
@@ -62,7 +62,7 @@ function make(tag, className, text) {
   return element;
 }
 
-/** Adds a text with its unseen characters shown, as `visible` does in recipe/console.py. */
+/** Adds a text with its invisible characters shown, like `visible` in recipe/console.py. */
 function addText(parent, text) {
   let end = 0;
   for (const found of text.matchAll(UNSEEN)) {
@@ -113,7 +113,7 @@ function diffWords(reference, response) {
   const [x, y] = [a.slice(head, a.length - tail), b.slice(head, b.length - tail)];
   if ((!x.length && !y.length) || x.length * y.length > DIFF_CELLS) return null;
   const width = y.length + 1;
-  const lengths = new Uint16Array((x.length + 1) * width); // longest common subsequence of what follows i and j
+  const lengths = new Uint16Array((x.length + 1) * width); // longest common subsequence from i and j on
   for (let i = x.length - 1; i >= 0; i--) {
     for (let j = y.length - 1; j >= 0; j--) {
       const here = i * width + j;
@@ -140,7 +140,6 @@ function diffWords(reference, response) {
 // --- the example browser ----------------------------------------------------------------------------------------------
 
 function startBrowser(data) {
-  data.family = data.family.map(family => String(family ?? "").trim() ? String(family) : null);
   const form = document.getElementById("controls");
   const list = document.getElementById("list");
   const names = new Map(data.models);
@@ -165,9 +164,9 @@ function startBrowser(data) {
   };
   let state = { ...initial };
   let rows = []; // of the data, as shown
-  let linked = null; // the row a permalink named
+  let linked = null; // the row of a permalink
 
-  // what can be shown: the model compared with base by the chosen score
+  // the filters: the chosen model against base, by the chosen score
   const text = (label, row) => data.answers[label].text[row];
   const change = row => {
     if (!base) return null;
@@ -200,7 +199,7 @@ function startBrowser(data) {
   };
   const byChange = sign => (a, b) => {
     const [x, y] = [change(a), change(b)];
-    if (x === null || y === null) return (x === null) - (y === null); // what has none goes last
+    if (x === null || y === null) return (x === null) - (y === null); // examples without a change go last
     return sign * (y - x) || a - b;
   };
   const sorts = {
@@ -253,11 +252,11 @@ function startBrowser(data) {
     const given = {};
     for (const part of hash.split("&")) {
       const [key, value] = part.split(/=(.*)/s);
-      try { given[key] = decodeURIComponent(value ?? ""); } catch { /* not ours */ }
+      try { given[key] = decodeURIComponent(value ?? ""); } catch { /* not a part of ours: ignore it */ }
     }
     const keys = Object.keys(initial).filter(key => given[key] !== undefined && allowed[key](given[key]));
     linked = rowOf.get(given.id) ?? null;
-    // a link to one example leaves the list as it is, if the example is in it
+    // a link to one example does not change the list, if the example is in it
     if (linked === null || keys.length) {
       state = { ...initial };
       for (const key of keys) state[key] = key === "page" ? Number(given[key]) : given[key];
@@ -279,7 +278,7 @@ function startBrowser(data) {
 
   // --- selection
 
-  let haystacks = null; // lower case, made at the first search
+  let haystacks = null; // lower-case texts, built at the first search
 
   function select() {
     const query = state.q.trim().toLowerCase();
@@ -359,7 +358,7 @@ function startBrowser(data) {
     return article;
   }
 
-  /** A text that starts clamped if it is very long, and can be opened. */
+  /** A text; if it is very long, only its start is shown until a button is pressed. */
   function block(value, className) {
     const element = make("div", className);
     element.dir = "auto";
@@ -442,7 +441,7 @@ function startBrowser(data) {
     return element;
   }
 
-  /** Marks what was searched for, without touching the texts. */
+  /** Marks the searched words without changing the texts. */
   function highlight() {
     if (!CSS.highlights) return;
     CSS.highlights.delete("found");
@@ -453,7 +452,7 @@ function startBrowser(data) {
     while (walker.nextNode() && ranges.length < 2000) {
       const node = walker.currentNode;
       const words = node.data.toLowerCase();
-      if (words.length !== node.data.length) continue; // lower case of another length: positions would be off
+      if (words.length !== node.data.length) continue; // lower case has another length, so positions would differ
       for (let at = words.indexOf(query); at >= 0; at = words.indexOf(query, at + query.length)) {
         const range = new Range();
         range.setStart(node, at);
@@ -490,9 +489,9 @@ function startBrowser(data) {
     });
   }
   addEventListener("hashchange", () => {
-    if (!location.hash || location.hash.includes("=")) readAddress(); // else a section of the page
+    if (!location.hash || location.hash.includes("=")) readAddress(); // otherwise it is a section of the page
   });
-  // the same link again changes nothing in the address, but should lead there again
+  // following the same link again does not change the address, but should scroll there again
   document.addEventListener("click", event => {
     const anchor = event.target.closest?.("a[href^='#']");
     if (anchor && anchor.hash === location.hash && anchor.hash.includes("=")) readAddress();
