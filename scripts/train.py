@@ -89,10 +89,6 @@ def main(argv: list[str]) -> None:
         )
         trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:
-        if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and push.with_checkpoints:
-            raise UserError(
-                f"--hub_strategy {push.strategy}: the state of a sharded optimizer is not pushed; use every_save or end"
-            )
         trainer.add_callback(push)
 
     # train and save; when that fails, pushes that wait do not keep this process
@@ -115,7 +111,7 @@ def main(argv: list[str]) -> None:
 
     # push, when no other process waits any more
     if push is not None and trainer.is_world_process_zero():
-        pushed = push.finish(output_dir)
+        pushed = push.finish()
         say(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
 
 
