@@ -22,22 +22,14 @@ from recipe.publishing.hub import files_to_push, open_repository, push_files, re
 class PublishArguments:
     """What is pushed, and to where."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Output folder of a training run; may stand without the flag."}
-    )
+    model: str | None = field(default=None, metadata={"help": "Output folder of a run; may stand without the flag."})
     repo_id: str | None = field(default=None, metadata={"help": "owner/name on the Hub; created if it is missing."})
-    evaluation: str | None = field(
-        default=None, metadata={"help": "Output folder of scripts/eval.py; its scores are shown on the card."}
-    )
+    evaluation: str | None = field(default=None, metadata={"help": "Output folder of scripts/eval.py, for the card."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to; created if it is missing."})
-    tag: str | None = field(default=None, metadata={"help": "A new tag for the commit, such as v1."})
-    private: bool | None = field(
-        default=None, metadata={"help": "Whether a new repository is private; default: what its owner has set."}
-    )
+    tag: str | None = field(default=None, metadata={"help": "A tag for the commit, such as v1; it is never moved."})
+    private: bool | None = field(default=None, metadata={"help": "Of a new repository; default: as its owner has set."})
     message: str = field(default="Publish", metadata={"help": "Of the commit."})
-    card: bool = field(
-        default=True, metadata={"help": "Write README.md anew; false pushes the one that is there, edited by hand."}
-    )
+    card: bool = field(default=True, metadata={"help": "Write a new README.md; false pushes the one that is there."})
     license: str | None = field(default=None, metadata={"help": "On the card: apache-2.0, mit, other, ..."})
     language: list[str] = field(default_factory=list, metadata={"help": "On the card, as ISO 639 codes: en de"})
     dry_run: bool = field(default=False, metadata={"help": "List the files; write nothing, ask and send nothing."})
@@ -47,20 +39,22 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     folder, evaluation = Path(args.model or ""), Path(args.evaluation) if args.evaluation else None
     files = files_to_push(folder, evaluation)
-    drafts = draft_card(args, folder, evaluation)
-    refuse_secrets(files, drafts)
-    print_files(files, drafts, f"To {args.repo_id or 'the Hub'}, {args.revision or 'main'}")
+    card = draft_card(args, folder, evaluation)
+    if card:  # written later, when it is known that it can be pushed
+        files.pop("README.md", None)
+    refuse_secrets(files, card)
+    print_files(files, card, f"To {args.repo_id or 'the Hub'}, {args.revision or 'main'}")
     if args.dry_run:
         print("A dry run: nothing was written, asked or sent")
         return
     repo_id = open_repository(args.repo_id or "", private=args.private, revision=args.revision)
-    for name, text in drafts.items():  # not before it is known that it can be pushed
-        write_whole(folder / name, text)
-        files[name] = folder / name
+    if card:
+        files["README.md"] = folder / "README.md"
+        write_whole(files["README.md"], card)
     pushed = push_files(files, repo_id, message=args.message, revision=args.revision, tag=args.tag)
     if pushed.removed:
         print(f"Removed, because they belong to earlier weights: {', '.join(pushed.removed)}")
-    print(f"{'Pushed' if pushed.sent else 'Nothing changed'}: {pushed.url} (commit {pushed.commit[:8]})")
+    print(f"{'Pushed' if pushed.sent else 'Nothing left to push'}: {pushed.url} (commit {pushed.commit[:8]})")
 
 
 def parse(argv: list[str]) -> PublishArguments:
@@ -74,8 +68,8 @@ def parse(argv: list[str]) -> PublishArguments:
     return args
 
 
-def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) -> dict[str, str]:
-    """The new README.md by its name; empty if the one that is there is pushed.
+def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) -> str:
+    """The new README.md; empty if the one that is there is pushed.
 
     Raises:
         UserError: the evaluation is of another model, the folder is a checkpoint, or flags would have no effect.
@@ -88,20 +82,19 @@ def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) ->
         )
     run = read_run(folder) if args.card else None
     if run is not None:
-        card = make_model_card(folder, run, scores, repo_id=args.repo_id, license=args.license, language=args.language)
-        return {"README.md": card}
+        return make_model_card(folder, run, scores, repo_id=args.repo_id, license=args.license, language=args.language)
     if args.license or args.language:
         reason = f"{folder} has no run.json" if args.card else "--card false writes none"
         raise UserError(f"--license and --language need a new card, and {reason}; leave them out")
-    return {}
+    return ""
 
 
-def print_files(files: Mapping[str, Path], drafts: Mapping[str, str], title: str) -> None:
+def print_files(files: Mapping[str, Path], card: str, title: str) -> None:
     sizes = {path: file.stat().st_size for path, file in files.items()}
-    sizes |= {path: len(text.encode()) for path, text in drafts.items()}
+    sizes |= {"README.md": len(card.encode())} if card else {}
     rows = [[path, f"{size / 1000:,.1f}"] for path, size in sizes.items()]
     print_table(title, ["file", "size in kB"], rows, caption=f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB")
-    if drafts.keys() & files.keys():
+    if card:
         print("README.md is written anew; --card false keeps the one that is there")
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
             save_reports(trainer, model_args, data_args, about_data | about_model, push)
         shut_down(trainer)
     if push is not None and trainer.is_world_process_zero():  # no other process waits any more
-        pushed = push.finish(Path(training_args.output_dir))
+        pushed = push.finish()
         print(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
 
 
@@ -115,10 +115,6 @@ def make_trainer(model, tokenizer, template, records, splits, data_args, trainin
         samples = list(islice(records["validation"], training_args.num_sample_generations))
         trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:
-        if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and push.with_checkpoints:
-            raise UserError(
-                f"--hub_strategy {push.strategy}: the state of a sharded optimizer is not pushed; use every_save or end"
-            )
         trainer.add_callback(push)
     return trainer
 

@@ -7,21 +7,21 @@ print(push_files(files, repo_id, message="Publish", tag="v1").url)
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from recipe.config import UserError
-from recipe.files import file_hash, read_json
+from recipe.files import read_json
 from recipe.provenance import HUB_TOKEN
 
 # The only files that may leave this machine, by name. training_args.bin is not among them: it is a pickle in which the
@@ -36,7 +36,7 @@ SETTINGS = (
 )  # fmt: skip
 RECORDS = ("README.md", "run.json", "trainer_state.json", "loss.png", "samples.jsonl")
 EVALUATION = ("metrics.json", "model-index.yml", "report.html", "predictions.jsonl", "*.png")
-NOT_TEXT = {".safetensors", ".pt", ".pth", ".png", ".model"}
+NOT_TEXT = {".safetensors", ".png", ".model"}
 
 SECRETS = {
     "a token of the Hub": HUB_TOKEN,
@@ -59,14 +59,13 @@ ADVICE = {
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Push:
-    """The address and the commit of what the Hub has now, whether this push changed it, and the files it removed."""
+class Push(NamedTuple):
+    """What the Hub has after a push."""
 
     url: str
     commit: str
-    sent: bool
-    removed: list[str]
+    sent: bool  # False if it had everything already
+    removed: list[str]  # files of an earlier push
 
 
 def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Path]:
@@ -80,10 +79,6 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
     Raises:
         UserError: a folder is missing, or holds no weights in safetensors or not all of them.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name the output folder of a training run")
-    if evaluation is not None and not evaluation.is_dir():
-        raise UserError(f"--evaluation {evaluation}: no such folder; name the --output_dir of scripts/eval.py")
     files = matching_files(folder, (*WEIGHTS, *SETTINGS, *RECORDS))
     if not any(path.suffix == ".safetensors" for path in files.values()):
         raise UserError(f"{folder}: no model.safetensors to push; name a finished run's folder")
@@ -98,6 +93,8 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
 
 def matching_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     """Name to path of each file in a folder whose name matches one of the patterns."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the --output_dir of scripts/train.py or scripts/eval.py")
     paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, patterns))
     return {path.name: path for path in paths}
 
@@ -106,27 +103,26 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def refuse_secrets(files: Mapping[str, Path], drafts: Mapping[str, str] | None = None) -> None:
+def refuse_secrets(files: Mapping[str, Path], card: str = "") -> None:
     """Look for secrets in all text files: tokens of the Hub, credentials in addresses, and the values of this process's
     own secret environment variables (`HF_TOKEN`, `WANDB_API_KEY`, ...).
 
     Args:
         files: path in the repository to file.
-        drafts: path in the repository to a text that will replace the file there.
+        card: the text of a new README.md, which is not written yet.
 
     Raises:
         UserError: there are some; it names each file and line, and does not repeat the secret.
     """
-    drafts = drafts or {}
     variables = {name: value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)}
     variables["HF_TOKEN"] = get_token() or ""
     values = {name: value for name, value in variables.items() if len(value) >= SHORTEST_SECRET}
     texts = {
         str(path): path.read_text(encoding="utf-8", errors="replace")
-        for name, path in files.items()
-        if path.suffix not in NOT_TEXT and name not in drafts
+        for path in files.values()
+        if path.suffix not in NOT_TEXT
     }
-    texts |= {f"the new {name}": text for name, text in drafts.items()}
+    texts["the new README.md"] = card
     problems = []
     for source, text in texts.items():
         for number, line in enumerate(text.split("\n"), start=1):
@@ -180,73 +176,77 @@ def push_files(
     tag: str | None = None,
     api: HfApi | None = None,
 ) -> Push:
-    """Push files in one commit, whole or not at all; `huggingface_hub` leaves out those that have not changed.
+    """Push the files that have changed in one commit, whole or not at all; without changes there is no commit.
 
     Args:
         files: path in the repository to file, see `files_to_push`.
-        tag: a new tag for the commit.
+        tag: for the commit; it may exist if it is on that commit already.
 
     Raises:
-        UserError: the Hub refuses or cannot be reached; the tag exists already; there are secrets in the files.
+        UserError: the Hub refuses or cannot be reached; the tag is on another commit, or has the name of a branch;
+            there are secrets in the files.
     """
     api = api or HfApi()
     refuse_secrets(files)
-    if tag:
-        with_retries(lambda: refuse_known_tag(repo_id, tag, api), repo_id)
-    before = with_retries(lambda: api.model_info(repo_id, revision=revision).sha, repo_id)
-    commit, removed = with_retries(lambda: commit_files(files, repo_id, message, revision, api), repo_id)
-    if tag:
-        with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), repo_id)
-    url = f"{api.endpoint}/{repo_id}/tree/{tag or revision or 'main'}"
-    return Push(url, commit, sent=commit != before, removed=removed)
+
+    def attempt() -> Push:
+        commit = api.model_info(repo_id, revision=revision).sha or ""
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        additions = [CommitOperationAdd(path, file) for path, file in files.items()]
+        changed = [addition for addition in additions if not is_same(addition, remote.get(addition.path_in_repo))]
+        stale = stale_files(files, [addition.path_in_repo for addition in changed], remote)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*changed, *map(CommitOperationDelete, stale)]
+        if tag:
+            refuse_taken_tag(repo_id, tag, None if operations else commit, api)
+        if operations:  # the Hub answers 412 if somebody else has committed since we looked
+            done = api.create_commit(
+                repo_id, operations, commit_message=message, revision=revision, parent_commit=commit
+            )
+            commit = done.oid
+        if tag:
+            api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+        url = f"{api.endpoint}/{repo_id}/tree/{tag or revision or 'main'}"
+        return Push(url, commit, sent=bool(operations), removed=stale)
+
+    return with_retries(attempt, repo_id)
 
 
-def refuse_known_tag(repo_id: str, tag: str, api: HfApi) -> None:
-    """A tag is never moved, and one with the name of a branch would be ambiguous."""
-    refs = api.list_repo_refs(repo_id)
-    if tag in {ref.name for ref in (*refs.branches, *refs.tags)}:
-        raise UserError(f"--tag {tag}: {repo_id} has a tag or branch of this name already; choose a new name")
+def is_same(addition: CommitOperationAdd, remote: RepoFile | None) -> bool:
+    """Whether the Hub has this content: it shows the SHA-256 of large files (LFS), and the hash by git of others."""
+    if remote is None or remote.size != addition.upload_info.size:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as file:
+        content = file.read()
+    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def commit_files(
-    files: Mapping[str, Path], repo_id: str, message: str, revision: str | None, api: HfApi
-) -> tuple[str, list[str]]:
-    """Make one commit on top of the present one; if somebody else commits in between, the Hub answers 412.
+def stale_files(files: Iterable[str], changed: Iterable[str], remote: Iterable[str]) -> list[str]:
+    """What an earlier push left on the Hub and a push with weights makes wrong, as paths to remove.
 
-    Returns:
-        The commit (the old one if nothing has changed), and the paths that it removes.
+    That is other weights, which could be loaded instead of the new ones; and, when the weights change, files of an
+    evaluation of the old ones.
     """
-    parent = api.model_info(repo_id, revision=revision).sha
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=parent)
-    stale = stale_files(files, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)})
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(path, file) for path, file in files.items()),
-        *(CommitOperationDelete(path) for path in stale),
-    ]
-    done = api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=parent)
-    return done.oid, stale
-
-
-def stale_files(files: Mapping[str, Path], remote: Mapping[str, RepoFile]) -> list[str]:
-    """What an earlier push left on the Hub and these files make wrong, as paths to remove.
-
-    That is other weights in the same folder, which could be loaded instead of the new ones; and, when the weights at
-    the top change, files of an evaluation of the old ones.
-    """
+    if not any(path.endswith(".safetensors") for path in files):
+        return []
     others = [PurePosixPath(path) for path in remote if path not in files]
-    folders = {file.parent for file in map(PurePosixPath, files) if matches(file.name, WEIGHTS)}
-    stale = [file for file in others if matches(file.name, WEIGHTS) and file.parent in folders]
-    weights = [path for path in files if "/" not in path and path.endswith(".safetensors")]
-    same = all(is_same(files[path], remote.get(path)) for path in weights)
-    if not same or PurePosixPath() in {file.parent for file in stale}:
-        stale += [file for file in others if str(file.parent) == "evaluation" and matches(file.name, EVALUATION)]
+    stale = [path for path in others if path.parent.name == "" and matches(path.name, WEIGHTS)]
+    if stale or any(path.endswith(".safetensors") for path in changed):
+        stale += [path for path in others if str(path.parent) == "evaluation" and matches(path.name, EVALUATION)]
     return list(map(str, stale))
 
 
-def is_same(file: Path, remote: RepoFile | None) -> bool:
-    """Whether the Hub has this large file (LFS) already."""
-    lfs = remote.lfs if remote is not None else None
-    return lfs is not None and f"sha256:{lfs.sha256}".startswith(file_hash(file))
+def refuse_taken_tag(repo_id: str, tag: str, commit: str | None, api: HfApi) -> None:
+    """A tag is never moved: it may exist on `commit` only. One with the name of a branch would be ambiguous."""
+    refs = api.list_repo_refs(repo_id)
+    if any(ref.name == tag for ref in refs.branches):
+        raise UserError(f"--tag {tag}: {repo_id} has a branch of this name; choose another name")
+    if any(ref.name == tag and ref.target_commit != commit for ref in refs.tags):
+        raise UserError(
+            f"--tag {tag}: {repo_id} has this tag on another commit, and tags are never moved; choose another name"
+        )
 
 
 def with_retries(attempt: Callable[[], Result], repo_id: str) -> Result:
@@ -261,12 +261,12 @@ def with_retries(attempt: Callable[[], Result], repo_id: str) -> Result:
     for wait in (*WAITS, None):
         try:
             return attempt()
-        # an upload's fault is the cause of a RuntimeError; a refused README.md or name is a ValueError
+        # the fault of an upload is the cause of a RuntimeError; a refused README.md or name is a ValueError
         except (HTTPError, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             fault = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
             if wait is None or not is_temporary(fault):
                 raise UserError(f"{repo_id}: {explained(fault)}") from error
-        time.sleep(wait)
+            time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -280,10 +280,8 @@ def explained(fault: BaseException) -> str:
     details = " ".join(str(fault).split())[:300] or repr(fault)
     if isinstance(fault, OfflineModeIsEnabled):
         return "the Hub is not asked while HF_HUB_OFFLINE is set; unset it to push"
-    if isinstance(fault, HFValidationError):
-        return f"this is no name of a repository; write owner/name ({details})"
     if isinstance(fault, HfHubHTTPError) and fault.response.status_code in ADVICE:
         return f"{ADVICE[fault.response.status_code]} ({details})"
     if is_temporary(fault):
         return f"the Hub failed {len(WAITS) + 1} times, the last time with: {details}; push again to go on from there"
-    return f"the Hub refused the push: {details}"
+    return f"refused: {details}"

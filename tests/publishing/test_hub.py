@@ -10,7 +10,7 @@ from conftest import DEMO
 from hub_fixtures import CARD
 from huggingface_hub import HfApi, constants
 from loopback_hub import READ_TOKEN, WRITE_TOKEN
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError
@@ -167,12 +167,37 @@ def test_revisions_and_tags(hub, api, folder):
     repository = hub.repositories["models/someone/model"]
     assert repository.files("main")["README.md"] == repository.files("v1")["README.md"] == CARD.encode()
     assert repository.files("next")["README.md"] == repository.files("v2")["README.md"]
-    (folder / "README.md").write_text(CARD + "\nThird.\n")
-    for name in ("v1", "main", "next"):
-        with pytest.raises(UserError, match=f"--tag {name}: someone/model has a tag or branch of this name already"):
-            push(folder, api, tag=name)
-    assert repository.files("v1")["README.md"] == CARD.encode() and len(repository.messages) == 3
     assert repository.tags.keys() == {"v1", "v2"}
+
+
+def test_a_tag_stays_where_it_is(hub, api, folder):
+    first = push(folder, api, tag="v1")
+    again = push(folder, api, tag="v1")  # the same command once more
+    assert not again.sent and again.commit == first.commit and again.url.endswith("/tree/v1")
+    push(folder, api, tag="v1.0")  # nothing changed, a further tag
+    repository = hub.repositories["models/someone/model"]
+    hub.requests.clear()
+
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    changes = {
+        "README.md": (CARD + "\nMore.\n").encode(),
+        "model.safetensors": save({**weights, name: weights[name] + 1}, metadata={"format": "pt"}),
+    }
+    for path, content in changes.items():
+        before = (folder / path).read_bytes()
+        (folder / path).write_bytes(content)
+        with pytest.raises(UserError, match=r"--tag v1: someone/model has this tag on another commit"):
+            push(folder, api, tag="v1")
+        (folder / path).write_bytes(before)
+    with pytest.raises(UserError, match=r"--tag main: someone/model has a branch of this name"):
+        push(folder, api, tag="main")
+    (folder / "README.md").write_bytes(changes["README.md"])
+    sent = push(folder, api)
+    with pytest.raises(UserError, match=r"--tag v1: someone/model has this tag on another commit"):
+        push(folder, api, tag="v1")  # nothing changed, and the tag is on an earlier commit
+    assert len(hub.sent("POST", "/commit/")) == 1 and not hub.sent("PUT", "/lfs/") and not hub.sent("POST", "/tag/")
+    assert repository.tags == {"v1": first.commit, "v1.0": first.commit} and repository.branches["main"] == sent.commit
 
 
 def test_private_is_private(hub, api, folder):
@@ -250,7 +275,7 @@ def test_a_push_that_failed_for_good_is_resumed_without_uploading_again(hub, api
         (READ_TOKEN, "someone/model", r"may not write there \(403\)"),
         (READ_TOKEN, "someone/readable", r"may not write there \(403\)"),
         (WRITE_TOKEN, "other/model", r"may not write there \(403\).*namespace 'other'"),
-        (WRITE_TOKEN, "not a name", "not a name: this is no name of a repository; write owner/name"),
+        (WRITE_TOKEN, "not a name", "not a name: refused: Repo id must use"),
     ],
 )
 def test_who_may_not_write_is_told_so_at_once(hub, monkeypatch, token, repo_id, message):
@@ -278,6 +303,6 @@ def test_a_hub_that_is_off_or_gone(hub, api, folder, monkeypatch):
 
 def test_a_card_the_hub_refuses(hub, api, folder):
     (folder / "README.md").write_text("---\n- no mapping\n---\n")
-    with pytest.raises(UserError, match=r"the Hub refused the push: Invalid metadata in README\.md"):
+    with pytest.raises(UserError, match=r"refused: Invalid metadata in README\.md"):
         push(folder, api)
     assert not hub.sent("PUT", "/lfs/")

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +45,7 @@ def saved(push: PushToHub, folder: Path, step: int) -> None:
 
 
 def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), "checkpoint", api=api)
+    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
     hub.fail("POST", "/preupload/", "hold")
     start = time.perf_counter()
     saved(push, folder, 2)
@@ -55,80 +54,59 @@ def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub
     assert time.perf_counter() - start < 2
     shutil.rmtree(folder / "checkpoint-2")
     threading.Timer(0.2, hub.released.set).start()
-    push.finish(folder)
+    push.finish()
     repository = hub.repositories["models/someone/model"]
-    assert repository.messages == [
-        "initial commit", "Training in progress, step 2", "Training in progress, step 2, checkpoint",
-        "Training in progress, step 3, checkpoint", "End of training",
-    ]  # fmt: skip
-    assert json.loads(repository.files()["last-checkpoint/trainer_state.json"])["step"] == 3
-    files = {path for path in repository.files() if path.startswith("last-checkpoint/")}
-    assert files == {
-        f"last-checkpoint/{name}"
-        for name in ("model.safetensors", "config.json", "trainer_state.json", "optimizer.pt", "rng_state.pth")
-    }
-    uploads = [request.path for request in hub.sent("PUT", "/lfs/")]
-    assert len(uploads) == len(set(uploads))  # weights that are in the repository twice were sent once
+    assert repository.messages == ["initial commit", "Training in progress, step 2", "End of training"]
+    assert json.loads(list(repository.commits.values())[1]["config.json"].content)["step"] == 2
     assert not (folder / ".push").exists()
 
 
-def test_all_checkpoints_always(hub, api, folder):
-    push = PushToHub(open_repository("someone/model", api=api), "all_checkpoints", always=True, api=api)
+def test_always_skips_no_save(hub, api, folder):
+    push = PushToHub(open_repository("someone/model", api=api), folder, always=True, api=api)
     hub.fail("POST", "/preupload/", "hold")
     for step in (2, 4, 6):
         saved(push, folder, step)
     hub.released.set()
-    push.finish(folder)
-    files = hub.repositories["models/someone/model"].files()
-    assert {path.split("/")[0] for path in files if "/" in path} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
-    assert json.loads(files["checkpoint-4/config.json"])["step"] == 4
-
-
-@pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_strategies_without_checkpoints(hub, api, folder, strategy):
-    push = PushToHub(open_repository("someone/model", api=api), strategy, api=api)
-    saved(push, folder, 2)
-    push.finish(folder)
+    push.finish()
     repository = hub.repositories["models/someone/model"]
-    assert len(repository.messages) == (2 if strategy == "end" else 3)
-    assert not any("/" in path or path.endswith((".pt", ".pth", ".bin")) for path in repository.files())
+    assert repository.messages[1:-1] == [f"Training in progress, step {step}" for step in (2, 4, 6)]
+    steps = [json.loads(files["config.json"].content)["step"] for files in list(repository.commits.values())[1:-1]]
+    assert steps == [2, 4, 6]
 
 
-def test_a_push_that_fails_while_training_is_told_and_made_good(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), "checkpoint", api=api)
+@pytest.mark.parametrize("every_save", [False, True])
+def test_only_safetensors_and_text_go(hub, api, folder, every_save):
+    push = PushToHub(open_repository("someone/model", api=api), folder, every_save=every_save, api=api)
+    saved(push, folder, 2)
+    push.finish()
+    repository = hub.repositories["models/someone/model"]
+    assert len(repository.messages) == (3 if every_save else 2)
+    for files in repository.commits.values():
+        assert not any("/" in path or path.endswith((".pt", ".pth", ".bin")) for path in files)
+
+
+def test_a_push_that_fails_while_training_is_reported(hub, api, folder, capsys):
+    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
     hub.fail("POST", "/commit/", 403)
     saved(push, folder, 2)
-    assert push.finish(folder).sent
-    failed, pushed = capsys.readouterr().out.splitlines()
-    assert failed.startswith("  checkpoint-2: not pushed: someone/model: the token may not write")
-    assert pushed == "  checkpoint-2: pushed to someone/model" and not (folder / ".push").exists()
+    assert push.finish().sent
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("  checkpoint-2: not pushed: someone/model: the token may not write")
     repository = hub.repositories["models/someone/model"]
-    assert repository.messages == ["initial commit", "Training in progress, step 2, checkpoint", "End of training"]
-    assert json.loads(repository.files()["last-checkpoint/optimizer.pt"])["step"] == 2
+    assert repository.messages == ["initial commit", "End of training"] and not (folder / ".push").exists()
     assert files_to_push(folder).keys() <= repository.files().keys()
-
-
-def test_what_is_missing_for_resuming_is_told(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), "all_checkpoints", api=api)
-    hub.fail("POST", "/commit/", 403)
-    saved(push, folder, 2)
-    wait(push._jobs)
-    shutil.rmtree(folder / "checkpoint-2")
-    assert push.finish(folder).sent
-    [_, line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("  checkpoint-2: not pushed: ") and str(folder / "checkpoint-2") in line
 
 
 def test_a_save_that_cannot_be_staged_does_not_stop_training(hub, api, folder, capsys):
     (folder / ".push").write_text("in the way")
-    push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
+    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
     saved(push, folder, 2)
     assert capsys.readouterr().out.startswith("  checkpoint-2: not pushed: [Errno ")
-    assert push.finish(folder).sent
+    assert push.finish().sent
 
 
 def test_saves_that_wait_are_not_pushed_when_training_fails(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), "every_save", always=True, api=api)
+    push = PushToHub(open_repository("someone/model", api=api), folder, always=True, api=api)
     hub.fail("POST", "/preupload/", "hold")
     threading.Timer(0.5, hub.released.set).start()
     with pytest.raises(ZeroDivisionError), push:
@@ -147,21 +125,22 @@ def command_in(error: UserError) -> list[str]:
 
 def test_a_last_push_that_fails_names_the_command_for_later(hub, api, folder):
     folder = folder.rename(folder.with_name("my run"))
-    push = PushToHub(open_repository("someone/model", revision="next", api=api), "end", revision="next", api=api)
+    repo_id = open_repository("someone/model", revision="next", api=api)
+    push = PushToHub(repo_id, folder, every_save=False, revision="next", api=api)
     hub.fail("POST", "/commit/", 403)
     with pytest.raises(UserError, match="may not write there") as error:
-        push.finish(folder)
+        push.finish()
     wanted = ["python", "scripts/publish.py", str(folder), "--repo_id", "someone/model", "--revision", "next"]
     assert command_in(error.value) == wanted
 
 
 def test_an_interrupted_last_push_names_it_too(hub, api, folder):
-    push = PushToHub(open_repository("someone/model", api=api), "every_save", api=api)
+    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
     hub.fail("POST", "/preupload/", "hold")
     saved(push, folder, 2)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(UserError, match=r"^the push was interrupted\n") as error:
-        push.finish(folder)
+        push.finish()
     assert command_in(error.value)[2:] == [str(folder), "--repo_id", "someone/model"]
     hub.released.set()
     with pytest.raises(KeyboardInterrupt), push:  # let the thread end before the Hub does
@@ -172,14 +151,24 @@ def test_the_stock_trainer_is_told_not_to_push(hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     args = TrainingArguments(
-        str(tmp_path / "run"), push_to_hub=True, hub_strategy="checkpoint", hub_private_repo=True, hub_revision="next",
+        str(tmp_path / "run"), push_to_hub=True, hub_strategy="end", hub_private_repo=True, hub_revision="next",
         hub_always_push=True,
     )  # fmt: skip
     push = replace_trainer_push(args)
     assert args.push_to_hub is False
-    assert (push.repo_id, push.strategy, push.revision, push.always) == ("someone/run", "checkpoint", "next", True)
+    assert (push.repo_id, push.every_save, push.revision, push.always) == ("someone/run", False, "next", True)
     repository = hub.repositories["models/someone/run"]
     assert repository.private and "next" in repository.branches
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_strategies_that_push_pickles_are_refused(hub, tmp_path, strategy):
+    args = TrainingArguments(str(tmp_path / "run"), push_to_hub=True, hub_strategy=strategy)
+    with pytest.raises(
+        UserError, match=rf"--hub_strategy {strategy} .*pickles.*optimizer\.pt.*use every_save or end"
+    ) as e:
+        replace_trainer_push(args)
+    assert "\n" not in str(e.value) and not hub.requests
 
 
 # --- the main job ---------------------------------------------------------------------------------------------------
@@ -208,23 +197,24 @@ def train(*where: Any, token: str = WRITE_TOKEN) -> subprocess.CompletedProcess:
     return subprocess.run(**training(*where, token=token), capture_output=True, timeout=200)
 
 
-def test_training_pushes_what_a_download_resumes_from(cache, tmp_path):
-    output_dir = tmp_path / "run"
+def test_training_pushes_every_save_and_the_finished_run(cache, tmp_path):
+    output_dir = tmp_path / "tuned"
     with LoopbackHub() as hub:
         done = train(
-            hub.endpoint, cache, "--output_dir", str(output_dir), "--hub_model_id", "someone/tuned",
-            "--hub_strategy", "checkpoint", "--hub_always_push", "true", "--hub_private_repo", "true",
+            hub.endpoint, cache, "--output_dir", str(output_dir), "--hub_always_push", "true",
+            "--hub_private_repo", "true", "--hub_revision", "next",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        assert f"Pushed: {hub.endpoint}/someone/tuned/tree/main" in done.stdout
-        repository = hub.repositories["models/someone/tuned"]
-        steps = [f"Training in progress, step {step}{part}" for step in (2, 4) for part in ("", ", checkpoint")]
+        assert f"Pushed: {hub.endpoint}/someone/tuned/tree/next" in done.stdout
+        repository = hub.repositories["models/someone/tuned"]  # no --hub_model_id, no owner
+        steps = [f"Training in progress, step {step}" for step in (2, 4)]
         assert repository.private and repository.messages == ["initial commit", *steps, "End of training"]
-        files = repository.files()
+        files = repository.files("next")
         assert {"README.md", "run.json", "loss.png", "model.safetensors", "chat_template.jinja"} <= files.keys()
-        assert not any("training_args" in path for path in files)
+        assert not any(path.endswith((".pt", ".pth", ".bin")) for path in files)
         assert files["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
         assert json.loads(files["run.json"])["config"]["training"]["push_to_hub"] is True
+        assert 'model="someone/tuned"' in files["README.md"].decode()
 
         # nothing secret: in what was sent, and in what was written
         assert not any(WRITE_TOKEN.encode() in request.body for request in hub.requests)
@@ -232,28 +222,6 @@ def test_training_pushes_what_a_download_resumes_from(cache, tmp_path):
         assert WRITE_TOKEN not in done.stdout + done.stderr
         for path in output_dir.rglob("*"):
             assert not path.is_file() or WRITE_TOKEN.encode() not in path.read_bytes(), path
-
-        # from step 2, as the Hub had it then: the weights that the run reached without a break
-        commit = list(repository.commits)[2]
-        downloads = cache / "downloads"
-        code = (
-            "from huggingface_hub import snapshot_download\n"
-            f"snapshot_download('someone/tuned', revision={commit!r}, local_dir={str(downloads)!r})"
-        )
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": WRITE_TOKEN}
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=100)
-        assert not (downloads / "last-checkpoint" / "training_args.bin").exists()
-        done = train(
-            hub.endpoint, cache, "--output_dir", str(tmp_path / "resumed"), "--hub_strategy", "every_save",
-            "--hub_revision", "next", "--resume_from_checkpoint", str(downloads / "last-checkpoint"),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        resumed = hub.repositories["models/someone/resumed"]
-        assert resumed.messages == ["initial commit", "Training in progress, step 4", "End of training"]
-        assert 'model="someone/resumed"' in resumed.files("next")["README.md"].decode()  # no --hub_model_id, no owner
-        assert resumed.files("next")["model.safetensors"] == files["model.safetensors"]
-        state = json.loads(resumed.files("next")["trainer_state.json"])
-        assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_ctrl_c_waits_for_the_push_that_is_under_way_and_no_other(cache, tmp_path):
@@ -288,12 +256,21 @@ def until(happened: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def test_a_wrong_token_costs_no_training(cache, tmp_path):
+def test_a_mistake_costs_no_training(cache, tmp_path):
     with LoopbackHub() as hub:
-        done = train(hub.endpoint, cache, "--output_dir", str(tmp_path / "run"), token="hf_wrongwrongwrongwrong")
-        assert done.returncode == 1 and not (tmp_path / "run").exists() and len(hub.sent("POST", "")) == 1
-    [line] = [line for line in done.stderr.splitlines() if line.strip()]
-    assert line.startswith("error: run: no token, or a wrong one (401); run `hf auth login`, or set HF_TOKEN")
+        output_dir = ("--output_dir", str(tmp_path / "run"))
+        wrong_token = train(hub.endpoint, cache, *output_dir, token="hf_wrongwrongwrongwrong")
+        assert len(hub.sent("POST", "")) == 1
+        hub.requests.clear()
+        pickles = train(hub.endpoint, cache, *output_dir, "--hub_strategy", "checkpoint")
+        assert not hub.requests
+    assert not (tmp_path / "run").exists()
+    for done, message in [
+        (wrong_token, "error: run: no token, or a wrong one (401); run `hf auth login`, or set HF_TOKEN"),
+        (pickles, "error: --hub_strategy checkpoint would push pickles (optimizer.pt, rng_state.pth)"),
+    ]:
+        [line] = [line for line in done.stderr.splitlines() if line.strip()]
+        assert done.returncode == 1 and line.startswith(message)
 
 
 def test_a_token_as_a_flag_is_refused_and_not_repeated(cache, tmp_path):
