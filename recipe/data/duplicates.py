@@ -58,26 +58,20 @@ def inspect_duplicates(
     across = sorted(itertools.combinations(given, 2), key=lambda names: (names[0] != "train", names[1] == "validation"))
     report = []
     for earlier, later in [*across, *zip(given, given, strict=True)]:
-        exact = _equal_records(records[later], records[earlier], FIELDS)
-        exact_rows = {match.record["row"] for match in exact}
         same_prompt = _equal_records(records[later], records[earlier], FIELDS[:2])
         matches = {
-            "exact": exact,
-            "same_prompt": [match for match in same_prompt if match.record["row"] not in exact_rows],
-            "near": _most_similar(near, later, earlier),
+            "exact": _equal_records(records[later], records[earlier], FIELDS),
+            "same_prompt": [match for match in same_prompt if match.record["output"] != match.other["output"]],
         }
-        report.append(
-            {
-                "records_of": later,
-                "found_in": earlier,
-                "records": len(records[later]),
-                **{kind: len(found) if kind != "near" or threshold else None for kind, found in matches.items()},
-                "examples": {
-                    kind: [{"similarity": match.similarity, "records": match[:2]} for match in found[:show]]
-                    for kind, found in matches.items()
-                },
-            }
-        )
+        if threshold:
+            matches["near"] = _most_similar(near, later, earlier)
+        counts = {kind: len(found) for kind, found in matches.items()}
+        examples = {
+            kind: [{"similarity": match.similarity, "records": match[:2]} for match in found[:show]]
+            for kind, found in matches.items()
+        }
+        splits = {"records_of": later, "found_in": earlier, "records": len(records[later])}
+        report.append({**splits, **counts, "examples": examples})
     pairs = [
         {"similarity": similarity, "splits": [record["split"], other["split"]], "rows": [record["row"], other["row"]]}
         for record, other, similarity in near

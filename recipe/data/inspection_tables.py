@@ -58,25 +58,20 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
     for name, split in splits.items():
         batches, total = split["batches"], sum(split["tokens"].values())
         shares = [count / total if total else None for count in split["tokens"].values()]
-        shares.append(batches["padding"])
-        rows.append(
-            [name, number(total), *map(percent, shares), *map(number, (batches["padded"], batches["shared_prefix"]))]
-        )
+        inputs = [number(batches[layout]) for layout in ("padded", "shared_prefix")]
+        rows.append([name, number(total), *map(percent, [*shares, batches["padding"]]), *inputs])
     columns = ["split", "tokens", "% preamble", "% prompt", "% response", "% padding", "inputs, padded"]
     title = f"Tokens that training sees, and inputs of an epoch in random batches of {settings['batch_size']}"
     print_table(title, [*columns, "inputs, shared prefix"], rows)
-    rows = [
-        [name, *map(number, cost.values())]
-        for name, split in splits.items()
-        for cost in split["overflow"]
-        if cost["too_long"]
-    ]
-    if not rows:
+
+    costs = [(name, cost) for name, split in splits.items() for cost in split["overflow"] if cost["too_long"]]
+    if not costs:
         print("No record is too long at any limit.")
         return
     columns = ["split", "max_length", "too long", "prompt tokens cut", "response tokens cut", "without end"]
-    title = f"Records too long: what truncate would cut, and drop leave out (training: {settings['max_length']:,})"
-    print_table(title, [*columns, "tokens dropped"], rows, caption="limits that are not listed cut nothing")
+    title = f"Records too long, and what truncate would cut (training: {settings['max_length']:,})"
+    rows = [[name, *map(number, cost.values())] for name, cost in costs]
+    print_table(title, columns, rows, caption="limits that are not listed cut nothing")
 
 
 def print_records(report: Mapping[str, Any]) -> None:
@@ -86,12 +81,6 @@ def print_records(report: Mapping[str, Any]) -> None:
         ["with control, invisible or replacement characters", *map(number, odd["by_split"].values())],
     ]
     print_table("Records", ["", *report["splits"]], rows)
-    if report["frequent_responses"]:
-        rows = [
-            [row["response"][:70], number(row["records"]), percent(row["share"]), number(row["prompts"])]
-            for row in report["frequent_responses"]
-        ]
-        print_table("Most frequent responses", ["response", "records", "% of all", "different prompts"], rows)
     print_examples("Records with odd characters", [[record] for record in odd["examples"]])
     for name in ("longest", "shortest"):
         notes = [f"{record['tokens']:,} tokens" for record in report[name]]

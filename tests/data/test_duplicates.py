@@ -191,5 +191,5 @@ def test_without_datasketch_the_way_out_is_said(monkeypatch):
         near_duplicates(records_of(["a", "b"]), 0.8)
     splits = DatasetDict(train=dataset(REPEATED["train"]))
     report, pairs = inspect_duplicates(splits, splits, 0, show=1)
-    assert report["threshold"] is None and report["splits"][0]["near"] is None and pairs == []
+    assert report["threshold"] is None and "near" not in report["splits"][0] and pairs == []
     assert report["splits"][0]["exact"] == 1
