@@ -55,9 +55,8 @@ def inspect_duplicates(
     """
     near, complete = near_duplicates(flatten(trained), threshold) if threshold else ([], True)
     records = {name: flatten({name: split}) for name, split in given.items()}
-    across = sorted(itertools.combinations(given, 2), key=lambda names: (names[0] != "train", names[1] == "validation"))
     report = []
-    for earlier, later in [*across, *zip(given, given, strict=True)]:
+    for earlier, later in [*itertools.combinations(given, 2), *zip(given, given, strict=True)]:
         same_prompt = _equal_records(records[later], records[earlier], FIELDS[:2])
         matches = {
             "exact": _equal_records(records[later], records[earlier], FIELDS),
@@ -126,10 +125,12 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
     different: dict[tuple[str, str], Record] = {}  # by split and text
     for record in records:
         different.setdefault((record["split"], "\n".join(record[field] for field in FIELDS)), record)
-    settings = {"threshold": min(threshold, 0.9), "num_perm": PERMUTATIONS, "weights": WEIGHTS}  # none fits above 0.9
-    indexes = {name: MinHashLSH(**settings) for name in dict.fromkeys(split for split, _ in different)}
-    shingles = (_shingles(text) for _, text in different)
-    hashes = MinHash.generator(shingles, num_perm=PERMUTATIONS, hashfunc=_hash)
+    indexes = {
+        name: MinHashLSH(min(threshold, 0.9), PERMUTATIONS, WEIGHTS)  # above 0.9 no setting fits the weights
+        for name in dict.fromkeys(split for split, _ in different)
+    }
+    settings = {"num_perm": PERMUTATIONS, "hashfunc": lambda shingle: zlib.crc32(shingle.encode())}
+    hashes = MinHash.generator((_shingles(text) for _, text in different), **settings)
     matches, complete = [], True
     for (split, text), minhash in zip(different, tqdm(hashes, "Near-duplicates", len(different)), strict=True):
         for name, index in indexes.items():
@@ -145,16 +146,11 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
 
 
 def _similarity(text: str, other: str) -> float:
-    one, two = _shingles(text), _shingles(other)
-    common = len(one & two)
-    return common / (len(one) + len(two) - common)
+    first, second = _shingles(text), _shingles(other)
+    return len(first & second) / len(first | second)
 
 
 @lru_cache(maxsize=1000)
 def _shingles(text: str) -> frozenset[str]:
     plain = " ".join(text.lower().split())
     return frozenset(plain[start : start + SHINGLE] for start in range(max(1, len(plain) - SHINGLE + 1)))
-
-
-def _hash(shingle: str) -> int:
-    return zlib.crc32(shingle.encode("utf-8", "surrogatepass"))

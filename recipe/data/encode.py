@@ -28,7 +28,7 @@ ENCODED_FEATURES = Features(
 
 
 def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
-    """Records as tokens, ready for the collator: `load_records`, then `encode_records`.
+    """Records as tokens, ready for the collator: load, validate, split, encode.
 
     Returns:
         a `DatasetDict` of `train`, `validation`, `test` and whatever other splits the data names, with the columns
@@ -40,6 +40,7 @@ def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Da
 
     Example::
 
+        tokenizer = AutoTokenizer.from_pretrained("openai-community/gpt2")
         splits = load_splits(DataArguments(data="instruction-data.json"), tokenizer)
         splits["train"][0]["labels"][-1] == tokenizer.eos_token_id
     """
@@ -50,9 +51,10 @@ def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Da
 def encode_records(
     records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments
 ) -> DatasetDict:
-    """Prompt, response and an end-of-text token of each record, by one batched `datasets.map` per split, cached.
+    """Prompt and response of each record as tokens, one batched `datasets.map` per split, cached.
 
-    A record longer than `max_length` is cut (`overflow="truncate"`, see `cut_lengths`) or left out (`"drop"`).
+    One end-of-text token ends the response. A record longer than `max_length` is cut (`overflow="truncate"`, see
+    `cut_lengths`) or left out (`"drop"`).
 
     Raises:
         UserError: a tokenizer without an end-of-text token, `max_length` out of range, with `overflow="error"` each

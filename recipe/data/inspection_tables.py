@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def print_duplicates(repetition: Mapping[str, Any], dropped: int) -> None:
     for found in repetition["splits"]:
         for kind, heading in kinds.items():
             groups = found["examples"][kind]
-            notes = [f"similarity {group['similarity']:.3f}" if kind == "near" else "" for group in groups]
+            notes = [f"similarity {group['similarity']:.3f}" for group in groups if kind == "near"]
             title = f"{heading.capitalize()}: {found['records_of']} in {found['found_in']}"
             print_examples(title, [group["records"] for group in groups], notes)
 
@@ -93,9 +94,9 @@ def print_examples(title: str, groups: Sequence[Sequence[Mapping[str, Any]]], no
         return
     console = Console(soft_wrap=True, highlight=False)
     console.print(Text(f"\n{one_line(title)}", style="bold"))
-    for index, group in enumerate(groups):
-        if notes and notes[index]:
-            console.print(Text(f"  {notes[index]}"))
+    for group, note in itertools.zip_longest(groups, notes):
+        if note:
+            console.print(Text(f"  {note}"))
         for record in group:
             prompt = " | ".join(text for text in (record["instruction"], record["input"]) if text)
             where = f"{one_line(record['split'])} row {record['row']}"

@@ -134,21 +134,20 @@ def _check_csv(file: str) -> tuple[list[str], list[str]]:
         sizes = [len(fields) for fields in lines]
     names = ", ".join(header)
     problems = [
-        f"row {row}: {size} fields, but the header has {len(header)} ({names}); put text with commas in double quotes"
+        f"row {row}: {size} fields, but the header has {len(header)} ({names}); "
+        "put text with commas or quotes in double quotes"
         for row, size in enumerate(sizes)
         if size != len(header)
     ]
     if not sizes:
         problems.append(NO_RECORDS)
     if len(set(header)) < len(header) or not all(header):
-        problems.append(
-            f"has a column without a name, or two of one name, in its header ({names}); rename or remove it"
-        )
+        problems.append(f"has a column without a name, or two of one name, in its header ({names}); give each its own")
     return header, problems
 
 
 def _json_problems(file: str) -> list[str]:
-    """Where a JSON file cannot be read: the position in an array, or every broken line of JSON lines."""
+    """Where a JSON file is broken or holds no object: in an array one position, in JSON lines every such line."""
     try:
         texts = _json_texts(file)
     except ValueError as error:  # not UTF-8, or a broken array

@@ -126,7 +126,7 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     path.write_text("instruction,input,output\nSort: b, a,,a b\n\na,b,c\nd,e\n")
     assert refuse(path).splitlines()[1:] == [
         f"{path} row {row}: {count} fields, but the header has 3 (instruction, input, output); "
-        "put text with commas in double quotes"
+        "put text with commas or quotes in double quotes"
         for row, count in ((0, 4), (2, 2))
     ]
     path.write_text("instruction,output,output\na,b,c\n")
