@@ -55,7 +55,14 @@ def test_good_records_cost_no_look_at_single_values(tmp_path, monkeypatch, value
 
 def test_a_column_of_nulls(tmp_path):
     path = write(tmp_path / "a.jsonl", [{**GOOD, "output": None}] * 2)
-    assert [f"{path} row {row}: 'output' is null or missing" in refuse(path) for row in range(2)] == [True, True]
+    assert refuse(path).splitlines()[1:] == [
+        f"{path} row {row}: 'output' is null or missing; write a response or remove the row" for row in range(2)
+    ]
+
+
+def test_blank_in_any_script(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**GOOD, "output": text} for text in ("\u3000", " \x1c", "\u200b x", "\u00a0")])
+    assert [line.split(": ")[0] for line in refuse(path).splitlines()[1:]] == [f"{path} row {row}" for row in (0, 1, 3)]
 
 
 def test_a_file_whose_only_field_is_text(tmp_path):
