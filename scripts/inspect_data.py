@@ -93,17 +93,16 @@ def main(argv: list[str]) -> None:
 
 
 def results_folder(argv: list[str], args: InspectionArguments) -> Path:
-    """`--output_dir`, or a folder beside the YAML file's output_dir, which is for the training run: outputs/demo-data.
+    """`--output_dir`, or outputs/demo-data beside the YAML file's outputs/demo, which is for the training run.
 
     Raises:
         UserError: neither is given, or it is a file.
     """
     if args.output_dir is None:
         raise UserError("name a folder for the results with --output_dir")
-    is_flag = any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv)
-    output_dir = Path(args.output_dir)
-    output_dir = output_dir if is_flag else output_dir.with_name(f"{output_dir.name}-data")
-    if output_dir.exists() and not output_dir.is_dir():
+    is_flag = any(word.startswith(("--output_dir", "--output-dir")) for word in argv)
+    output_dir = Path(args.output_dir if is_flag else f"{Path(args.output_dir)}-data")
+    if output_dir.is_file():
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     return output_dir
 

@@ -55,29 +55,22 @@ def inspect_duplicates(
     """
     near, complete = near_duplicates(flatten(trained), threshold) if threshold else ([], True)
     records = {name: flatten({name: split}) for name, split in given.items()}
-    across = sorted(itertools.combinations(given, 2), key=lambda names: (names[0] != "train", names[1] == "validation"))
     report = []
-    for earlier, later in [*across, *zip(given, given, strict=True)]:
-        exact = _equal_records(records[later], records[earlier], FIELDS)
-        exact_rows = {match.record["row"] for match in exact}
+    for earlier, later in [*itertools.combinations(given, 2), *zip(given, given, strict=True)]:
         same_prompt = _equal_records(records[later], records[earlier], FIELDS[:2])
         matches = {
-            "exact": exact,
-            "same_prompt": [match for match in same_prompt if match.record["row"] not in exact_rows],
-            "near": _most_similar(near, later, earlier),
+            "exact": _equal_records(records[later], records[earlier], FIELDS),
+            "same_prompt": [match for match in same_prompt if match.record["output"] != match.other["output"]],
         }
-        report.append(
-            {
-                "records_of": later,
-                "found_in": earlier,
-                "records": len(records[later]),
-                **{kind: len(found) if kind != "near" or threshold else None for kind, found in matches.items()},
-                "examples": {
-                    kind: [{"similarity": match.similarity, "records": match[:2]} for match in found[:show]]
-                    for kind, found in matches.items()
-                },
-            }
-        )
+        if threshold:
+            matches["near"] = _most_similar(near, later, earlier)
+        counts = {kind: len(found) for kind, found in matches.items()}
+        examples = {
+            kind: [{"similarity": match.similarity, "records": match[:2]} for match in found[:show]]
+            for kind, found in matches.items()
+        }
+        splits = {"records_of": later, "found_in": earlier, "records": len(records[later])}
+        report.append({**splits, **counts, "examples": examples})
     pairs = [
         {"similarity": similarity, "splits": [record["split"], other["split"]], "rows": [record["row"], other["row"]]}
         for record, other, similarity in near
@@ -132,10 +125,12 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
     different: dict[tuple[str, str], Record] = {}  # by split and text
     for record in records:
         different.setdefault((record["split"], "\n".join(record[field] for field in FIELDS)), record)
-    settings = {"threshold": min(threshold, 0.9), "num_perm": PERMUTATIONS, "weights": WEIGHTS}  # none fits above 0.9
-    indexes = {name: MinHashLSH(**settings) for name in dict.fromkeys(split for split, _ in different)}
-    shingles = (_shingles(text) for _, text in different)
-    hashes = MinHash.generator(shingles, num_perm=PERMUTATIONS, hashfunc=_hash)
+    indexes = {
+        name: MinHashLSH(min(threshold, 0.9), PERMUTATIONS, WEIGHTS)  # above 0.9 no setting fits the weights
+        for name in dict.fromkeys(split for split, _ in different)
+    }
+    settings = {"num_perm": PERMUTATIONS, "hashfunc": lambda shingle: zlib.crc32(shingle.encode())}
+    hashes = MinHash.generator((_shingles(text) for _, text in different), **settings)
     matches, complete = [], True
     for (split, text), minhash in zip(different, tqdm(hashes, "Near-duplicates", len(different)), strict=True):
         for name, index in indexes.items():
@@ -151,16 +146,11 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
 
 
 def _similarity(text: str, other: str) -> float:
-    one, two = _shingles(text), _shingles(other)
-    common = len(one & two)
-    return common / (len(one) + len(two) - common)
+    first, second = _shingles(text), _shingles(other)
+    return len(first & second) / len(first | second)
 
 
 @lru_cache(maxsize=1000)
 def _shingles(text: str) -> frozenset[str]:
     plain = " ".join(text.lower().split())
     return frozenset(plain[start : start + SHINGLE] for start in range(max(1, len(plain) - SHINGLE + 1)))
-
-
-def _hash(shingle: str) -> int:
-    return zlib.crc32(shingle.encode("utf-8", "surrogatepass"))

@@ -53,8 +53,8 @@ def encode_records(
 ) -> DatasetDict:
     """Prompt and response of each record as tokens, one batched `datasets.map` per split, cached.
 
-    Prompt and response are tokenized separately and concatenated, so that training sees the boundary that generation
-    will see; one end-of-text token ends the response. See `encode_batch` for records that are too long.
+    One end-of-text token ends the response. A record longer than `max_length` is cut (`overflow="truncate"`, see
+    `cut_lengths`) or left out (`"drop"`).
 
     Raises:
         UserError: a tokenizer without an end-of-text token, `max_length` out of range, with `overflow="error"` each
@@ -73,13 +73,8 @@ def encode_records(
             f"--max_length {max_length} leaves no room: the template's response header alone has {ending} tokens; "
             f"give at least {2 * (ending + 1)}"
         )
-    arguments = {
-        "template": template,
-        "mask_prompt": config.mask_prompt,
-        "max_length": max_length,
-        "overflow": config.overflow,
-        "ending": ending,
-    }
+    arguments: dict[str, Any] = {"template": template, "max_length": max_length, "ending": ending}
+    arguments |= {"mask_prompt": config.mask_prompt, "overflow": config.overflow}
     encoded = DatasetDict()
     for name, split in records.items():
         encoded[name] = split.map(
@@ -108,12 +103,12 @@ def encode_batch(
 ) -> pa.Table:
     """Encode a batch of records for `datasets.map`, from flat arrays straight into Arrow.
 
-    A record longer than `max_length` is left out with `overflow="drop"` (and `"error"`, which the caller reports). With
-    `"truncate"` it is cut to `cut_lengths`: the prompt before its last `ending` tokens (the response header), the
-    response at its end, so that it then has no end-of-text token to learn.
+    A prompt is cut before its last `ending` tokens (the response header), a response at its end, so that it then has no
+    end-of-text token to learn. `overflow="error"` leaves out as `"drop"` does; the caller reports what is missing.
     """
     inputs = zip(batch["instruction"], batch["input"], strict=True)
     prompts = template.prompts({"instruction": instruction, "input": text} for instruction, text in inputs)
+    # separately, so that training sees the boundary between prompt and response that generation will see
     tokens, lengths = token_ids(tokenizer, [*itertools.chain.from_iterable(zip(prompts, batch["output"], strict=True))])
     tokens = np.insert(tokens, lengths.cumsum()[1::2], tokenizer.eos_token_id)
     lengths = lengths.reshape(-1, 2) + np.array([0, 1])  # (records, 2): prompt, and response with its end-of-text token
@@ -212,14 +207,14 @@ def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments
 def _check_encoded(
     records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
 ) -> None:
-    sources = config.data if isinstance(config.data, dict) else dict.fromkeys(encoded, config.data)
+    sources = config.data if isinstance(config.data, dict) else {"train": config.data}
     problems = []
     for name, split in encoded.items():
         if config.overflow == "error":
             rows, kept = (dataset.with_format("numpy")["row"][:] for dataset in (records[name], split))
             problems += [
-                f"{sources.get(name)} {name} row {row}: longer than --max_length {max_length} tokens; shorten it, "
-                "raise --max_length, or choose --overflow truncate or drop"
+                f"{sources.get(name, sources.get('train'))} {name} row {row}: longer than --max_length {max_length} "
+                "tokens; shorten it, raise --max_length, or choose --overflow truncate or drop"
                 for row in np.setdiff1d(rows, kept)
             ]
         elif len(split) == 0:

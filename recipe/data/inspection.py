@@ -84,17 +84,15 @@ def inspect_lengths(
 
 
 def overflow_at(lengths: np.ndarray, limit: int) -> dict[str, int]:
-    """What `--max_length limit` would cost a split: records that are too long; tokens that `truncate` would cut off
-    prompts and off responses, and responses that would lose their end; tokens that `drop` would leave out."""
+    """What `--max_length limit` would cost a split: records that are too long, tokens that `truncate` would cut off
+    prompts and off responses, and responses that would lose their end."""
     removed = lengths - cut_lengths(lengths, limit)
-    too_long = lengths.sum(axis=1) > limit
     return {
         "limit": limit,
-        "too_long": int(too_long.sum()),
+        "too_long": int((lengths.sum(axis=1) > limit).sum()),
         "cut_prompt_tokens": int(removed[:, 0].sum()),
         "cut_response_tokens": int(removed[:, 1].sum()),
         "without_end": int((removed[:, 1] > 0).sum()),
-        "dropped_tokens": int(lengths[too_long].sum()),
     }
 
 
@@ -102,12 +100,8 @@ def batch_costs(lengths: np.ndarray, batch_size: int, shared: int) -> dict[str, 
     """Input tokens of one epoch of random batches: laid out in padded rows, and in rows with shared prefixes.
 
     A record of n tokens has n - 1 inputs. `padded` is the mean over `SHUFFLES` orders of the records, drawn with a
-    fixed seed; `padding` is the share of it that is padding. With `--batching shared_prefix` there is no padding, and
-    the `shared` tokens that all prompts begin with are stored once a batch: `shared_prefix` is what that leaves, at
-    most, because prompts that have more in common share more.
-
-    Args:
-        lengths: of each record in tokens, as training sees it (records,).
+    fixed seed; `padding` is the share of it that is padding. `shared_prefix` has no padding, and the `shared` tokens
+    that all prompts begin with once a batch: an upper bound, because prompts that have more in common share more.
 
     Two records of 5 and 3 tokens, one batch: two rows of 4 inputs, 2 of the 8 padding; shared 2, a row of 4 + 2 - 2.
 
@@ -141,28 +135,21 @@ def _describe(values: np.ndarray) -> dict[str, float]:
 
 
 def inspect_records(trained: Mapping[str, Dataset], lengths: Mapping[str, np.ndarray], show: int) -> dict[str, Any]:
-    """The longest and the shortest records, the most frequent responses, and what is odd; see docs/data.md.
+    """The longest and the shortest records, those without an input, and what is odd; see docs/data.md.
 
     Args:
         lengths: of the same splits, from `measure_lengths`.
         show: examples of each finding.
     """
     records = flatten(trained)
-    prompts: dict[str, set] = {}  # of each response
     for record, tokens in zip(records, np.concatenate([*lengths.values()]).sum(axis=1).tolist(), strict=True):
         record["tokens"] = tokens
-        prompts.setdefault(record["output"], set()).add((record["instruction"], record["input"]))
     by_length = sorted(records, key=lambda record: record["tokens"])
     no_input = [record for record in records if not record["input"].strip()]
     odd = [record for record in records if any(ODD.search(record[field]) for field in FIELDS)]
     return {
         "longest": by_length[::-1][:show],
         "shortest": by_length[:show],
-        "frequent_responses": [
-            {"response": text, "records": count, "share": count / len(records), "prompts": len(prompts[text])}
-            for text, count in Counter(record["output"] for record in records).most_common(show)
-            if count > 1
-        ],
         "empty_input": {"by_split": _by_split(trained, no_input)},
         "odd_characters": {"by_split": _by_split(trained, odd), "examples": odd[:show]},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def print_duplicates(repetition: Mapping[str, Any], dropped: int) -> None:
     for found in repetition["splits"]:
         for kind, heading in kinds.items():
             groups = found["examples"][kind]
-            notes = [f"similarity {group['similarity']:.3f}" if kind == "near" else "" for group in groups]
+            notes = [f"similarity {group['similarity']:.3f}" for group in groups if kind == "near"]
             title = f"{heading.capitalize()}: {found['records_of']} in {found['found_in']}"
             print_examples(title, [group["records"] for group in groups], notes)
 
@@ -58,25 +59,20 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
     for name, split in splits.items():
         batches, total = split["batches"], sum(split["tokens"].values())
         shares = [count / total if total else None for count in split["tokens"].values()]
-        shares.append(batches["padding"])
-        rows.append(
-            [name, number(total), *map(percent, shares), *map(number, (batches["padded"], batches["shared_prefix"]))]
-        )
+        inputs = [number(batches[layout]) for layout in ("padded", "shared_prefix")]
+        rows.append([name, number(total), *map(percent, [*shares, batches["padding"]]), *inputs])
     columns = ["split", "tokens", "% preamble", "% prompt", "% response", "% padding", "inputs, padded"]
     title = f"Tokens that training sees, and inputs of an epoch in random batches of {settings['batch_size']}"
     print_table(title, [*columns, "inputs, shared prefix"], rows)
-    rows = [
-        [name, *map(number, cost.values())]
-        for name, split in splits.items()
-        for cost in split["overflow"]
-        if cost["too_long"]
-    ]
-    if not rows:
+
+    costs = [(name, cost) for name, split in splits.items() for cost in split["overflow"] if cost["too_long"]]
+    if not costs:
         print("No record is too long at any limit.")
         return
     columns = ["split", "max_length", "too long", "prompt tokens cut", "response tokens cut", "without end"]
-    title = f"Records too long: what truncate would cut, and drop leave out (training: {settings['max_length']:,})"
-    print_table(title, [*columns, "tokens dropped"], rows, caption="limits that are not listed cut nothing")
+    title = f"Records too long, and what truncate would cut (training: {settings['max_length']:,})"
+    rows = [[name, *map(number, cost.values())] for name, cost in costs]
+    print_table(title, columns, rows, caption="limits that are not listed cut nothing")
 
 
 def print_records(report: Mapping[str, Any]) -> None:
@@ -86,12 +82,6 @@ def print_records(report: Mapping[str, Any]) -> None:
         ["with control, invisible or replacement characters", *map(number, odd["by_split"].values())],
     ]
     print_table("Records", ["", *report["splits"]], rows)
-    if report["frequent_responses"]:
-        rows = [
-            [row["response"][:70], number(row["records"]), percent(row["share"]), number(row["prompts"])]
-            for row in report["frequent_responses"]
-        ]
-        print_table("Most frequent responses", ["response", "records", "% of all", "different prompts"], rows)
     print_examples("Records with odd characters", [[record] for record in odd["examples"]])
     for name in ("longest", "shortest"):
         notes = [f"{record['tokens']:,} tokens" for record in report[name]]
@@ -104,9 +94,9 @@ def print_examples(title: str, groups: Sequence[Sequence[Mapping[str, Any]]], no
         return
     console = Console(soft_wrap=True, highlight=False)
     console.print(Text(f"\n{one_line(title)}", style="bold"))
-    for index, group in enumerate(groups):
-        if notes and notes[index]:
-            console.print(Text(f"  {notes[index]}"))
+    for group, note in itertools.zip_longest(groups, notes):
+        if note:
+            console.print(Text(f"  {note}"))
         for record in group:
             prompt = " | ".join(text for text in (record["instruction"], record["input"]) if text)
             where = f"{one_line(record['split'])} row {record['row']}"

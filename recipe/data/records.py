@@ -40,9 +40,8 @@ def read_records(config: DataArguments) -> DatasetDict:
         loaded = load_source(source, problems)
         if split is not None and len(loaded) > 1:  # a folder or Hub id that names splits itself
             if split not in loaded:
-                raise UserError(
-                    f"data, split {split!r}: {source} has {', '.join(loaded)}; name one of its files instead"
-                )
+                names = ", ".join(loaded)
+                raise UserError(f"data, split {split!r}: {source} has {names}; name one of its files instead")
             loaded = {split: loaded[split]}
         for name, files in loaded.items():
             parts = [(file, _map_columns(dataset, config, file, problems)) for file, dataset in files]
@@ -88,10 +87,10 @@ def _map_columns(dataset: Dataset, config: DataArguments, file: str, problems: l
         near = difflib.get_close_matches(column, unused, n=1, cutoff=0.7)
         if column in present or (name == column == "input" and not near):  # data without inputs is ordinary
             continue
-        fix = f"did you mean {near[0]!r}? Rename it or give" if near else f"name the column of the {name} with"
+        hint = f"did you mean {near[0]!r}? " if near else ""
         missing.append(
-            f"{file}: no column {column!r} among {', '.join(map(repr, present))}; "
-            f"{fix} --{name}_column {near[0] if near else 'NAME'}"
+            f"{file}: no column {column!r} among {', '.join(map(repr, present))}; {hint}"
+            f"name the column of the {name} with --{name}_column {near[0] if near else 'NAME'}"
         )
     if missing:
         problems += missing
@@ -119,46 +118,45 @@ def _concatenate(parts: list[tuple[str, Dataset]], problems: list[str]) -> Datas
 
 
 def _record_problems(dataset: Dataset, file: str) -> list[str]:
-    """Every null, blank or non-text value, in row order; Arrow finds the suspects, Python looks at them."""
-    found: list[tuple[int, str]] = []
+    """Every null, blank or non-text value, in row order."""
+    problems: list[tuple[int, str]] = []
     for field in FIELDS:
-        column = dataset.select_columns([field])
-        is_text = getattr(column.features[field], "dtype", None) in ("string", "large_string")
-        start = 0
-        for table in column.with_format("arrow").iter(batch_size=10_000):
-            for index in (start + np.flatnonzero(_suspects(field, table[field], is_text))).tolist():
-                try:
-                    problem = _value_problem(field, column[index][field])
-                except UnicodeDecodeError:
-                    problem = f"{field!r} is not UTF-8 text; save the file as UTF-8"
-                if problem:
-                    found.append((index, problem))
-            start += len(table)
-    found.sort(key=lambda item: item[0])
-    return [f"{file} row {index}: {problem}" for index, problem in found]
+        values, rows = dataset[field], list(range(len(dataset)))
+        if getattr(dataset.features[field], "dtype", None) in ("string", "large_string", "null"):
+            values = dataset.with_format("arrow")[:][field]
+            rows = _suspects(field, values)
+        checked = ((row, _value_problem(field, values[row])) for row in rows)
+        problems += [(row, problem) for row, problem in checked if problem]
+    problems.sort(key=lambda problem: problem[0])
+    return [f"{file} row {row}: {problem}" for row, problem in problems]
 
 
-def _suspects(field: str, column: pa.ChunkedArray, is_text: bool) -> np.ndarray:
-    """Which values need a look, (rows,) bool: null, blank, and all of a column that is not text, or not UTF-8."""
+def _suspects(field: str, texts: pa.ChunkedArray) -> list[int]:
+    """The rows to look at one by one: null and blank texts, or all if one of them is not UTF-8."""
     try:
-        column.validate(full=True)
+        texts.validate(full=True)
     except pa.ArrowInvalid:
-        is_text = False
-    if not is_text or field == "input":  # an input may be null or blank
-        return np.full(len(column), not is_text)
-    trimmed = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
-    return pc.equal(trimmed, pa.scalar("", trimmed.type)).to_numpy()
+        return list(range(len(texts)))
+    if field == "input":  # it may be null or blank
+        return []
+    texts = texts.cast(pa.large_string())  # also a column of nothing but nulls
+    blank = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+    return np.flatnonzero(pc.fill_null(blank, True)).tolist()
 
 
 def _value_problem(field: str, value: Any) -> str | None:
-    if field == "input" and value is None:
-        return None  # a record without an input
+    try:
+        value = value.as_py() if isinstance(value, pa.Scalar) else value
+    except UnicodeDecodeError:
+        return f"{field!r} is not UTF-8 text; save the file as UTF-8"
+    if field == "input" and (value is None or isinstance(value, str)):
+        return None  # an input may be missing or blank
     fix = "write the instruction" if field == "instruction" else "write a response"
     if value is None:
         return f"{field!r} is null or missing; {fix} or remove the row"
     if not isinstance(value, str):
         shown = shorten(json.dumps(value, default=str))
         return f"{field!r} is {shown} ({type(value).__name__}), not text; write it as text or remove the row"
-    if field == "input" or value.strip():
+    if value.strip():
         return None
     return f"{field!r} is {'blank' if value else 'empty'} ({shorten(repr(value))}); {fix} or remove the row"

@@ -11,7 +11,6 @@ import difflib
 import glob
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
     patterns = [source] if isinstance(source, str) else source
     name = patterns[0]
     if all(Path(pattern).is_dir() for pattern in patterns):
-        return _load_folders(patterns, problems)
+        return _load_files(_files_by_split(patterns), problems)
     if len(patterns) > 1 or Path(name).is_file() or Path(name).suffix in FORMATS or glob.escape(name) != name:
-        return _load_files("train", [file for pattern in patterns for file in _expand(pattern)], problems)
+        return _load_files({"train": [file for pattern in patterns for file in _expand(pattern)]}, problems)
     try:
         return {split: [(f"{name} {split}", dataset)] for split, dataset in load_dataset(name).items()}
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
@@ -46,8 +45,8 @@ def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
         ) from error
 
 
-def _load_folders(folders: list[str], problems: list[str]) -> LoadedSplits:
-    """The files of a folder in the splits their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
+def _files_by_split(folders: list[str]) -> dict[str, list[str]]:
+    """The files of folders in the splits their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
     files: dict[str, list[str]] = {}
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):  # an empty folder
@@ -58,10 +57,7 @@ def _load_folders(folders: list[str], problems: list[str]) -> LoadedSplits:
                         files.setdefault(str(split), []).append(path)
     if not files:
         raise UserError(f"data {', '.join(folders)}: no files in a known format; give one of {', '.join(FORMATS)}")
-    loaded: LoadedSplits = {}
-    for split, paths in files.items():
-        loaded |= _load_files(split, paths, problems)
-    return loaded
+    return files
 
 
 def _expand(pattern: str) -> list[str]:
@@ -79,38 +75,49 @@ def _expand(pattern: str) -> list[str]:
     return files
 
 
-def _load_files(split: str, files: list[str], problems: list[str]) -> LoadedSplits:
+def _load_files(files_by_split: dict[str, list[str]], problems: list[str]) -> LoadedSplits:
     """One file at a time, so that each record's row in its own file stays known; datasets caches each."""
-    parts = [(file, _load_file(file, problems)) for file in files]
-    return {split: [(file, dataset) for file, dataset in parts if dataset is not None]}
+    loaded: LoadedSplits = {}
+    for split, files in files_by_split.items():
+        parts = [(file, _load_file(file, problems)) for file in files]
+        loaded[split] = [(file, dataset) for file, dataset in parts if dataset is not None]
+    return loaded
 
 
 def _load_file(file: str, problems: list[str]) -> Dataset | None:
+    """Its records; or None, and in `problems` why it cannot be read."""
     kind = FORMATS[Path(file).suffix]
     options: dict[str, Any] = {}
-    reasons: list[str] = []  # why it cannot be read; each begins after the name of the file
     try:
         if kind == "csv":
             header, reasons = _check_csv(file)
+            if reasons:
+                problems += [f"{file} {reason}" for reason in reasons]
+                return None
             # text stays text: "007" is not 7, and "None" or an empty cell is not null
             options = {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
         if kind == "json" and not _starts_like_records(file):
-            raise ValueError("not records")
-        if not reasons:
-            dataset = load_dataset(kind, data_files=glob.escape(file), split="train", **options)
-            if kind == "json" and dataset.column_names == ["text"]:  # perhaps an array of other values
-                reasons = list(_json_problems(file))
-            if not reasons:
-                return _keep_dates_as_text(dataset, file) if kind == "json" else dataset
+            raise ValueError("it does not begin with an object or an array")
+        dataset = load_dataset(kind, data_files=glob.escape(file), split="train", **options)
+        if kind == "json" and dataset.column_names == ["text"]:  # so datasets reads an array of other values
+            raise ValueError("its only field is 'text'; a record has an instruction and a response")
+        if kind == "json" and any(pa.types.is_temporal(column) for column in dataset.data.schema.types):
+            # datasets takes a column in which every text is a date for dates: read the file again without it
+            dataset = Dataset.from_list([json.loads(text) for _, text in _json_texts(file)])
+        return dataset
     except (DatasetGenerationError, ValueError, TypeError, OSError, csv.Error) as error:
-        cause = error.__cause__ or error
-        if kind == "json" and not isinstance(error, OSError):
-            reasons = list(_json_problems(file))
-        if isinstance(cause, UnicodeDecodeError):
-            reasons = reasons or [f"is not UTF-8 text (at byte {cause.start}); save it as UTF-8"]
-        reasons = reasons or [f"cannot be read as {kind}: {cause}"]
-    problems += [f"{file} {reason}" for reason in reasons]
-    return None
+        reasons = _json_problems(file) if kind == "json" and not isinstance(error, OSError) else []
+        reasons = reasons or [_error_in_words(error.__cause__ or error, kind)]
+        problems += [f"{file} {reason}" for reason in reasons]
+        return None
+
+
+def _error_in_words(error: BaseException, kind: str) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text (at byte {error.start}); save it as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno} column {error.colno}: broken JSON ({error.msg}); fix it there"
+    return f"cannot be read as {kind}: {error}"
 
 
 def _starts_like_records(file: str) -> bool:
@@ -120,32 +127,40 @@ def _starts_like_records(file: str) -> bool:
 
 
 def _check_csv(file: str) -> tuple[list[str], list[str]]:
-    """The names in the header, and a problem for each row that has more or fewer fields."""
-    row, problems = -1, []
+    """The names in the header, and what datasets would not report: it fills up short rows, and shifts long ones."""
     with open(file, encoding="utf-8-sig", newline="") as text:
         lines = (fields for fields in csv.reader(text) if fields)
         header = next(lines, [])
-        for row, fields in enumerate(lines):
-            if len(fields) != len(header):
-                problems.append(
-                    f"row {row}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
-                    "put text with commas or quotes in double quotes"
-                )
-    if row < 0:
+        sizes = [len(fields) for fields in lines]
+    names = ", ".join(header)
+    problems = [
+        f"row {row}: {size} fields, but the header has {len(header)} ({names}); "
+        "put text with commas or quotes in double quotes"
+        for row, size in enumerate(sizes)
+        if size != len(header)
+    ]
+    if not sizes:
         problems.append(NO_RECORDS)
-    if not all(header):
-        problems.append(f"has a column without a name in its header ({', '.join(header)}); name or remove it")
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        problems.append(f"names {', '.join(map(repr, repeated))} twice in its header; rename one of them")
+    if len(set(header)) < len(header) or not all(header):
+        problems.append(f"has a column without a name, or two of one name, in its header ({names}); give each its own")
     return header, problems
 
 
-def _keep_dates_as_text(dataset: Dataset, file: str) -> Dataset:
-    """datasets reads a JSON column in which every text is a date as dates; read such a file again without it."""
-    if any(pa.types.is_temporal(kind) for kind in dataset.data.schema.types):
-        return Dataset.from_list([json.loads(record) for _, record in _json_texts(file)])
-    return dataset
+def _json_problems(file: str) -> list[str]:
+    """Where a JSON file is broken or holds no object: in an array one position, in JSON lines every such line."""
+    try:
+        texts = _json_texts(file)
+    except ValueError as error:  # not UTF-8, or a broken array
+        return [_error_in_words(error, "json")]
+    problems = [] if texts else [NO_RECORDS]
+    for place, text in texts:
+        try:
+            if not isinstance(json.loads(text), dict):
+                problems.append(f"{place}: {shorten(text)} is not an object with named fields")
+        except json.JSONDecodeError as error:
+            reason = f"broken JSON at column {error.colno} ({error.msg})"
+            problems.append(f"{place}: {reason}: {shorten(text)}; fix the line or remove it")
+    return problems
 
 
 def _json_texts(file: str) -> list[tuple[str, str]]:
@@ -155,24 +170,3 @@ def _json_texts(file: str) -> list[tuple[str, str]]:
         return [(f"row {row}", json.dumps(element)) for row, element in enumerate(json.loads(text))]
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return [(f"row {row} (line {number})", line) for row, (number, line) in enumerate(lines)]
-
-
-def _json_problems(file: str) -> Iterator[str]:
-    """Where a JSON file cannot be read: the position in an array, or every broken line of JSON lines."""
-    try:
-        records = _json_texts(file)
-    except UnicodeDecodeError as error:
-        yield f"is not UTF-8 text (at byte {error.start}); save it as UTF-8"
-        return
-    except json.JSONDecodeError as error:
-        yield f"line {error.lineno} column {error.colno}: broken JSON ({error.msg}); fix it there"
-        return
-    if not records:
-        yield NO_RECORDS
-    for place, record in records:
-        try:
-            if not isinstance(json.loads(record), dict):
-                yield f"{place}: {shorten(record)} is not an object with named fields"
-        except json.JSONDecodeError as error:
-            problem = f"broken JSON at column {error.colno} ({error.msg}): {shorten(record)}"
-            yield f"{place}: {problem}; fix the line or remove it"

@@ -150,16 +150,16 @@ def test_what_stands_twice_is_found_within_and_across_splits(repeated_files):
         (found["records_of"], found["found_in"]): tuple(found[key] for key in ("exact", "same_prompt", "near"))
         for found in report["splits"]
     }
-    assert leaked == 1 and next(iter(counts)) == ("test", "train")
+    assert leaked == 1 and list(counts)[:2] == [("validation", "train"), ("test", "train")]
     assert counts == {
-        ("test", "train"): (1, 1, 1),
         ("validation", "train"): (0, 1, 0),
+        ("test", "train"): (1, 1, 1),
         ("test", "validation"): (0, 0, 0),
         ("train", "train"): (1, 1, 0),
         ("validation", "validation"): (0, 0, 0),
         ("test", "test"): (0, 0, 0),
     }
-    leak, _, _, within, *_ = report["splits"]
+    _, leak, _, within, *_ = report["splits"]
     assert [rows_of(pair["records"]) for pair in leak["examples"]["exact"]] == [[("test", 0), ("train", 4)]]
     assert [rows_of(pair["records"]) for pair in leak["examples"]["same_prompt"]] == [[("test", 2), ("train", 5)]]
     [near] = leak["examples"]["near"]
@@ -191,5 +191,5 @@ def test_without_datasketch_the_way_out_is_said(monkeypatch):
         near_duplicates(records_of(["a", "b"]), 0.8)
     splits = DatasetDict(train=dataset(REPEATED["train"]))
     report, pairs = inspect_duplicates(splits, splits, 0, show=1)
-    assert report["threshold"] is None and report["splits"][0]["near"] is None and pairs == []
+    assert report["threshold"] is None and "near" not in report["splits"][0] and pairs == []
     assert report["splits"][0]["exact"] == 1

@@ -61,9 +61,6 @@ def test_what_is_cut_is_what_encoding_cuts(varied, demo_tokenizer, limit):
     assert [cost["cut_prompt_tokens"], cost["cut_response_tokens"]] == (lengths - kept).sum(axis=0).tolist()
     assert cost["without_end"] == sum(ids[-1] != demo_tokenizer.eos_token_id for ids in cut["input_ids"])
     assert cut_lengths(lengths, limit).tolist() == kept.tolist()
-    if cost["too_long"] < len(lengths):
-        left = encode_records(varied, demo_tokenizer, DataArguments(max_length=limit, overflow="drop"))["train"]
-        assert cost["dropped_tokens"] == lengths.sum() - sum(left["length"])
 
 
 def test_limits_that_cut_everything_in_turn_were_among_those(varied, demo_tokenizer):
@@ -172,7 +169,5 @@ def test_what_is_odd_is_counted_and_shown():
     assert report["empty_input"]["by_split"] == {"train": 3, "test": 1}
     odd = report["odd_characters"]
     assert odd["by_split"] == {"train": 2, "test": 0} and [record["row"] for record in odd["examples"]] == [3, 4]
-    [frequent] = report["frequent_responses"]
-    assert frequent == {"response": "A tree.", "records": 3, "share": 0.5, "prompts": 3}
     assert [(row["tokens"], row["row"]) for row in report["longest"]] == [(99, 3), (25, 0)]
     assert [row["tokens"] for row in report["shortest"]] == [8, 8]

@@ -45,11 +45,29 @@ def test_all_bad_rows_stand_in_one_report(tmp_path, suffix):
     ]
 
 
-def test_good_records_cost_no_look_at_single_values(tmp_path, monkeypatch):
-    """A look takes a millisecond, and half of all records may have an empty input."""
+@pytest.mark.parametrize("values", [["", None], [None, None]])
+def test_good_records_cost_no_look_at_single_values(tmp_path, monkeypatch, values):
+    """A look takes up to a millisecond, and half of all records may have an empty input."""
     monkeypatch.setattr("recipe.data.records._value_problem", lambda *_: pytest.fail("looked"))
-    path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "input": None}])
+    path = write(tmp_path / "a.jsonl", [{**GOOD, "input": value} for value in values])
     assert len(load_records(DataArguments(data=str(path), validation_ratio=0, test_ratio=0))[0]["train"]) == 2
+
+
+def test_a_column_of_nulls(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**GOOD, "output": None}] * 2)
+    assert refuse(path).splitlines()[1:] == [
+        f"{path} row {row}: 'output' is null or missing; write a response or remove the row" for row in range(2)
+    ]
+
+
+def test_blank_in_any_script(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**GOOD, "output": text} for text in ("\u3000", " \x1c", "\u200b x", "\u00a0")])
+    assert [line.split(": ")[0] for line in refuse(path).splitlines()[1:]] == [f"{path} row {row}" for row in (0, 1, 3)]
+
+
+def test_a_file_whose_only_field_is_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "Say hello."}])
+    assert refuse(path).startswith(f"{path} cannot be read as json: its only field is 'text'")
 
 
 @pytest.mark.parametrize(
@@ -67,12 +85,13 @@ def test_misspelt_and_missing_columns(tmp_path):
     path = write(tmp_path / "a.json", [{"instructon": "a", "input": "", "response": "b"}])
     assert refuse(path).splitlines()[1:] == [
         f"{path}: no column 'instruction' among 'instructon', 'input', 'response'; "
-        "did you mean 'instructon'? Rename it or give --instruction_column instructon",
+        "did you mean 'instructon'? name the column of the instruction with --instruction_column instructon",
         f"{path}: no column 'output' among 'instructon', 'input', 'response'; "
         "name the column of the output with --output_column NAME",
     ]
     path = write(tmp_path / "b.json", [{"instruction": "a", "inptu": "", "output": "b"}])
-    assert "did you mean 'inptu'? Rename it or give --input_column inptu" in refuse(path)
+    message = refuse(path)
+    assert "did you mean 'inptu'?" in message and "--input_column inptu" in message
 
 
 def test_broken_json_lines(tmp_path):
@@ -113,13 +132,12 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("instruction,input,output\nSort: b, a,,a b\n\na,b,c\nd,e\n")
     assert refuse(path).splitlines()[1:] == [
-        f"{path} row 0: 4 fields, but the header has 3 (instruction, input, output); "
-        "put text with commas or quotes in double quotes",
-        f"{path} row 2: 2 fields, but the header has 3 (instruction, input, output); "
-        "put text with commas or quotes in double quotes",
+        f"{path} row {row}: {count} fields, but the header has 3 (instruction, input, output); "
+        "put text with commas or quotes in double quotes"
+        for row, count in ((0, 4), (2, 2))
     ]
     path.write_text("instruction,output,output\na,b,c\n")
-    assert refuse(path).startswith(f"{path} names 'output' twice in its header")
+    assert "two of one name, in its header (instruction, output, output)" in refuse(path)
     path.write_text("instruction,output,\na,b,c\n")
     assert "a column without a name" in refuse(path)
     path.write_text("instruction,input,output\n")
