@@ -11,8 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -34,7 +32,7 @@ from recipe.data import load_records
 from recipe.data.split import data_hash
 from recipe.files import read_json, write_whole
 from recipe.model import context_length, load_config, load_tokenizer
-from recipe.provenance import command_line, versions
+from recipe.provenance import command_line, hardware, versions
 from recipe.training.checks import has_bfloat16_instructions
 
 ROOT = Path(__file__).parent.parent
@@ -88,10 +86,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         inputs, job, settings = prepare(args, model_args, Path(folder))
         results = open_results(Path(args.output), settings)
-        left = measure_all(args, inputs, job, results)
+        measure_all(args, inputs, job, results)
     report.write(Path(args.output))
-    if left:
-        print(f"--minutes {args.minutes:g} are over; {left} measurements are left: run the same command again")
 
 
 # --- before the measurements ----------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ def prepare(
         "steps": args.steps,
         "warmup": args.warmup,
         "records": args.records,
-        "device": f"{processor()}, {os.cpu_count()} cores",
+        "device": f"{hardware()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "versions": versions() | ({"trl": importlib.metadata.version("trl")} if HAS_TRL else {}),
     }
@@ -157,15 +153,6 @@ def make_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
         if name.endswith(("pdrop", "dropout")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
-
-
-def processor() -> str:
-    """The name of the GPU or the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else None
-    return name[1] if name else platform.machine()
 
 
 def open_results(path: Path, settings: dict[str, Any]) -> Results:
@@ -202,8 +189,8 @@ def plan(args: BenchmarkArguments) -> list[dict[str, Any]]:
     return [{**key, "round": number} for number, keys in enumerate(rounds) for key in keys]
 
 
-def measure_all(args: BenchmarkArguments, inputs: Inputs, job: dict[str, Any], results: Results) -> int:
-    """Take the measurements that the results do not have, and save each. Returns how many --minutes left undone."""
+def measure_all(args: BenchmarkArguments, inputs: Inputs, job: dict[str, Any], results: Results) -> None:
+    """Take the measurements that the results do not have, and save each."""
     done = [m for m in results["measurements"] if "error" not in m and not args.again]
     keys = [key for key in plan(args) if not any(key.items() <= m.items() for m in done)]
     print(f"{len(keys)} measurements to take", flush=True)
@@ -212,7 +199,8 @@ def measure_all(args: BenchmarkArguments, inputs: Inputs, job: dict[str, Any], r
     for index, key in enumerate(keys):
         minutes = (time.monotonic() - start) / 60
         if minutes > args.minutes:
-            return len(keys) - index
+            print(f"the time is over, {len(keys) - index} measurements are left: run the same command again")
+            return
         measurement = {**key, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "code": code_hash()}
         measurement["load_before"] = round(os.getloadavg()[0], 2)
         try:
@@ -223,7 +211,6 @@ def measure_all(args: BenchmarkArguments, inputs: Inputs, job: dict[str, Any], r
         results["measurements"] = [*others, measurement]
         write_results(Path(args.output), results)
         print(f"{minutes:5.1f} min  {report.in_one_line(measurement)}", flush=True)
-    return 0
 
 
 def code_hash() -> str:

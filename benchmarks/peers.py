@@ -12,21 +12,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_caching, disable_progress_bars, load_from_disk
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.utils import logging
 
 IGNORE_INDEX = -100
 LEARNING_RATE = 5e-5  # constant and without weight decay for all, so that their losses can be compared
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SEED = 1
+SEED = 1  # of the random weights
 NEW_TOKENS = 64  # at most in each answer
 TIMED_PROMPTS = 8  # that the plain loop answers; its time is scaled to all prompts
 
@@ -82,11 +80,9 @@ class Meter(TrainerCallback):
 
     warmup: int  # steps before the timed ones
     steps: int  # all of them
-
-    def __post_init__(self) -> None:
-        self.ticks: list[float] = []  # the start of the first step, then the end of each
-        self.losses: list[torch.Tensor] = []  # nats per target
-        self.batches: list[dict[str, int]] = []
+    ticks: list[float] = field(default_factory=list)  # the start of the first step, then the end of each
+    losses: list[torch.Tensor] = field(default_factory=list)  # nats per target
+    batches: list[dict[str, int]] = field(default_factory=list)
 
     def tick(self) -> None:
         """Record a step's end. Waits for the GPU only before and after all timed steps, so the host can run ahead."""
@@ -146,7 +142,6 @@ def trainer_arguments(job: Job, rows: Rows) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "bf16": job["precision"] == "bf16",
         "use_cpu": not torch.cuda.is_available(),
-        "seed": SEED,
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -243,10 +238,9 @@ TRAINERS: dict[str, Callable[[Job, Rows, Meter], None]] = {
 
 def measure_preprocessing(job: Job) -> dict[str, Any]:
     """From records on disk to token ids on disk; nothing is taken from a cache."""
-    logging.set_verbosity_error()
-    datasets.disable_caching()
-    datasets.disable_progress_bars()
-    dataset = datasets.load_from_disk(job["dataset"])
+    disable_caching()
+    disable_progress_bars()
+    dataset = load_from_disk(job["dataset"])
     tokenizer, prepare = load_tokenizer(job), PREPARATIONS[job["contender"]]
     prepare(job, tokenizer, dataset.select(range(2)))  # warm up
     start = time.perf_counter()

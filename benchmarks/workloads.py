@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from recipe.config import DataArguments, UserError
 from recipe.data import encode_records
@@ -30,14 +29,13 @@ class Inputs:
     """What all parts are made from."""
 
     records: list[Record]  # of the train split, shuffled
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     template: str  # a name or the path of a Jinja file
     max_length: int  # longest row in tokens
     folder: Path  # for the files of this run
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
-        tokenizer: Any = self.tokenizer
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def prompts(self, records: list[Record], template: str) -> list[str]:
         loaded = load_template(template, self.tokenizer)
