@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import measure
 import peers
 import report
 import torch
@@ -34,20 +32,16 @@ from recipe.data import load_records
 from recipe.data.split import data_hash
 from recipe.files import read_json, write_whole
 from recipe.model import context_length, load_config, load_tokenizer
-from recipe.provenance import command_line, versions
+from recipe.provenance import command_line, hardware, versions
 from recipe.training.checks import has_bfloat16_instructions
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipe" / "demo"
-PROMPTS = 110  # are answered at most
-NEW_TOKENS = 64  # of each answer at most
-TIMEOUT = 40 * 60  # seconds until a measurement is given up
-TUNING = ("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "MALLOC_", "PYTORCH_", "TOKENIZERS_")
-NAMES = [*dict.fromkeys(part.name.partition("=")[0] for part in PARTS), "preprocessing", "generation"]
-CONTENDERS = list(peers.CONTENDERS)
-IDENTITY = ("kind", "part", "contender", "precision", "round")  # of a measurement
+PROMPTS = 110  # of the test split at most
+NAMES = [*PARTS, "preprocessing", "generation"]
+CONTENDERS = list(peers.TRAINERS)
+HAS_TRL = importlib.util.find_spec("trl") is not None
 
-Key = dict[str, Any]  # what IDENTITY names
 Results = dict[str, Any]
 
 
@@ -61,7 +55,7 @@ class BenchmarkArguments:
 
     data: str = option("", "Records, as in training; default: the embedded demo records.")
     template: str = option("alpaca", "alpaca, phi3 or the path of a Jinja chat template.")
-    output: str = option("outputs/benchmark/results.json", "Results file; what it holds is not measured again.")
+    output: str = option("outputs/benchmark/results.json", "Results file; what it has is not measured again.")
     only: list[str] = field(
         default_factory=lambda: NAMES, metadata={"help": "Parts to measure; default: all.", "choices": NAMES}
     )
@@ -69,12 +63,12 @@ class BenchmarkArguments:
         default_factory=lambda: CONTENDERS, metadata={"help": "Who trains; default: all.", "choices": CONTENDERS}
     )
     rounds: int = option(3, "How often everything is measured.")
-    steps: int | None = option(None, "Timed optimizer steps; default: as the part has it.")
+    steps: int | None = option(None, "Timed optimizer steps; default: depends on the part.")
     warmup: int = option(2, "Untimed optimizer steps before them; more on a GPU.")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the machine has it, else fp32.")
-    records: int = option(50_000, "Records to preprocess: a tenth of them, and all.")
-    minutes: float = option(float("inf"), "Start no measurement after this time; the same command measures the rest.")
-    again: bool = option(False, "Measure again what the results file holds already.")
+    records: int = option(50_000, "Records to preprocess.")
+    minutes: float = option(float("inf"), "Start no measurement after this time; run the same command for the rest.")
+    again: bool = option(False, "Measure again what the results file has already.")
 
     def __post_init__(self) -> None:
         if self.precision == "auto":
@@ -87,15 +81,13 @@ class BenchmarkArguments:
 def main(argv: list[str]) -> None:
     args, model_args = parse_arguments([BenchmarkArguments, ModelArguments], argv, (__doc__ or "").split("\n")[0])
     disable_progress_bars()
-    if not has_trl():
-        print("trl is not installed, so its rows are left out: pip install -c constraints.txt -e '.[bench]'")
+    if not HAS_TRL:
+        print("trl is not installed, so it is not measured: pip install -c constraints.txt -e '.[bench]'")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         inputs, job, settings = prepare(args, model_args, Path(folder))
         results = open_results(Path(args.output), settings)
-        left = measure_all(args, inputs, job, results)
+        measure_all(args, inputs, job, results)
     report.write(Path(args.output))
-    if left:
-        print(f"--minutes {args.minutes:g} are over; {left} measurements are left: the same command takes them")
 
 
 # --- before the measurements ----------------------------------------------------------------------------------------
@@ -107,7 +99,7 @@ def prepare(
     """Read the records, and save config and tokenizer in `folder`, for the processes that measure.
 
     Returns:
-        the inputs of all parts; what all jobs say of the model; the settings that go into the results.
+        the inputs of all parts; what is the same in all jobs; the settings that go into the results.
     """
     name = model_args.model_name_or_path
     if name is None:
@@ -131,7 +123,6 @@ def prepare(
         "max_length": inputs.max_length,
         "warmup": args.warmup,
         "prompts": inputs.prompts(splits["test"].to_list()[:PROMPTS], args.template),
-        "new_tokens": NEW_TOKENS,
     }
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -144,9 +135,13 @@ def prepare(
         "data_hash": data_hash(splits),
         "template": args.template,
         "steps": args.steps,
-        "new_tokens": NEW_TOKENS,
+        "warmup": args.warmup,
+        "records": args.records,
+        "device": f"{hardware()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "versions": versions() | ({"trl": importlib.metadata.version("trl")} if HAS_TRL else {}),
     }
-    return inputs, job, settings | describe_machine()
+    return inputs, job, settings
 
 
 def make_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -160,29 +155,11 @@ def make_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     return config
 
 
-def describe_machine() -> dict[str, Any]:
-    """Device, threads, the environment variables that decide the speed, and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else next(iter(names), platform.machine())
-    return {
-        "device": f"{processor}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)},
-        "versions": versions() | ({"trl": importlib.metadata.version("trl")} if has_trl() else {}),
-    }
-
-
-def has_trl() -> bool:
-    return importlib.util.find_spec("trl") is not None
-
-
 def open_results(path: Path, settings: dict[str, Any]) -> Results:
-    """The results in the file, or empty ones where there is no file.
+    """The results in the file, or new ones if there is no file.
 
     Raises:
-        UserError: the file holds measurements with other settings.
+        UserError: the file was measured with other settings.
     """
     results: Results = {"settings": settings, "commands": [], "measurements": []}
     if path.is_file():
@@ -199,83 +176,70 @@ def open_results(path: Path, settings: dict[str, Any]) -> Results:
 # --- the measurements -----------------------------------------------------------------------------------------------
 
 
-def plan(args: BenchmarkArguments) -> list[Key]:
-    """All measurements in order. Every other round goes backwards, so that a drift of the machine hits all alike."""
-    keys: list[tuple] = [
-        ("training", part.name, name, args.precision)
-        for part in PARTS
-        if part.name.partition("=")[0] in args.only
-        for name in part.contenders or CONTENDERS
-        if name in args.contenders
+def plan(args: BenchmarkArguments) -> list[dict[str, Any]]:
+    """What identifies each measurement, in order. Every other round goes backwards, so that drift affects all alike."""
+    other_parts = {"preprocessing": peers.PREPARATIONS, "generation": peers.GENERATORS}
+    keys: list[dict[str, Any]] = [
+        {"part": part, "contender": name, "precision": None if part == "preprocessing" else args.precision}
+        for part in args.only
+        for name in other_parts.get(part, args.contenders)
+        if HAS_TRL or not name.startswith("trl")
     ]
-    if "preprocessing" in args.only:
-        sizes = (args.records // 10, args.records)
-        keys += [("preprocessing", f"records={size}", name, None) for size in sizes for name in measure.PREPARATIONS]
-    if "generation" in args.only:
-        precisions = dict.fromkeys(["fp32", args.precision])
-        keys += [("generation", "generation", name, each) for each in precisions for name in measure.GENERATORS]
-    keys = [key for key in keys if has_trl() or not key[2].startswith("trl")]
     rounds = [keys[::-1] if number % 2 else keys for number in range(args.rounds)]
-    return [dict(zip(IDENTITY, (*key, number), strict=True)) for number, keys in enumerate(rounds) for key in keys]
+    return [{**key, "round": number} for number, keys in enumerate(rounds) for key in keys]
 
 
-def measure_all(args: BenchmarkArguments, inputs: Inputs, job: dict[str, Any], results: Results) -> int:
-    """Take the measurements that the results do not hold, and save each. Returns how many --minutes left undone."""
-    held = {identity(m) for m in results["measurements"] if "error" not in m and not args.again}
-    keys = [key for key in plan(args) if identity(key) not in held]
+def measure_all(args: BenchmarkArguments, inputs: Inputs, job: dict[str, Any], results: Results) -> None:
+    """Take the measurements that the results do not have, and save each."""
+    done = [m for m in results["measurements"] if "error" not in m and not args.again]
+    keys = [key for key in plan(args) if not any(key.items() <= m.items() for m in done)]
     print(f"{len(keys)} measurements to take", flush=True)
     work = functools.cache(functools.partial(work_of, args=args, inputs=inputs))  # the same for all contenders
     start = time.monotonic()
     for index, key in enumerate(keys):
         minutes = (time.monotonic() - start) / 60
         if minutes > args.minutes:
-            return len(keys) - index
+            print(f"the time is over, {len(keys) - index} measurements are left: run the same command again")
+            return
         measurement = {**key, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "code": code_hash()}
         measurement["load_before"] = round(os.getloadavg()[0], 2)
         try:
-            measurement |= run_job({**key, **job, **work(key["kind"], key["part"])}, inputs.folder)
-        except UserError as error:  # this part does not go with this model or template
+            measurement |= run_job({**key, **job, **work(key["part"])}, inputs.folder)
+        except UserError as error:  # the part cannot be made with this model or template
             measurement["error"] = str(error)
-        others = [m for m in results["measurements"] if identity(m) != identity(key)]
+        others = [m for m in results["measurements"] if not key.items() <= m.items()]
         results["measurements"] = [*others, measurement]
         write_results(Path(args.output), results)
         print(f"{minutes:5.1f} min  {report.in_one_line(measurement)}", flush=True)
-    return 0
-
-
-def identity(measurement: Key) -> tuple:
-    return tuple(measurement[name] for name in IDENTITY)
 
 
 def code_hash() -> str:
-    """Tells apart the states of the code that is measured."""
-    folders = [ROOT / "recipe", ROOT / "recipe" / "data", ROOT / "recipe" / "training"]
-    files = [ROOT / "benchmarks" / "peers.py", *(path for folder in folders for path in sorted(folder.glob("*.py")))]
+    """Changes with the code that is measured."""
+    files = [ROOT / "benchmarks" / "peers.py", *sorted((ROOT / "recipe").rglob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
-def work_of(kind: str, name: str, args: BenchmarkArguments, inputs: Inputs) -> dict[str, Any]:
-    """What the jobs of a part need beside the model."""
-    if kind == "preprocessing":
-        return {"dataset": save_numbered_records(int(name.partition("=")[2]), inputs)}
-    if kind == "generation":
+def work_of(name: str, args: BenchmarkArguments, inputs: Inputs) -> dict[str, Any]:
+    """What the jobs of a part need in addition to `prepare`'s job."""
+    if name == "preprocessing":
+        return {"dataset": save_numbered_records(args.records, inputs)}
+    if name == "generation":
         return {}
-    [part] = [part for part in PARTS if part.name == name]
-    return {"rows": training_rows(part, args.steps or part.steps, inputs), "batch_size": part.batch_size}
+    part = PARTS[name]
+    rows = training_rows(part, args.warmup, args.steps or part.steps, inputs)
+    return {"rows": rows, "batch_size": part.batch_size}
 
 
 def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Measure in a process of its own; what goes wrong there becomes `error`, in words."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "measure.py")]
+    """Measure in a new process; its failure becomes `error`, in words."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py")]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         text = json.dumps(job | {"scratch": scratch})
         environment = os.environ | {"TMPDIR": scratch, "HF_DATASETS_CACHE": scratch}
         try:
-            process = subprocess.run(
-                command, input=text, capture_output=True, text=True, env=environment, timeout=TIMEOUT
-            )
+            process = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, timeout=2400)
         except subprocess.TimeoutExpired:
-            return {"error": f"not ended after {TIMEOUT // 60} minutes"}
+            return {"error": "not finished after 40 minutes"}
     if process.returncode == 0:
         return json.loads(process.stdout.splitlines()[-1])
     print(process.stderr[-2000:], file=sys.stderr)
@@ -283,7 +247,7 @@ def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: Results) -> None:
-    """The results as JSON, one measurement a line."""
+    """Save the results as JSON, one measurement a line."""
     head = json.dumps({name: value for name, value in results.items() if name != "measurements"}, indent=2)
     lines = ",\n".join(f"    {json.dumps(measurement)}" for measurement in results["measurements"])
     write_whole(path, f'{head[:-2]},\n  "measurements": [\n{lines}\n  ]\n}}\n')

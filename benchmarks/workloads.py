@@ -1,19 +1,17 @@
 """What is measured: the parts, and the rows and records that all contenders get.
 
-A further part is one entry of `PARTS`, and a function where its records or its template must be made first.
+To add a part, add an entry to `PARTS`, and a function if its records or its template must be made first.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from recipe.config import DataArguments, UserError
 from recipe.data import encode_records
@@ -31,14 +29,13 @@ class Inputs:
     """What all parts are made from."""
 
     records: list[Record]  # of the train split, shuffled
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     template: str  # a name or the path of a Jinja file
     max_length: int  # longest row in tokens
     folder: Path  # for the files of this run
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
-        tokenizer: Any = self.tokenizer
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def prompts(self, records: list[Record], template: str) -> list[str]:
         loaded = load_template(template, self.tokenizer)
@@ -51,37 +48,20 @@ def as_given(records: list[Record], inputs: Inputs) -> tuple[list[Record], str]:
 
 
 def with_long_responses(records: list[Record], inputs: Inputs) -> tuple[list[Record], str]:
-    """Responses with a mean of about `RESPONSE_TOKENS` tokens, whose lengths vary as those of the data do."""
-    lengths = [len(ids) + 1 for ids in inputs.token_ids([record["output"] for record in records])]
-    return lengthen_responses(records, RESPONSE_TOKENS * len(lengths) / sum(lengths)), inputs.template
-
-
-def lengthen_responses(records: list[Record], factor: float) -> list[Record]:
-    """Each response `factor` times as long, in words: its own words and those of the responses after it.
-
-    >>> [r["output"] for r in lengthen_responses([{"output": "a b"}, {"output": "c"}, {"output": "d e f"}], 2)]
-    ['a b c d', 'c d', 'd e f a b c']
-    """
-    responses = [record["output"].split() for record in records]
-    words = list(itertools.chain.from_iterable(responses))
-    start, longer = 0, []
-    for record, response in zip(records, responses, strict=True):
-        end = start + max(1, round(factor * len(response)))
-        joined = itertools.islice(itertools.cycle(words), start, end)
-        longer.append({**record, "output": " ".join(joined)})
-        start += len(response)
-    return longer
+    """Each response repeated, to a mean of about `RESPONSE_TOKENS` tokens; the lengths vary as those of the data do."""
+    lengths = [len(ids) for ids in inputs.token_ids([record["output"] for record in records])]
+    times = max(1, round(RESPONSE_TOKENS * len(lengths) / sum(lengths)))
+    return [{**record, "output": " ".join([record["output"]] * times)} for record in records], inputs.template
 
 
 def with_system_prompt(records: list[Record], inputs: Inputs) -> tuple[list[Record], str]:
-    """The template with a system message of `SYSTEM_TOKENS` tokens, made of words of the data.
+    """The template with a system message of about `SYSTEM_TOKENS` tokens.
 
     Raises:
         UserError: the template does not show system messages.
     """
-    words = re.findall(r"[A-Za-z]+", " ".join(record["output"] for record in inputs.records[:5000]))
-    [ids] = inputs.token_ids([" ".join(itertools.islice(itertools.cycle(words), SYSTEM_TOKENS))])
-    text = str(inputs.tokenizer.decode(ids[:SYSTEM_TOKENS]))
+    [ids] = inputs.token_ids(["Answer in plain words. " * SYSTEM_TOKENS])
+    text = str(inputs.tokenizer.decode(ids[:SYSTEM_TOKENS])).strip()
     message = f"{{%- set messages = [{{'role': 'system', 'content': '{text}'}}] + messages -%}}"
     path = inputs.folder / "system_prompt.jinja"
     path.write_text(message + load_template(inputs.template, inputs.tokenizer).chat_template, encoding="utf-8")
@@ -92,35 +72,32 @@ def with_system_prompt(records: list[Record], inputs: Inputs) -> tuple[list[Reco
 
 @dataclass(frozen=True)
 class Part:
-    """Optimizer steps on one kind of data. Parts named `NAME=VALUE` are the points of a curve."""
+    """Optimizer steps on one kind of data."""
 
-    name: str
     batch_size: int
     steps: int  # timed ones
     make: Callable[[list[Record], Inputs], tuple[list[Record], str]] = as_given
-    contenders: tuple[str, ...] = ()  # who is measured; empty: all
 
 
-CURVE = ("recipe_shared_prefix", "recipe_padded", "trainer_by_length", "trl_by_length", "plain_loop")
-PARTS = [
-    Part("batch_8", batch_size=8, steps=16),
-    Part("batch_32", batch_size=32, steps=8),
-    Part("long_responses", batch_size=8, steps=8, make=with_long_responses),
-    Part("system_prompt", batch_size=8, steps=4, make=with_system_prompt),
-    *(Part(f"batch_size={size}", size, steps=3, contenders=CURVE) for size in (1, 2, 4, 8, 16, 32)),
-]
+PARTS = {
+    "batch_8": Part(batch_size=8, steps=16),
+    "batch_32": Part(batch_size=32, steps=8),
+    "long_responses": Part(batch_size=8, steps=8, make=with_long_responses),
+    "system_prompt": Part(batch_size=8, steps=4, make=with_system_prompt),
+    **{f"batch_size={size}": Part(batch_size=size, steps=3) for size in (1, 2, 4, 16)},
+}
 
 
-def training_rows(part: Part, steps: int, inputs: Inputs) -> dict[str, list[Row]]:
-    """Encoded rows of a part: `timed` for the timed steps and `warmup` for the steps before them.
+def training_rows(part: Part, warmup_steps: int, steps: int, inputs: Inputs) -> list[Row]:
+    """Encoded rows of a part: those of the warm-up steps, then those of the timed steps.
 
-    Two kinds of rows are left out: those that are too long for the model, and those whose prompt and response give
-    other tokens together than apart, because not all contenders tokenize them apart.
+    Two kinds of rows are left out: those that are too long for the model, and those whose prompt and response become
+    other tokens when they are tokenized together, because not all contenders tokenize them separately.
 
     Raises:
         UserError: too few rows are left.
     """
-    timed, warmup = part.batch_size * steps, 2 * part.batch_size
+    timed, warmup = part.batch_size * steps, part.batch_size * warmup_steps
     candidates = list(itertools.islice(itertools.cycle(inputs.records), 2 * (timed + warmup)))
     records, template = part.make(candidates, inputs)
     prompts = inputs.prompts(records, template)
@@ -135,20 +112,20 @@ def training_rows(part: Part, steps: int, inputs: Inputs) -> dict[str, list[Row]
     ]
     if len(rows) < timed + warmup:
         raise UserError(
-            f"{part.name}: {timed + warmup} rows are needed, but only {len(rows)} of {len(records)} fit into "
+            f"{timed + warmup} rows are needed, but only {len(rows)} of {len(records)} fit into "
             f"{inputs.max_length} tokens; choose other parts with --only"
         )
-    return {"timed": rows[:timed], "warmup": rows[timed : timed + warmup]}
+    return rows[timed : timed + warmup] + rows[:timed]
 
 
 def save_numbered_records(count: int, inputs: Inputs) -> str:
-    """Save a data set of `count` records: the data again and again, numbered so that no two are equal. Its path."""
+    """Save `count` records, the data repeated and numbered so that no two are equal; returns the path."""
     records = [
         {**record, "input": record["input"] or "", "instruction": f"{record['instruction']} ({row})", "row": row}
         for row, record in enumerate(itertools.islice(itertools.cycle(inputs.records), count))
     ]
     for record, prompt in zip(records, inputs.prompts(records, inputs.template), strict=True):
         record |= {"prompt": prompt, "completion": record["output"]}
-    path = str(inputs.folder / f"records_{count}")
+    path = str(inputs.folder / "records")
     Dataset.from_list(records).save_to_disk(path)
     return path

@@ -51,7 +51,7 @@ def test_contenders_do_the_same_work_on_the_same_weights(output):
     assert stock["records"] == [8, 8, 8] and len(stock["seconds"]) == 3 and min(stock["seconds"]) > 0
     assert sum(shared["positions"]) < sum(shared["tokens"]) < sum(stock["positions"])
     assert stock["peak_memory"] > 200e6  # torch alone has as much
-    assert {m["contender"]: m["measured_prompts"] for m in measurements if m["kind"] == "generation"} == {
+    assert {m["contender"]: m["measured_prompts"] for m in measurements if m["part"] == "generation"} == {
         "recipe": 110,
         "plain_loop": 8,
     }
@@ -61,7 +61,7 @@ def test_preprocessing_is_measured(tmp_path, demo_tokenizer):
     records = [{"instruction": "Say it.", "input": None, "output": "It."}]
     inputs = workloads.Inputs(records, demo_tokenizer, "alpaca", 256, tmp_path)
     job = {
-        "kind": "preprocessing",
+        "part": "preprocessing",
         "contender": "recipe",
         "dataset": workloads.save_numbered_records(20, inputs),
         "folder": str(DEMO / "base"),
@@ -83,7 +83,7 @@ def test_results_name_device_versions_and_command(output):
 
 def test_the_tables_are_written(output):
     text = output.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| batch_8 | **recipe_shared_prefix** | fp32 |" in text
+    assert "| batch_8 | fp32 | **recipe_shared_prefix** |" in text
     assert "(trainer_padded)" in text and "Not the same work" not in text
 
 
@@ -121,9 +121,23 @@ def test_the_precision_is_what_the_cpu_has_instructions_for(monkeypatch, native,
 # --- by hand --------------------------------------------------------------------------------------------------------
 
 
-def test_responses_are_lengthened_by_those_that_follow():
-    records = [{"output": "a b"}, {"output": "c"}, {"output": "d e f"}]
-    assert [r["output"] for r in workloads.lengthen_responses(records, 2)] == ["a b c d", "c d", "d e f a b c"]
+def test_long_responses_repeat_those_of_the_data(demo_tokenizer, tmp_path):
+    inputs = workloads.Inputs([], demo_tokenizer, "alpaca", 1024, tmp_path)
+    sentence = "The river is wide, and the water is cold."
+    records = [{"output": sentence}, {"output": f"{sentence} {sentence} {sentence}"}]
+    longer, _ = workloads.with_long_responses(records, inputs)
+    short, long = ([len(ids) for ids in inputs.token_ids([r["output"] for r in each])] for each in (records, longer))
+    assert sum(long) / 2 == pytest.approx(workloads.RESPONSE_TOKENS, rel=0.1)
+    assert long[1] / long[0] == pytest.approx(short[1] / short[0], rel=0.02)
+
+
+def test_the_system_prompt_is_as_long_as_it_says(demo_tokenizer, tmp_path):
+    records = [{"instruction": "Say it.", "input": "", "output": "It."}]
+    inputs = workloads.Inputs(records, demo_tokenizer, "alpaca", 1024, tmp_path)
+    _, template = workloads.with_system_prompt(records, inputs)
+    [short], [long] = (inputs.token_ids(inputs.prompts(records, name)) for name in ("alpaca", template))
+    preamble = 18  # tokens of alpaca's own preamble, which the system message replaces
+    assert len(long) - len(short) + preamble == pytest.approx(workloads.SYSTEM_TOKENS, abs=3)
 
 
 def test_every_other_round_goes_backwards():
@@ -134,7 +148,7 @@ def test_every_other_round_goes_backwards():
 
 def measurement(contender: str, number: int, seconds: list[float]) -> dict:
     return {
-        "kind": "training", "part": "batch_8", "contender": contender, "precision": "fp32", "round": number,
+        "part": "batch_8", "contender": contender, "precision": "fp32", "round": number,
         "code": "", "seconds": seconds, "losses": [2.0, 1.5, 1.0], "warmup": 1, "records": [8] * 3,
         "tokens": [400, 500, 300], "targets": [80, 100, 60], "positions": [450, 600, 360], "peak_memory": 10**9,
     }  # fmt: skip
@@ -154,9 +168,8 @@ def test_the_recipe_is_compared_with_the_fastest_peer_on_the_same_work():
         measurement("trainer_shared_mask", 0, [9, 0.5, 0.5]),
     )
     measurements = [measurement("recipe_shared_prefix", 0, [9, 1, 1]), peer, collator_alone]
-    parts = report.summarize({"measurements": measurements})
-    line = "| batch_8 | 50.0 (10.0) | 1.000 | **3.00** (trl_by_length) | **3.00** (trl_by_length) | 1.00 |"
-    assert report.comparison(parts)[2:] == [line]
+    line = "| batch_8 | fp32 | 50.0 (10.0) | 1.000 | **3.00** (trl_by_length) | **3.00** (trl_by_length) | 1.00 |"
+    assert report.comparison(report.summarize(measurements))[2:] == [line]
 
 
 def test_docs_say_what_the_committed_results_say():
