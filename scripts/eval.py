@@ -152,8 +152,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, OSError, KeyboardInterrupt) as error:
-        flag = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
-        advice = f"all answers so far are kept; the same command{flag} resumes"
+        advice = "all answers so far are kept; the same command, without --overwrite_output_dir, resumes"
         if isinstance(error, KeyboardInterrupt):
             sys.exit(f"interrupted: {advice}")
         advice = f"; once this is fixed, {advice}" if isinstance(error, OSError) else ""

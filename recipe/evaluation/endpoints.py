@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, 
 
 MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP statuses 408, 409, 429 and 5xx
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
-GIVE_UP_AFTER = 10  # requests in a row that fail with one of the following; others are faults of the request
+GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
 FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "http_5")
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
 USAGE = ("prompt_tokens", "completion_tokens")
@@ -193,9 +193,9 @@ def chat_request(text: str, decoding: Decoding) -> dict[str, Any]:
 
 
 def message_text(record: Mapping[str, Any]) -> str:
-    """A record as the text of one message, for servers ignore all that a message has beside its content.
+    """A record as the text of one message, because a server reads nothing of a message but its content.
 
-    The Alpaca template renders it to the prompt of training.
+    The Alpaca template renders this text to the prompt of training.
 
     >>> message_text({"instruction": "Make it plural.", "input": "cat"})
     'Make it plural.\\n\\n### Input:\\ncat'

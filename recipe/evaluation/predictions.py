@@ -200,8 +200,6 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
     if changed:
         raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
-    order = sorted(models, key=lambda label: ("baseline", "tuned", label).index(label))
-    models = {label: models[label] for label in order}
     return {**evaluation, "models": models, "command": "\n".join(dict.fromkeys(commands))}
 
 
@@ -277,11 +275,10 @@ def ask_endpoint(label: str, name: str, predictions: list[dict], path: Path, arg
     if failed:
         counts = Counter(failure.status for _, failure in failed)
         first = "\n".join(f"  {id_}: {failure}" for id_, failure in failed[:5])
-        again = "the same command" + (" without --overwrite_output_dir" if args.overwrite_output_dir else "")
         raise UserError(
             f"{endpoint} left {len(failed)} of {len(predictions)} prompts without an answer "
             f"({', '.join(f'{status} {count}' for status, count in counts.items())}); the first:\n{first}\n"
-            f"the others are kept: {again} asks for these"
+            "the others are kept: the same command, without --overwrite_output_dir, asks for these"
         )
 
 

@@ -1,7 +1,7 @@
 """A judge's prompts: Jinja text files in `prompt_templates/` or of the user's own, and how the replies are read.
 
-A scoring prompt sets its scale itself, `{% set low = 0 %}{% set high = 100 %}`, and by `{% set reason = true %}` that
-it asks for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
+A scoring prompt sets its own scale, `{% set low = 0 %}{% set high = 100 %}`, and `{% set reason = true %}` if it asks
+for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
 no text contains; `pairwise.jinja` is given `response_a` and `response_b` instead of `response`.
 """
 

@@ -56,12 +56,12 @@ class JudgeArguments:
 
 @dataclass(frozen=True)
 class Question:
-    """A row of `judge.jsonl` to be: the fields that name it, and the messages to send, or the verdict without any."""
+    """What a row of `judge.jsonl` asks: the fields that name it, the messages, and the verdict if none are needed."""
 
     prompt: JudgePrompt
     row: dict[str, str]
-    messages: list[dict[str, str]] | None = None
-    verdict: Verdict | None = None
+    messages: list[dict[str, str]]
+    verdict: Verdict | None
 
     def key(self, endpoint: Endpoint) -> str:
         """A hash of all that the reply depends on."""
@@ -153,7 +153,7 @@ def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Quest
         row = {"id": prediction["id"], "prompt": prompt.name, **name}
         responses = {part: prediction[label]["text"] for part, label in label_by_part.items()}
         verdict = _verdict_without_judge(prompt, *responses.values())
-        questions.append(Question(prompt, row, None if verdict else prompt.messages(prediction, **responses), verdict))
+        questions.append(Question(prompt, row, prompt.messages(prediction, **responses), verdict))
     return questions
 
 
