@@ -15,11 +15,11 @@ from accelerate import PartialState
 
 from recipe.config import DataArguments, UserError, parse_arguments
 from recipe.console import visible
-from recipe.evaluation import answers, endpoints
+from recipe.evaluation.answers import read_answers
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
-from recipe.evaluation.predictions import EvalArguments, generate_predictions, split_names
+from recipe.evaluation.predictions import EvalArguments, generate_predictions, model_kind, split_names
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
 from recipe.files import read_json, read_json_lines, write_json
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
     args, data_args, judge_args, run = parse(argv)
     gates = [parse_gate(text) for text in args.gate]
-    output_dir = Path(args.output_dir or "")
+    output_dir = Path(args.output_dir)
 
     if "generate" in args.stages:
         generate_predictions(args, data_args, run, state)
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
 
     run, defaults = None, {}
     for name in args.model:
-        if not answers.is_answer_file(name) and not endpoints.is_endpoint(name) and name != answers.ECHO:
+        if model_kind(name) == "weights":
             check_folder(name)
             run = run or read_run(name)
             saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
@@ -132,7 +132,7 @@ def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_di
 
 
 def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:
-    predictions = list(answers.read_answers(output_dir / "predictions.jsonl", strict=True).values())
+    predictions = list(read_answers(output_dir / "predictions.jsonl", strict=True).values())
     if not predictions or not all("split" in prediction for prediction in predictions):
         raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which resumes")
     return predictions
@@ -152,8 +152,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, OSError, KeyboardInterrupt) as error:
-        flag = " without --overwrite_output_dir" if "--overwrite_output_dir" in sys.argv else ""
-        advice = f"all answers so far are kept; the same command{flag} resumes"
+        advice = "all answers so far are kept; the same command, without --overwrite_output_dir, resumes"
         if isinstance(error, KeyboardInterrupt):
             sys.exit(f"interrupted: {advice}")
         advice = f"; once this is fixed, {advice}" if isinstance(error, OSError) else ""

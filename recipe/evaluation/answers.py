@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 TEXT_FIELDS = ("instruction", "input", "output")
-RECORD_FIELDS = (*TEXT_FIELDS, "family")
 ECHO = "echo"
 ANSWER_FIELDS = {
     "text": (str,),
@@ -94,8 +93,17 @@ def check_prediction(row: Mapping[str, Any], where: str) -> None:
 def append_answers(
     path: Path, label: str, predictions: Iterable[Mapping[str, Any]], answers: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Append one model's answers to `predictions`, in one write, so that several processes may append to one file."""
-    rows = ({"id": prediction["id"], label: answer} for prediction, answer in zip(predictions, answers, strict=True))
+    """Append one model's answers to `predictions`."""
+    pairs = zip(predictions, answers, strict=True)
+    append_lines(path, [{"id": prediction["id"], label: answer} for prediction, answer in pairs])
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines in one write, so that several processes may append to one file.
+
+    Raises:
+        OSError: the disk is full.
+    """
     # the newline in front ends the incomplete line that a killed run may have left
     text = "\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     content = text.encode("utf-8", "replace")  # UTF-8 cannot hold half a surrogate pair
@@ -141,8 +149,6 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     for row in dataset:
         names = {"id": row["id"], "split": row["split"]} if has_ids else {"id": f"all/{row['row']}", "split": "all"}
         where = f"{path} row {row['row']}"
-        if not isinstance(row[column], str | dict):
-            raise UserError(f"{where}: {column!r} is {row[column]!r}, not text; answer it or remove the row")
         answer = row[column] if isinstance(row[column], dict) else {"text": row[column]}
         check_prediction({**names, column: answer}, where)
         if names["id"] in predictions:
@@ -179,10 +185,10 @@ def echoes(predictions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"text": prediction["input"] or prediction["instruction"]} for prediction in predictions]
 
 
-def _texts(record: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(record.get(name) or "" for name in TEXT_FIELDS)
+def _texts(prediction: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(prediction[name] for name in TEXT_FIELDS)
 
 
 def _record_fields(record: Mapping[str, Any]) -> dict[str, str]:
-    fields = dict(zip(TEXT_FIELDS, _texts(record), strict=True))
+    fields = {name: record.get(name) or "" for name in TEXT_FIELDS}
     return fields if record.get("family") is None else {**fields, "family": str(record["family"])}

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, 
 
 MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP statuses 408, 409, 429 and 5xx
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
-GIVE_UP_AFTER = 10  # requests in a row that fail with one of the following; others are faults of the request
+GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
 FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "http_5")
-ADDRESS = re.compile(r"(https?://)([^/?]*@)?((?:[\w.-]+|\[[\w:.]+\])(?::\d+)?)(/[!->@-~]*)?", re.ASCII)
+ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
 USAGE = ("prompt_tokens", "completion_tokens")
 ADVICE = {  # by the status of a failure
     "connection": "is it running, and is the port right?",
@@ -42,15 +42,10 @@ ADVICE = {  # by the status of a failure
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask which model; `credentials` (`user:password@`) are in no text form of it.
-
-    >>> str(parse_endpoint("http://me:secret@localhost:8000/v1#llama3"))
-    'http://localhost:8000/v1#llama3'
-    """
+    """Where to ask which model."""
 
     url: str
     model: str
-    credentials: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         return f"{self.url}#{self.model}"
@@ -90,16 +85,20 @@ def is_endpoint(name: str) -> bool:
 def parse_endpoint(name: str) -> Endpoint:
     """Read `http://host:port/v1#model`; no request is sent yet.
 
+    >>> parse_endpoint("http://localhost:8000/v1/#llama3")
+    Endpoint(url='http://localhost:8000/v1', model='llama3')
+
     Raises:
-        UserError: the name is not such an address.
+        UserError: the name is not such an address, or has a user and a password in it.
     """
     address, _, model = name.partition("#")
-    match = ADDRESS.fullmatch(address)
-    if match is None or not model:
+    if ADDRESS.fullmatch(address) is None or not model:
         shown = re.sub(r"//.*@", "//", name).partition("?")[0]  # without what may be a secret
-        raise UserError(f"endpoint {shown!r}: write http://host:port/v1#model; the key goes into OPENAI_API_KEY")
-    scheme, credentials, server, path = match.groups(default="")
-    return Endpoint(f"{scheme}{server}{path}".rstrip("/"), model, credentials)
+        raise UserError(
+            f"endpoint {shown!r}: write http://host:port/v1#model, without user or password; the key goes into the "
+            "environment variable OPENAI_API_KEY"
+        )
+    return Endpoint(address.rstrip("/"), model)
 
 
 def preflight(endpoint: Endpoint, requests: Sequence[Mapping[str, Any]], timeout: float = 300.0) -> Mapping[str, Any]:
@@ -116,9 +115,11 @@ def preflight(endpoint: Endpoint, requests: Sequence[Mapping[str, Any]], timeout
         [outcome] = ask(endpoint, [request], timeout=timeout, time_limit=timeout, description=f"Waiting for {endpoint}")
         if isinstance(outcome, Reply):
             return request
-        if outcome.status not in ("http_400", "http_422") or request is requests[-1]:
-            raise UserError(_advice(endpoint, outcome))
-    raise ValueError("no requests to try")
+        failure = outcome
+        if failure.status not in ("http_400", "http_422"):
+            break
+    advice = f"; {ADVICE[failure.status]}" if failure.status in ADVICE else ""
+    raise UserError(f"endpoint {endpoint}: {failure}{advice}")
 
 
 def ask(
@@ -149,9 +150,13 @@ def ask(
         [reply] = ask(endpoint, [{"messages": [{"role": "user", "content": "Name a colour."}]}])
         reply.text, reply.finish_reason  # 'Blue.', 'stop'
     """
+    from openai import AsyncOpenAI
+
     # the client's timeout starts again at each byte, so that a slow stream of bytes would never end
     limit = time_limit or (MAX_RETRIES + 1) * timeout + MAX_RETRIES * LONGEST_PAUSE
-    client, slots = _client(endpoint, timeout), asyncio.Semaphore(concurrency)
+    key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none, the client wants one
+    client = AsyncOpenAI(base_url=endpoint.url, api_key=key, timeout=timeout, max_retries=MAX_RETRIES)
+    slots = asyncio.Semaphore(concurrency)
     failed_in_a_row: list[Failure] = []
 
     async def ask_one(index: int) -> Reply | Failure:
@@ -159,7 +164,7 @@ def ask(
             count = len(failed_in_a_row)
             if count >= max(GIVE_UP_AFTER, 2 * concurrency):
                 return Failure("not_asked", f"{count} requests in a row had failed, the last: {failed_in_a_row[-1]}")
-            outcome = await _complete(client, endpoint, requests[index], limit)
+            outcome = await _complete(client, {**requests[index], "model": endpoint.model}, limit)
             if isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT):
                 failed_in_a_row.append(outcome)
             else:
@@ -188,9 +193,9 @@ def chat_request(text: str, decoding: Decoding) -> dict[str, Any]:
 
 
 def message_text(record: Mapping[str, Any]) -> str:
-    """A record as the text of one message, for servers ignore all that a message has beside its content.
+    """A record as the text of one message, because a server reads nothing of a message but its content.
 
-    The Alpaca template renders it to the prompt of training.
+    The Alpaca template renders this text to the prompt of training.
 
     >>> message_text({"instruction": "Make it plural.", "input": "cat"})
     'Make it plural.\\n\\n### Input:\\ncat'
@@ -217,20 +222,10 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _client(endpoint: Endpoint, timeout: float) -> AsyncOpenAI:
-    from openai import AsyncOpenAI
-
-    url = endpoint.url.replace("://", f"://{endpoint.credentials}", 1)
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none, the client wants one
-    return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=MAX_RETRIES)
-
-
-async def _complete(
-    client: AsyncOpenAI, endpoint: Endpoint, request: Mapping[str, Any], time_limit: float
-) -> Reply | Failure:
+async def _complete(client: AsyncOpenAI, request: Mapping[str, Any], time_limit: float) -> Reply | Failure:
     try:
         async with asyncio.timeout(time_limit):
-            raw = await client.chat.completions.with_raw_response.create(**request, model=endpoint.model)
+            raw = await client.chat.completions.with_raw_response.create(**request)
         completion = json.loads(raw.content)
         choice, usage = completion["choices"][0], completion.get("usage")
         texts = (choice["message"]["content"] or "", choice.get("finish_reason"), completion.get("model"))
@@ -239,10 +234,10 @@ async def _complete(
         counts = {name: usage[name] for name in USAGE} if is_counted else None
         return Reply(text, finish_reason, model, counts, raw.elapsed.total_seconds())
     except Exception as error:  # whatever a server may send, the others are still asked
-        return _as_failure(error, endpoint)
+        return _as_failure(error)
 
 
-def _as_failure(error: Exception, endpoint: Endpoint) -> Failure:
+def _as_failure(error: Exception) -> Failure:
     """What an error of the client, or of the reading of its reply, means for a request."""
     from openai import APIConnectionError, APIStatusError, APITimeoutError
 
@@ -255,10 +250,6 @@ def _as_failure(error: Exception, endpoint: Endpoint) -> Failure:
         status, text = "connection", str(error.__cause__ or error)
     else:
         status, text = "malformed", f"not the JSON of an OpenAI-compatible endpoint: {error!r}"
-    for secret in (os.environ.get("OPENAI_API_KEY"), endpoint.credentials.rstrip("@").partition(":")[2]):
-        text = text.replace(secret, "***") if secret else text
+    if key := os.environ.get("OPENAI_API_KEY"):
+        text = text.replace(key, "***")
     return Failure(status, " ".join(text.split())[:300])
-
-
-def _advice(endpoint: Endpoint, failure: Failure) -> str:
-    return f"endpoint {endpoint}: {failure}" + (f"; {ADVICE[failure.status]}" if failure.status in ADVICE else "")

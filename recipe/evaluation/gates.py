@@ -18,6 +18,8 @@ from recipe.evaluation.measures import BEHAVIOUR, METRICS
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 # low and high are the ends of the 95 % interval: of the delta, or of the tuned score if there is no baseline
 FIELDS = ("tuned", "baseline", "delta", "low", "high")
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+GATE = re.compile(rf"(?:([\w.-]+):)?(judge\.)?([\w-]+)(?:\.(\w+))?\s*([<>]=?)\s*({NUMBER})")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def parse_gate(text: str) -> Gate:
     Raises:
         UserError: not a condition, or a metric that does not exist.
     """
-    match = re.fullmatch(r"\s*(?:([\w.-]+):)?(judge\.)?([\w-]+)(?:\.(\w+))?\s*([<>]=?)\s*(\S+)\s*", text)
+    match = GATE.fullmatch(text.strip())
     if match is None:
         raise UserError(f"--gate {text!r}: write NAME>=NUMBER, for example exact_match>=0.8 or token_f1.delta>0")
     split, judge, metric, field, comparison, bound = match.groups()
@@ -55,8 +57,6 @@ def parse_gate(text: str) -> Gate:
         problem = f"the judge is asked about the first split only; leave out {split + ':'!r}"
     elif field not in (None, *FIELDS):
         problem = f"unknown field {field!r}; there are {', '.join(FIELDS)}"
-    elif not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", bound, re.IGNORECASE):
-        problem = f"{bound!r} is not a number"
     if problem:
         raise UserError(f"--gate {text!r}: {problem}")
     return Gate(text, split, (judge or "") + metric, field or "tuned", comparison, float(bound))

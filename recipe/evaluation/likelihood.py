@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
-from recipe.data.encode import token_ids
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
 
@@ -79,10 +77,10 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], references: Sequence[str]
 ) -> list[dict[str, list[int]]]:
     """As in training: prompt and reference tokenized apart, then one end-of-text token."""
-    tokens, lengths = token_ids(tokenizer, [*prompts, *references])
-    ids = [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    tokenized = [tokenizer(list(texts), **options)["input_ids"] for texts in (prompts, references)]
     features = []
-    for prompt, reference in zip(ids[: len(prompts)], ids[len(prompts) :], strict=True):
+    for prompt, reference in zip(*tokenized, strict=True):
         targets = [*reference, tokenizer.eos_token_id]
         features.append({"input_ids": prompt + targets, "labels": [IGNORE_INDEX] * len(prompt) + targets})
     return features

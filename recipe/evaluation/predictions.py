@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import PartialState
 
-from recipe.config import DataArguments, ModelArguments, UserError
+from recipe.config import DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, endpoints
 from recipe.files import file_hash, read_json, write_json
 from recipe.provenance import command_line, hardware, versions, weights_hash
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from recipe.generation import Decoding, Response
 
 STAGES = ("generate", "score", "judge", "report")
-RESERVED = ("baseline", "tuned", "base", "id", "split", *answers.RECORD_FIELDS)  # no further model gets such a label
+# no further model gets such a label: roles, and fields of a record
+RESERVED = ("baseline", "tuned", "base", "id", "split", "family", *answers.TEXT_FIELDS)
 WRITTEN = (  # by an evaluation, without judge_cache.jsonl: its replies are valid in any
     "predictions.jsonl", "evaluation.json", "metrics.json", "model-index.yml", "judge.jsonl", "report.html",
     "deltas.png", "outcomes.png", "lengths.png", "loss.png",
@@ -40,27 +41,27 @@ class EvalArguments:
             "endpoint (http://localhost:8000/v1#name), a file of recorded answers, or `echo`."
         },
     )
-    baseline: str | None = field(default=None, metadata={"help": "What to compare with, in the same forms."})
+    baseline: str | None = setting(None, "What to compare with, in the same forms.")
     split: list[str] = field(
         default_factory=list,
         metadata={"help": "Splits to score, or `all` records as one. Default: test, and all of recorded answers."},
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Where answers, scores and report go."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start over in an output_dir that is in use."})
+    output_dir: str = setting("", "Where answers, scores and report go.")
+    overwrite_output_dir: bool = setting(False, "Start over in an output_dir that is in use.")
     stages: list[str] = field(
-        default_factory=lambda: list(STAGES), metadata={"help": "Stages to run: generate score judge report."}
+        default_factory=lambda: [*STAGES], metadata={"help": "Stages to run: generate score judge report."}
     )
     gate: list[str] = field(default_factory=list, metadata={"help": "Conditions for exit code 0: exact_match>=0.8 ..."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Cap on each response, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "0 for greedy decoding; above, sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling."})
-    seed: int = field(default=123, metadata={"help": "Seed of the sampling."})
-    batch_size: int = field(default=32, metadata={"help": "Prompts generated together on each process."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights; auto: bfloat16 on a GPU that has it, else float32."}
+    max_new_tokens: int = setting(128, "Cap on each response, in tokens.")
+    temperature: float = setting(0.0, "0 for greedy decoding; above, sampling.")
+    top_p: float = setting(1.0, "Nucleus of the sampling.")
+    seed: int = setting(123, "Seed of the sampling.")
+    batch_size: int = setting(32, "Prompts generated together on each process.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Of the weights; auto: bfloat16 on a GPU that has it, else float32."
     )
-    endpoint_concurrency: int = field(default=8, metadata={"help": "Requests to a served model at the same time."})
-    endpoint_timeout: float = field(default=120.0, metadata={"help": "Seconds a served model has for an answer."})
+    endpoint_concurrency: int = setting(8, "Requests to a served model at the same time.")
+    endpoint_timeout: float = setting(120.0, "Seconds a served model has for an answer.")
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "endpoint_concurrency"):
@@ -74,14 +75,18 @@ class EvalArguments:
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown:
             raise UserError(f"--stages {' '.join(unknown)}: there are {', '.join(STAGES)}")
-        if self.output_dir is None:
+        if not self.output_dir:
             raise UserError("say where the results go: --output_dir")
         if not self.model and "generate" in self.stages:
             raise UserError("say what to score: --model")
         if self.stages == ["generate"] and self.gate:
             raise UserError("--gate needs scores: add the score stage")
-        for name in [*self.model, self.baseline or ""] if self.overwrite_output_dir else []:
-            if answers.is_answer_file(name) and Path(name).resolve().parent == Path(self.output_dir).resolve():
+        output_dir = Path(self.output_dir).resolve()
+        for name in [*self.model, self.baseline or ""]:
+            kind = model_kind(name)
+            if kind == "endpoint":
+                endpoints.parse_endpoint(name)
+            elif kind == "file" and self.overwrite_output_dir and Path(name).resolve().parent == output_dir:
                 raise UserError(
                     f"--overwrite_output_dir would remove {name}, the answers to score; name another folder"
                 )
@@ -99,7 +104,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         records, predictions = select_records(args, data_args, run)
     models, template = name_models(args), load_template(data_args.template)
     evaluation: dict[str, Any] = {
-        "models": {label: {"name": public_name(n), "weights": content_hash(n)} for label, n in models.items()},
+        "models": {label: {"name": n, "weights": content_hash(n)} for label, n in models.items()},
         "data": data_args.data or args.model[0],
         "data_hash": data_hash(records),
         "splits": Counter(prediction["split"] for prediction in predictions),
@@ -110,7 +115,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         "versions": versions(),
         "hardware": hardware(),
     }
-    output_dir = Path(args.output_dir or "")
+    output_dir = Path(args.output_dir)
     path = output_dir / "predictions.jsonl"
     answered = {} if args.overwrite_output_dir else answers.read_answers(path)
     if answered:
@@ -145,7 +150,7 @@ def select_records(
     from recipe.data import load_records
     from recipe.data.split import data_hash
 
-    files = [name for name in args.model if answers.is_answer_file(name)]
+    files = [name for name in args.model if model_kind(name) == "file"]
     if data_args.data is None and files:  # recorded answers bring their records along
         records, predictions, _ = answers.read_answer_file(files[0])
         names = chosen_splits(args.split or ["all"], split_names(predictions))
@@ -195,8 +200,6 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
     if changed:
         raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
-    order = sorted(models, key=lambda label: ("baseline", "tuned", label).index(label))
-    models = {label: models[label] for label in order}
     return {**evaluation, "models": models, "command": "\n".join(dict.fromkeys(commands))}
 
 
@@ -204,7 +207,8 @@ def append_answers_of(
     label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments, template: str, state: PartialState
 ) -> None:
     """Append one model's answers to `predictions`; weights answer a share of them on each process."""
-    if not (endpoints.is_endpoint(name) or answers.is_answer_file(name) or name == answers.ECHO):
+    kind = model_kind(name)
+    if kind == "weights":
         with state.split_between_processes(predictions) as share:
             try:
                 ask_weights(label, name, share, path, args, template, state)
@@ -212,10 +216,10 @@ def append_answers_of(
                 if not state.is_main_process:  # the main process prints its own error
                     print(f"error: process {state.process_index}: {error}", file=sys.stderr, flush=True)
                 raise
-    elif state.is_main_process and endpoints.is_endpoint(name):
+    elif state.is_main_process and kind == "endpoint":
         ask_endpoint(label, name, predictions, path, args)
     elif state.is_main_process:
-        rows = answers.echoes(predictions) if name == answers.ECHO else answers.pair_answers(name, predictions)
+        rows = answers.echoes(predictions) if kind == "echo" else answers.pair_answers(name, predictions)
         answers.append_answers(path, label, predictions, rows)
 
 
@@ -254,7 +258,7 @@ def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> d
     }
 
 
-def ask_endpoint(label: str, name: str, predictions: list[dict[str, Any]], path: Path, args: EvalArguments) -> None:
+def ask_endpoint(label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments) -> None:
     """Append a served model's answers as they come; the error counts those that did not come, with reasons."""
     endpoint, decoding = endpoints.parse_endpoint(name), decoding_of(args)
     warm_up = {**endpoints.chat_request("Hello.", decoding), "max_tokens": 1}
@@ -271,11 +275,10 @@ def ask_endpoint(label: str, name: str, predictions: list[dict[str, Any]], path:
     if failed:
         counts = Counter(failure.status for _, failure in failed)
         first = "\n".join(f"  {id_}: {failure}" for id_, failure in failed[:5])
-        again = "the same command" + (" without --overwrite_output_dir" if args.overwrite_output_dir else "")
         raise UserError(
             f"{endpoint} left {len(failed)} of {len(predictions)} prompts without an answer "
             f"({', '.join(f'{status} {count}' for status, count in counts.items())}); the first:\n{first}\n"
-            f"the others are kept: {again} asks for these"
+            "the others are kept: the same command, without --overwrite_output_dir, asks for these"
         )
 
 
@@ -291,26 +294,30 @@ def name_models(args: EvalArguments) -> dict[str, str]:
     models = {"baseline": args.baseline} if args.baseline else {}
     models["tuned"] = args.model[0]
     for name in args.model[1:]:
-        path = Path(public_name(name).rpartition("#")[2])
-        label = path.stem if answers.is_answer_file(name) else path.name
+        path = Path(name.rpartition("#")[2])
+        label = path.stem if model_kind(name) == "file" else path.name
         if label in (*models, *RESERVED):
             label = f"{path.parent.name}/{label}"
         if label in models or args.model.count(name) > 1:
-            raise UserError(f"--model {public_name(name)}: named twice, or like another one")
+            raise UserError(f"--model {name}: named twice, or like another one")
         models[label] = name
     return models
 
 
-def public_name(name: str) -> str:
-    """A model's name without the credentials of an endpoint."""
-    return str(endpoints.parse_endpoint(name)) if endpoints.is_endpoint(name) else name
+def model_kind(name: str) -> Literal["weights", "endpoint", "file", "echo"]:
+    """In which of its forms a model is named: weights are a folder or a Hub id, a file holds recorded answers."""
+    if name == answers.ECHO:
+        return "echo"
+    if endpoints.is_endpoint(name):
+        return "endpoint"
+    return "file" if answers.is_answer_file(name) else "weights"
 
 
 def content_hash(name: str) -> str | None:
     """A hash of weights or of recorded answers, which tells a model from another of the same name."""
-    if name == answers.ECHO or endpoints.is_endpoint(name):
-        return None
-    return file_hash(name) if answers.is_answer_file(name) else weights_hash(name)
+    hashes = {"weights": weights_hash, "file": file_hash}
+    kind = model_kind(name)
+    return hashes[kind](name) if kind in hashes else None
 
 
 def split_names(predictions: list[dict[str, Any]]) -> list[str]:

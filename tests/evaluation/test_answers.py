@@ -117,8 +117,8 @@ def test_an_evaluations_own_answers_keep_their_ids_and_splits(tmp_path):
     ("row", "message"),
     [
         ({"output": "A"}, "neither a 'model_response' nor a 'tuned' column"),
-        ({"output": "A", "model_response": None}, "row 0: 'model_response' is None, not text"),
-        ({"output": "A", "model_response": 3}, "row 0: 'model_response' is 3, not text"),
+        ({"output": "A", "model_response": None}, "row 0: 'text' of 'model_response' is None; fix or"),
+        ({"output": "A", "model_response": 3}, "row 0: 'text' of 'model_response' is 3; fix or"),
         ({"output": "", "model_response": "B"}, "'output' is empty"),
     ],
 )

@@ -59,13 +59,13 @@ def test_a_judge_that_was_not_asked_holds_no_gate():
     ("gate", "message"),
     [
         ("exact_match", "write NAME>=NUMBER"),
-        ("exact_match>=high", "'high' is not a number"),
-        ("exact_match>=nan", "'nan' is not a number"),
+        ("exact_match>=high", "'exact_match>=high': write NAME>=NUMBER"),
+        ("exact_match>=nan", "'exact_match>=nan': write NAME>=NUMBER"),
         ("unseen:judge.score_0_100>=1", "the judge is asked about the first split only"),
         ("exact_match==1", "write NAME>=NUMBER"),
         ("exact_macth>=0.5", "unknown metric 'exact_macth'; did you mean 'exact_match'"),
         ("exact_match.mean>=0.5", "unknown field 'mean'"),
-        ("exact_match>=1.2.3", "not a number"),
+        ("exact_match>=1.2.3", "write NAME>=NUMBER"),
     ],
 )
 def test_what_is_no_condition_is_refused(gate, message):

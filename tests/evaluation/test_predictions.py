@@ -232,6 +232,10 @@ def test_gates_decide_the_exit(tmp_path, evaluate, few):
         (("--model", "echo", "--temperature", "-1"), "give a temperature from 0 up"),
         (("--model", "echo", "echo"), "--model echo: named twice"),
         (("--model", "http://127.0.0.1:9/v1#m", "--endpoint_timeout", "2"), "connection"),
+        (
+            ("--model", "echo", "--baseline", "http://me:secret@127.0.0.1:9/v1#m"),
+            "'http://127.0.0.1:9/v1#m': write http",
+        ),
         (("--baseline", "echo"), "say what to score: --model"),
         (("--model", "echo", "--stages", "generate", "--gate", "chrf>0"), "--gate needs scores"),
     ],
@@ -344,14 +348,11 @@ def test_a_baseline_that_never_answered_may_be_dropped_or_fixed(tmp_path, evalua
 def test_a_served_model_is_written_down_by_name_and_another_is_refused(tmp_path, evaluate, few):
     flags = ("--data", few, "--output_dir", tmp_path / "e", "--stages", "generate")
     with serve_stub({"": [Say("An answer.")]}) as stub:
-        address = stub.url.replace("http://", "http://me:SECRET1@")
-        evaluate("--model", f"{address}#first", *flags)
+        evaluate("--model", f"{stub.url}#first", *flags)
         with pytest.raises(UserError, match="with another model 'tuned'"):
-            evaluate("--model", f"{address}#second", *flags)
-        evaluate("--model", f"{address}#first", f"{address.replace('SECRET1', 'SECRET2')}#third", *flags)
+            evaluate("--model", f"{stub.url}#second", *flags)
+        evaluate("--model", f"{stub.url}#first", f"{stub.url}#third", *flags)
     assert [list(row)[-2:] for row in rows_of(tmp_path / "e")] == [["tuned", "third"]] * 8
-    for path in (tmp_path / "e").iterdir():
-        assert b"SECRET" not in path.read_bytes(), path
 
 
 def test_names_of_roles_are_not_given_to_further_models(tmp_path, evaluate, few, other_model):

@@ -1,13 +1,12 @@
 """A judge's prompts: Jinja text files in `prompt_templates/` or of the user's own, and how the replies are read.
 
-A scoring prompt sets its scale itself, `{% set low = 0 %}{% set high = 100 %}`, and by `{% set reason = true %}` that
-it asks for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
+A scoring prompt sets its own scale, `{% set low = 0 %}{% set high = 100 %}`, and `{% set reason = true %}` if it asks
+for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
 no text contains; `pairwise.jinja` is given `response_a` and `response_b` instead of `response`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -73,12 +72,7 @@ class JudgePrompt:
             properties["winner"] = {"type": "string", "enum": ["A", "B", "tie"]}
         else:
             properties["score"] = {"type": "integer", "minimum": self.scale[0], "maximum": self.scale[1]}
-        schema = {
-            "type": "object",
-            "properties": properties,
-            "required": list(properties),
-            "additionalProperties": False,
-        }
+        schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
         return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
     def read(self, text: str, finish_reason: str | None) -> Verdict:
@@ -152,11 +146,8 @@ def _prompt_path(name: str) -> Path:
     built_in = {path.stem: path for path in sorted(BUILT_IN.glob("*.jinja"))}
     path = built_in.get(name, Path(name))
     if not path.is_file():
-        near = difflib.get_close_matches(name, built_in, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"unknown judge prompt {name!r}: {hint}give one of {', '.join(built_in)} or the path of a .jinja file"
-        )
+        known = ", ".join(built_in)
+        raise UserError(f"unknown judge prompt {name!r}: give one of {known} or the path of a .jinja file")
     if path.stem in built_in and path.parent != BUILT_IN:
         raise UserError(f"judge prompt {name}: {path.stem!r} is the name of a built-in one; rename the file")
     return path

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import UserError
+from recipe.config import UserError, setting
+from recipe.evaluation.answers import append_lines
 from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight
 from recipe.evaluation.judge.prompts import JudgePrompt, Verdict, load_judge_prompts
@@ -32,20 +33,17 @@ ORDERS = {"baseline_first": ("baseline", "tuned"), "tuned_first": ("tuned", "bas
 class JudgeArguments:
     """Whether and how a judge scores the responses."""
 
-    judge: str | None = field(
-        default=None,
-        metadata={
-            "help": "OpenAI-compatible endpoint, http://host:port/v1#model, its key in OPENAI_API_KEY. Default: none."
-        },
+    judge: str | None = setting(
+        None, "OpenAI-compatible endpoint, http://host:port/v1#model, its key in OPENAI_API_KEY. Default: none."
     )
     judge_prompts: list[str] = field(
         default_factory=lambda: ["score_0_100"],
         metadata={"help": "score_0_100, rubric_1_5, pairwise, or the path of a .jinja file that scores; several may."},
     )
-    judge_concurrency: int = field(default=4, metadata={"help": "Requests to the judge at the same time."})
-    judge_timeout: float = field(default=60.0, metadata={"help": "Seconds until a request is given up or repeated."})
-    judge_warmup_timeout: float = field(default=300.0, metadata={"help": "The same while the model may still load."})
-    judge_allow_missing: bool = field(default=False, metadata={"help": "Give means although scores are missing."})
+    judge_concurrency: int = setting(4, "Requests to the judge at the same time.")
+    judge_timeout: float = setting(60.0, "Seconds until a request is given up or repeated.")
+    judge_warmup_timeout: float = setting(300.0, "The same while the model may still load.")
+    judge_allow_missing: bool = setting(False, "Give means although scores are missing.")
 
     def __post_init__(self) -> None:
         if self.judge is not None:
@@ -58,12 +56,12 @@ class JudgeArguments:
 
 @dataclass(frozen=True)
 class Question:
-    """A row of `judge.jsonl` to be: the fields that name it, and the messages to send, or the verdict without any."""
+    """What a row of `judge.jsonl` asks: the fields that name it, the messages, and the verdict if none are needed."""
 
     prompt: JudgePrompt
     row: dict[str, str]
-    messages: list[dict[str, str]] | None = None
-    verdict: Verdict | None = None
+    messages: list[dict[str, str]]
+    verdict: Verdict | None
 
     def key(self, endpoint: Endpoint) -> str:
         """A hash of all that the reply depends on."""
@@ -103,7 +101,8 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
     except UserError as raised:
         error = str(raised)
     finally:
-        rows = [_as_row(question, outcomes.get(question.key(endpoint)), error) for question in questions]
+        not_asked = Failure("not_asked", error or "interrupted")
+        rows = [_as_row(question, outcomes.get(question.key(endpoint), not_asked)) for question in questions]
         if error and not outcomes and path.exists():
             raise UserError(f"{error}; the earlier {path} stays")
         write_json_lines(path, rows)
@@ -150,11 +149,11 @@ def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Quest
         pairs = ORDERS.items() if "baseline" in labels else ()
         asked = [({"order": order}, {"response_a": a, "response_b": b}) for order, (a, b) in pairs]
     questions = []
-    for name, labels_by_part in asked:
+    for name, label_by_part in asked:
         row = {"id": prediction["id"], "prompt": prompt.name, **name}
-        responses = {part: prediction[label]["text"] for part, label in labels_by_part.items()}
+        responses = {part: prediction[label]["text"] for part, label in label_by_part.items()}
         verdict = _verdict_without_judge(prompt, *responses.values())
-        questions.append(Question(prompt, row, None if verdict else prompt.messages(prediction, **responses), verdict))
+        questions.append(Question(prompt, row, prompt.messages(prediction, **responses), verdict))
     return questions
 
 
@@ -175,31 +174,27 @@ def _ask_missing(
     cache: Path,
 ) -> None:
     """Add outcomes by key from the cache and, for what it lacks, from the endpoint; equal questions are asked once."""
-    by_key = {question.key(endpoint): question for question in questions if question.messages is not None}
+    asked = {question.key(endpoint): question for question in questions if question.verdict is None}
     cached = read_cache(cache)
-    outcomes |= {key: cached[key] for key, question in by_key.items() if question.is_answered_by(cached.get(key))}
-    keys = [key for key in by_key if key not in outcomes]
-    missing = [by_key[key] for key in keys]
+    outcomes |= {key: cached[key] for key, question in asked.items() if question.is_answered_by(cached.get(key))}
+    missing = [(key, question) for key, question in asked.items() if key not in outcomes]
     if not missing:
         return
     forms = {
         prompt: preflight(endpoint, _request_forms(prompt), args.judge_warmup_timeout)
-        for prompt in dict.fromkeys(question.prompt for question in missing)
+        for prompt in dict.fromkeys(question.prompt for _, question in missing)
     }
-    requests = [{**forms[question.prompt], "messages": question.messages} for question in missing]
+    requests = [{**forms[question.prompt], "messages": question.messages} for _, question in missing]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with open(cache, "a", encoding="utf-8") as file:
-        if cache.read_bytes()[-1:] not in (b"", b"\n"):  # a killed run left an incomplete line
-            file.write("\n")
 
-        def keep(index: int, outcome: Reply | Failure) -> None:
-            outcomes[keys[index]] = outcome
-            if isinstance(outcome, Reply) and missing[index].is_answered_by(outcome):
-                file.write(json.dumps({"key": keys[index], "reply": asdict(outcome)}, ensure_ascii=False) + "\n")
-                file.flush()
+    def keep(index: int, outcome: Reply | Failure) -> None:
+        key, question = missing[index]
+        outcomes[key] = outcome
+        if isinstance(outcome, Reply) and question.is_answered_by(outcome):
+            append_lines(cache, [{"key": key, "reply": asdict(outcome)}])
 
-        ended = ask(endpoint, requests, keep, args.judge_concurrency, args.judge_timeout, description="Judging")
-    outcomes |= zip(keys, ended, strict=True)  # also those that were not sent
+    ended = ask(endpoint, requests, keep, args.judge_concurrency, args.judge_timeout, description="Judging")
+    outcomes |= zip((key for key, _ in missing), ended, strict=True)  # also those that were not sent
 
 
 def _request_forms(prompt: JudgePrompt) -> list[dict[str, Any]]:
@@ -222,25 +217,19 @@ def read_cache(path: Path) -> dict[str, Reply]:
     return replies
 
 
-def _as_row(question: Question, outcome: Reply | Failure | None, error: str | None) -> dict[str, Any]:
+def _as_row(question: Question, outcome: Reply | Failure) -> dict[str, Any]:
     """A line of `judge.jsonl`."""
-    reply, verdict = None, question.verdict
-    failure: Failure | None = None
-    if verdict is None and isinstance(outcome, Reply):
-        reply, verdict = outcome, question.prompt.read(outcome.text, outcome.finish_reason)
-    elif verdict is None:
-        failure = outcome if isinstance(outcome, Failure) else Failure("not_asked", error or "interrupted")
-        verdict = Verdict(failure.status)
-    value: Any = verdict.value
-    if question.prompt.scale is None and value in ("A", "B"):
-        value = ORDERS[question.row["order"]]["AB".index(value)]
-    return {
-        **question.row,
-        "status": verdict.status,
-        "winner" if question.prompt.scale is None else "score": value,
-        "reason": verdict.reason,
-        "raw": reply and reply.text,
-        "judge": reply and reply.model,
-        "usage": reply and reply.usage,
-        "error": failure and failure.error,
-    }
+    details: dict[str, Any] = dict.fromkeys(("raw", "judge", "usage", "error"))
+    if question.verdict:
+        verdict = question.verdict
+    elif isinstance(outcome, Reply):
+        verdict = question.prompt.read(outcome.text, outcome.finish_reason)
+        details |= {"raw": outcome.text, "judge": outcome.model, "usage": outcome.usage}
+    else:
+        verdict = Verdict(outcome.status)
+        details["error"] = outcome.error
+    name, value = "score", verdict.value
+    if question.prompt.scale is None:
+        first, second = ORDERS[question.row["order"]]
+        name, value = "winner", {"A": first, "B": second}.get(str(value), value)
+    return {**question.row, "status": verdict.status, name: value, "reason": verdict.reason, **details}
