@@ -73,14 +73,9 @@ class DataCollatorForInstructionTuning:
         padded_labels = np.full(real.shape, IGNORE_INDEX, dtype=np.int64)
         padded_labels[real] = np.concatenate(labels)
 
-        mask = real.astype(np.int64)
-        arrays = {"input_ids": padded_tokens, "attention_mask": mask, "labels": padded_labels}
         if self.shift:  # position t predicts token t + 1
-            arrays = {
-                "input_ids": padded_tokens[:, :-1],
-                "attention_mask": mask[:, :-1],
-                "labels": padded_labels[:, 1:],
-            }
+            padded_tokens, real, padded_labels = padded_tokens[:, :-1], real[:, :-1], padded_labels[:, 1:]
+        arrays = {"input_ids": padded_tokens, "attention_mask": real.astype(np.int64), "labels": padded_labels}
         batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         if self.shift:
             batch["shift_labels"] = batch["labels"]
@@ -156,28 +151,25 @@ class DataCollatorWithSharedPrefix:
         pairs = [np.array([tokens[:-1], labels[1:]], dtype=np.int32).T for tokens, labels in rows]  # (length, 2) each
         groups = shared_prefixes(pairs)
 
-        # the segments of the row: each group's prefix, then the rests of its examples
-        segments: list[np.ndarray] = []  # (length, 2) pairs
-        starts: list[int] = []  # the position of a segment's first token
-        owners: list[list[int]] = []  # the examples whose targets a segment holds
+        # the segments of the row: each group's prefix, then the rests of its examples. A segment has pairs (length, 2),
+        # the position of its first token, and the examples whose targets it holds.
+        segments: list[tuple[np.ndarray, int, list[int]]] = []
         for examples, prefix in groups:
-            segments += [pairs[examples[0]][:prefix], *(pairs[example][prefix:] for example in examples)]
-            starts += [0] + [prefix] * len(examples)
-            owners += [examples, *([example] for example in examples)]
+            segments.append((pairs[examples[0]][:prefix], 0, examples))
+            segments += [(pairs[example][prefix:], prefix, [example]) for example in examples]
         multiple = self.pad_to_multiple_of or 1
-        padding = -sum(map(len, segments)) % multiple
+        padding = -sum(len(segment) for segment, _, _ in segments) % multiple
         if padding:
             groups.append(Group([], padding))
-            segments.append(np.array([[self.pad_token_id, IGNORE_INDEX]] * padding, dtype=np.int32))
-            starts.append(0)
-            owners.append([])
-        lengths = np.array([len(segment) for segment in segments])
-        tokens, targets = np.concatenate(segments).T
+            segments.append((np.array([[self.pad_token_id, IGNORE_INDEX]] * padding, dtype=np.int32), 0, []))
+        lengths = np.array([len(segment) for segment, _, _ in segments])
+        tokens, targets = np.concatenate([segment for segment, _, _ in segments]).T
         offsets = np.cumsum(lengths) - lengths
-        positions = np.arange(len(tokens)) + np.repeat(np.array(starts) - offsets, lengths)
+        starts = np.array([start for _, start, _ in segments])
+        positions = np.arange(len(tokens)) + np.repeat(starts - offsets, lengths)
 
         kept, example_of_kept = [], []
-        for offset, segment, owner in zip(offsets, segments, owners, strict=True):
+        for offset, (segment, _, owner) in zip(offsets, segments, strict=True):
             supervised = offset + np.flatnonzero(segment[:, 1] != IGNORE_INDEX)
             kept += [supervised] * len(owner)
             example_of_kept += [np.full(len(supervised), index) for index in owner]

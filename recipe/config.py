@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from argparse import Namespace
-from collections.abc import Iterable
+from argparse import ArgumentError, Namespace
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str) -> Any:
-    """A dataclass field: its default, and what `--help` says of it."""
+    """A dataclass field: its default, and its text in `--help`."""
     return field(default=default, metadata={"help": help})
 
 
@@ -143,11 +143,6 @@ class InstructionTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(message)
-
-
 def parse_arguments(
     dataclass_types: list[type], argv: list[str], description: str, defaults: dict[str, Any] | None = None
 ) -> tuple:
@@ -161,70 +156,65 @@ def parse_arguments(
         UserError: a file that cannot be read, unknown keys or flags (each with its nearest known name), a wrong type.
     """
     usage = "%(prog)s [CONFIG.yaml] [--flag value ...]"
-    parser = _Parser(dataclass_types, description=description, allow_abbrev=False, usage=usage)  # type: ignore[arg-type]
+    options: Any = {"description": description, "usage": usage, "allow_abbrev": False, "exit_on_error": False}
+    parser = HfArgumentParser(dataclass_types, **options)  # type: ignore[arg-type]
     known = {f.name: f.default for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
     config_path = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if config_path else argv
-    settings = dict(defaults or {})
+    settings = defaults or {}
     if config_path:
         content = _read_yaml(config_path)
         _check_keys(content, known, config_path)
         _drop_replaced_model(content, flags)
-        settings |= content
+        settings = {**settings, **content}
 
     # Lists and mappings are taken as they are; everything else goes through the type checks of the flags.
-    structured = {name: value for name, value in settings.items() if isinstance(value, list | dict)}
-    as_flags = [
-        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in settings.items()
-        if name not in structured and value is not None
-    ]
-    values = _parse(parser, as_flags, known, config_path or "defaults")
-    vars(values).update(structured)
-    values = _parse(parser, flags, known, "command line", values)
+    values = Namespace(**{name: value for name, value in settings.items() if isinstance(value, list | dict)})
+    as_flags = [f"--{name}={value}" for name, value in settings.items() if name not in values and value is not None]
+    for source, words in ((config_path or "defaults", as_flags), ("command line", flags)):
+        try:
+            values, rest = parser.parse_known_args(words, values)
+        except ArgumentError as error:
+            raise UserError(f"{source}: {error}") from error
+        _check_flags(rest, known)
     try:
         return parser.parse_dict(vars(values))
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks that its fields go together
         raise UserError(f"{config_path or 'command line'}: {error}") from error
 
 
-def _parse(
-    parser: _Parser, argv: list[str], known: Iterable[str], source: str, earlier: Namespace | None = None
-) -> Namespace:
-    """The values of the flags in `argv`, and where they have none those of `earlier`."""
-    try:
-        values, rest = parser.parse_known_args(argv, earlier)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    unknown = [word.split("=")[0] for word in rest if word.startswith("--")]  # without the value: it may be a secret
+def _check_flags(rest: list[str], known: Collection[str]) -> None:
+    """Refuse what the parser has left of the command line; without values, which may be secrets."""
+    unknown = [word.split("=")[0] for word in rest if word.startswith("--")]
     problems = [f"unknown flag {flag}{_did_you_mean(flag.strip('-').replace('-', '_'), known)}" for flag in unknown]
     if rest:
         problems = problems or [f"unexpected {rest[0]!r}; write --flag value"]
-        raise UserError("\n".join(f"{source}: {problem}" for problem in problems))
-    return values
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, where the stock loader keeps the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is repeated", node.start_mark)
-        return super().construct_mapping(node, deep)
+        raise UserError("\n".join(f"command line: {problem}" for problem in problems))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        content: Any = yaml.safe_load(text)
+        node: Any = yaml.compose(text)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+    if (repeated := _repeated_key(node)) is not None:
+        raise UserError(f"{path} line {repeated.start_mark.line + 1}: the key {repeated.value!r} is repeated; keep one")
     return content
+
+
+def _repeated_key(node: yaml.Node) -> yaml.Node | None:
+    """The first key that is twice in a mapping, at any depth; of a repeated key, PyYAML keeps the last value."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    names = [key.value for key, _ in pairs]
+    again = [key for index, (key, _) in enumerate(pairs) if key.value in names[:index]]
+    inner = [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else [])
+    return next(iter([*again, *filter(None, map(_repeated_key, inner))]), None)
 
 
 def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> None:
@@ -239,7 +229,7 @@ def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> No
         raise UserError("\n".join(problems))
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def _did_you_mean(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else "; see --help for all names"
 

@@ -1,7 +1,7 @@
 """A model's responses to prompts: batched, left-padded, KV-cached, greedy or sampled with a seed.
 
-Three savings change a response by rounding at most: the tokens that all prompts start with (a template's preamble, a
-system prompt) are computed once, the cache grows in blocks, and rows that have ended leave their batch.
+Three optimizations change a response by rounding at most: the tokens that all prompts start with (the preamble of a
+template, a system prompt) are computed once, the cache grows in blocks, and rows that have ended leave their batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
 
 CACHE_BLOCK = 64  # tokens that a full cache grows by
-STEPS = 16  # tokens to generate between two looks for rows that have ended
+STEPS = 16  # tokens to generate before rows that have ended are taken out
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def iter_responses(
 ) -> Iterator[tuple[list[int], list[Response]]]:
     """Each batch as soon as it is finished: indices into `prompts`, and their responses.
 
-    Prompts are sorted by length, longest first, and padded on the left; the tokenizer's own padding settings are
-    neither used nor changed. A prompt that leaves no position for a response gets an empty one with the stop reason
-    `context`. A batch that does not fit in memory is halved, and so are later ones.
+    Prompts are sorted by length, longest first, and padded on the left, whatever the tokenizer's padding settings. A
+    prompt that leaves no position for a response gets an empty one with the stop reason `context`. A batch that does
+    not fit in memory is halved, and so are later ones.
 
     Raises:
         UserError: not even one prompt fits in memory.
@@ -128,12 +128,12 @@ def iter_responses(
     def answer(indices: list[int]) -> list[Response]:
         batch, start = [prompt_ids[index] for index in indices], time.perf_counter()
         room = positions - max(map(len, batch))
-        cap, hit_cap = min((decoding.max_new_tokens, "length"), (room, "context"))
+        limit, reason = min((decoding.max_new_tokens, "length"), (room, "context"))
         generated: list[list[int]] = [[] for _ in batch]
-        if cap > 0:
-            generated = _generate_batch(model, tokenizer, batch, cap, decoding, prefix_cache())
+        if limit > 0:
+            generated = _generate_batch(model, tokenizer, batch, limit, decoding, prefix_cache())
         seconds = (time.perf_counter() - start) / len(batch)
-        return [_as_response(token_ids, tokenizer, hit_cap, seconds) for token_ids in generated]
+        return [_as_response(token_ids, tokenizer, reason, seconds) for token_ids in generated]
 
     # smoothing=0: batches differ in length, so their mean speed predicts the end better than the latest speed
     progress = tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None, smoothing=0)
@@ -176,7 +176,7 @@ def _generate_batch(
     decoding: Decoding,
     prefix_cache: list[BlockwiseLayer] | None,
 ) -> list[list[int]]:
-    """The tokens of each response, (batch,) lists; behind an end-of-text token there may be padding."""
+    """The tokens of each response, (batch,) lists; after an end-of-text token there may be padding."""
     width, eos = max(map(len, batch)), tokenizer.eos_token_id
     padding = torch.tensor([width - len(row) for row in batch])
     input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in batch], device=model.device)
@@ -300,8 +300,8 @@ class SeededGumbelNoise(LogitsProcessor):
         return scores - noise.log()  # type: ignore[return-value]
 
 
-def _as_response(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, hit_cap: str, seconds: float) -> Response:
-    """The response up to its first end-of-text token; those behind it are padding."""
+def _as_response(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, reason: str, seconds: float) -> Response:
+    """The response up to its first end-of-text token; those after it are padding."""
     if tokenizer.eos_token_id in token_ids:
-        token_ids, hit_cap = token_ids[: token_ids.index(tokenizer.eos_token_id)], "eos"
-    return Response(str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids, hit_cap, seconds)
+        token_ids, reason = token_ids[: token_ids.index(tokenizer.eos_token_id)], "eos"
+    return Response(str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids, reason, seconds)

@@ -49,6 +49,6 @@ def halve_if_out_of_memory(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on any device."""
-    # oneDNN says no more than this when it cannot allocate its generated code, and accelerate does not know it
+    # oneDNN's only message when it cannot allocate its generated code; accelerate does not know it
     onednn = "could not create a primitive" in str(error)
     return isinstance(error, MemoryError) or should_reduce_batch_size(error) or onednn

@@ -148,8 +148,7 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     special_tokens = {key: getattr(tokenizer, key) for key in SPECIAL_TOKEN_IDS}
-    for key, token_id in special_tokens.items():
-        setattr(model.config, key, token_id)
+    model.config.update(special_tokens)
     longest = min(256, (context_length(model.config) or 512) // 2)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=longest, **special_tokens)
 

@@ -9,15 +9,19 @@ import platform
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from recipe.config import UserError
+from recipe.config import DataArguments, ModelArguments, UserError
 from recipe.files import file_hash, read_json
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
 SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
@@ -69,6 +73,32 @@ def command_line() -> str:
         secret = None if equals else placeholder
         words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(https?://)[^/@]*@", r"\1", word)))
     return shlex.join([Path(sys.executable).name, *words])
+
+
+def describe_run(model_args: ModelArguments, data_args: DataArguments, trainer: Trainer) -> dict[str, Any]:
+    """For `run.json`: how a run was started, and its steps, tokens, time and losses.
+
+    The evaluation is that of the weights that were saved.
+    """
+    args, state, last = trainer.args, trainer.state, trainer.state.log_history[-1]
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    if args.load_best_model_at_end:
+        evaluations = [entry for entry in evaluations if entry["step"] == state.best_global_step]
+    return {
+        "command": command_line(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "seed": args.seed,
+        "processes": args.world_size,
+        "config": {"model": asdict(model_args), "data": asdict(data_args), "training": args.to_dict()},
+        "result": {
+            "steps": state.global_step,
+            "tokens_seen": state.num_input_tokens_seen,
+            "train_seconds": last.get("train_runtime"),
+            "train_loss": last.get("train_loss"),
+            "eval": evaluations[-1] if evaluations else None,
+        },
+    }
 
 
 def read_run(output_dir: str | Path) -> dict[str, Any] | None:

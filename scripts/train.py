@@ -2,7 +2,7 @@
 
 accelerate launch --config_file accelerate_config.yaml scripts/train.py configs/demo.yaml --flag value
 
-Each step imports what it needs: --help and a mistake in the arguments answer without waiting for the libraries.
+Each step imports what it needs, so that --help and mistakes in the arguments do not wait for the libraries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from transformers import set_seed
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
 from recipe.training.checks import check_splits, check_trackers, fit_max_length, print_model
 from recipe.training.output_dir import clear_output_dir, explain_full_disk, find_checkpoint
-from recipe.training.run import describe_data, describe_result, describe_run, shut_down
 
 
 def main(argv: list[str]) -> None:
@@ -48,15 +47,16 @@ def main(argv: list[str]) -> None:
         if trainer.is_world_process_zero():
             save_reports(trainer, model_args, data_args, about_data | about_model, push)
         shut_down(trainer)
-    if push is not None and trainer.is_world_process_zero():  # no other process waits any more
+    if push is not None and trainer.is_world_process_zero():  # the other processes have ended
         pushed = push.finish()
         print(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
 
 
 def prepare_data(model_args, data_args, training_args):
-    """Tokenizer and template; the records of all splits, as text and as tokens; and what run.json says of them."""
+    """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
     from recipe.console import print_token_statistics
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
+    from recipe.data.split import data_hash
     from recipe.model import load_tokenizer
     from recipe.templates import load_template
 
@@ -71,11 +71,17 @@ def prepare_data(model_args, data_args, training_args):
     statistics = token_statistics(records, splits, preamble)
     if training_args.should_log:
         print_token_statistics(statistics, duplicates)
-    return tokenizer, template, records, splits, describe_data(records, statistics, duplicates)
+    rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
+    about = {
+        "data_hash": data_hash(records),  # by which the test split is found again
+        "splits": {row["split"]: row for row in statistics},
+        "rows": rows | {"left_out_of_train_as_duplicates": duplicates},
+    }
+    return tokenizer, template, records, splits, about
 
 
 def prepare_model(model_args, data_args, training_args, tokenizer, template):
-    """The model, ready to be saved for chat, and what run.json says of where it comes from."""
+    """The model, ready to be saved for chat, and where it comes from, for run.json."""
     from recipe import attention
     from recipe.model import load_model, prepare_for_chat
     from recipe.publishing.card import hub_sources
@@ -108,7 +114,7 @@ def make_trainer(model, tokenizer, template, records, splits, data_args, trainin
             template=template,
             max_new_tokens=training_args.generation_max_new_tokens,
         )
-        trainer.length_sampler()  # a record that no batch may hold is named before the folder is touched
+        trainer.length_sampler()  # names a record longer than max_tokens_per_batch before the folder is touched
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, flags that clash
         raise UserError(str(error)) from error
     if "validation" in splits and training_args.num_sample_generations:
@@ -123,11 +129,12 @@ def save_reports(trainer, model_args, data_args, about, push):
     """Write run.json, loss.png and the model card beside the model."""
     from recipe.figures import plot_loss
     from recipe.files import write_json, write_whole
+    from recipe.provenance import describe_run
     from recipe.publishing.card import make_model_card
 
     output_dir = Path(trainer.args.output_dir)
-    run = describe_run(model_args, data_args, trainer.args) | about | {"result": describe_result(trainer)}
-    run["config"]["training"]["push_to_hub"] = push is not None  # as it was asked for
+    run = describe_run(model_args, data_args, trainer) | about
+    run["config"]["training"]["push_to_hub"] = push is not None  # replace_trainer_push has turned it off
     write_json(output_dir / "run.json", run)
     plot_loss(trainer.state.log_history, output_dir / "loss.png")
     card = make_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
@@ -135,11 +142,23 @@ def save_reports(trainer, model_args, data_args, about, push):
     print(f"\nDone: the model is in {output_dir}/; look at loss.png and run.json there")
 
 
+def shut_down(trainer):
+    """End the trackers and the process group on all processes at once: one that exits early may abort another.
+
+    The wrapped model is freed first. If DDP's reducer were the last to hold the process group, it would wait for gloo's
+    threads while it holds the GIL, which one of them may need: a deadlock (pytorch issue 56297, seen with torch 2.13).
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, FloatingPointError, OSError) as error:
-        # one process speaks; the launcher ends the others
+        # one process prints the error; the launcher stops the others
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume_from_checkpoint true goes on from the last checkpoint, if one was saved")
+        sys.exit("interrupted: --resume_from_checkpoint true resumes from the last checkpoint, if one was saved")

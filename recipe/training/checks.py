@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 def check_trackers(args: InstructionTrainingArguments) -> None:
     """Let W&B look for its key now and not at the first step."""
-    if "wandb" not in (args.report_to or ()) or args.process_index != 0:
-        return
-    try:
-        import wandb
-    except ImportError:  # the Trainer says how to install it
-        return
+    if "wandb" not in (args.report_to or ()) or args.process_index != 0 or find_spec("wandb") is None:
+        return  # if it is not installed, the Trainer says how to install it
+    import wandb
+
     try:
         wandb.login()
     except wandb.Error as error:
@@ -63,24 +61,23 @@ def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokeniz
 
 
 def print_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArguments) -> None:
-    """Print which model trains on what, and settings that leave a CPU slower than it could be."""
+    """Print which model trains on what, and settings that make a CPU slower than it could be."""
     print_once = PartialState().print
     print_once(
         f"Model: {origin}, {model.num_parameters():,} parameters; {args.world_size} process(es) on {args.device}"
     )
-    if args.device.type != "cpu":
-        return
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    if threads * args.world_size < cores:
-        more = cores // args.world_size
-        print_once(f"Only {threads} thread(s) a process on {cores} cores: OMP_NUM_THREADS={more} uses all")
-    if args.bf16 and not has_bfloat16_instructions():
+    if args.device.type == "cpu" and threads * args.world_size < cores:
+        print_once(
+            f"{threads} thread(s) a process on {cores} cores: OMP_NUM_THREADS={cores // args.world_size} uses all"
+        )
+    if args.device.type == "cpu" and args.bf16 and not has_bfloat16_instructions():
         print_once("This CPU has no instructions for bfloat16: --bf16 false is faster")
 
 
 def has_bfloat16_instructions() -> bool:
     """Whether the CPU has native bfloat16 instructions; True where torch cannot tell."""
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is supported
-    capabilities: Mapping[str, Any] = get_capabilities()
-    instructions = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-    return not capabilities or any(capabilities.get(name) for name in instructions)
+    if not hasattr(torch.cpu, "get_capabilities"):  # not in every torch that is supported
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

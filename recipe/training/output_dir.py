@@ -22,19 +22,25 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
     Raises:
         UserError: the folder holds another run and neither resuming nor overwriting was asked for; nothing to resume.
     """
-    output_dir = Path(args.output_dir or "")
-    resume = (args.resume_from_checkpoint or "false").lower()
+    output_dir, checkpoint = Path(args.output_dir or ""), args.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
+    resume = (checkpoint or "false").lower()
     if resume == "false":
-        _refuse_used(output_dir, args.overwrite_output_dir)
-        return None
-    checkpoint = last_whole_checkpoint(output_dir) if resume in ("true", "last") else args.resume_from_checkpoint
-    if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
+        checkpoint = None
+    elif resume in ("true", "last"):
+        checkpoint = last_whole_checkpoint(output_dir)
+    if resume != "false" and (checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file()):
         raise UserError(
             f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; name a checkpoint-N "
             "folder, or leave the flag out to start a new run"
         )
-    if output_dir.resolve() not in Path(checkpoint).resolve().parents:
-        _refuse_used(output_dir, args.overwrite_output_dir)
+    resumes_this_run = checkpoint is not None and output_dir.resolve() in Path(checkpoint).resolve().parents
+    if not (resumes_this_run or args.overwrite_output_dir) and output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(
+            f"--output_dir {output_dir} already holds another run or other files; add --resume_from_checkpoint true to "
+            "resume it, --overwrite_output_dir to start over, or name another folder"
+        )
     return checkpoint
 
 
@@ -44,16 +50,6 @@ def last_whole_checkpoint(output_dir: Path) -> str | None:
     return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
 
 
-def _refuse_used(output_dir: Path, overwrite: bool) -> None:
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
-        raise UserError(
-            f"--output_dir {output_dir} already holds another run or other files; add --resume_from_checkpoint true to "
-            "resume it, --overwrite_output_dir to start over, or name another folder"
-        )
-
-
 def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None) -> None:
     """Make the folder; where a new run replaces an earlier one, remove what that one wrote."""
     output_dir = Path(args.output_dir or "")
@@ -61,14 +57,15 @@ def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None)
     if checkpoint is None and args.overwrite_output_dir and args.should_save:
         for folder in output_dir.glob("checkpoint-*"):
             shutil.rmtree(folder)
-        files = ("model*.safetensors*", "samples.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
-        for path in [path for pattern in files for path in output_dir.glob(pattern)]:
-            path.unlink()
+        weights = output_dir.glob("model*.safetensors*")
+        reports = ("samples.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
+        for path in (*weights, *(output_dir / name for name in reports)):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def explain_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None]:
-    """Say that the disk is full where torch and safetensors report another error.
+    """Report a full disk where torch and safetensors report another error.
 
     Raises:
         UserError: a save failed, and the disk has less space left than the model takes.

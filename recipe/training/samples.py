@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,16 @@ MARKUP = re.compile(r"[\\`*_\[\]<>&|]")  # of Markdown and HTML, inside a line
 class SampleGenerations(TrainerCallback):
     """At each evaluation, answers a few prompts, shows the answers and appends them to `output_dir/samples.jsonl`.
 
-    TensorBoard, W&B and trackio get them too, as the table `eval/samples` beside the numbers of that evaluation.
-
-    Example::
-
-        trainer.add_callback(SampleGenerations(records[:3], template, trackers=trainer.callback_handler.callbacks))
-
     Args:
         records: what to answer: `instruction`, `input`, `output` (the reference) of each.
         template: of the prompts.
         max_new_tokens: longest answer, in tokens.
-        trackers: the trainer's callbacks; those of the three trackers among them get the samples.
+        trackers: the trainer's callbacks; those of TensorBoard, W&B and trackio among them get the samples too, as the
+            table `eval/samples` beside the numbers of that evaluation.
+
+    Example::
+
+        trainer.add_callback(SampleGenerations(records[:3], template, trackers=trainer.callback_handler.callbacks))
     """
 
     def __init__(
@@ -49,7 +47,8 @@ class SampleGenerations(TrainerCallback):
         self.records = records
         self.prompts = template.prompts(records)
         self.max_new_tokens = max_new_tokens
-        self.trackers = [callback for callback in trackers if isinstance(callback, tuple(TABLE_OF))]
+        kinds = (TensorBoardCallback, TrackioCallback, WandbCallback)
+        self.trackers = [callback for callback in trackers if isinstance(callback, kinds)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the samples of steps that a resumed run repeats, and a last line that was cut short."""
@@ -57,8 +56,7 @@ class SampleGenerations(TrainerCallback):
         if state.is_world_process_zero and path.is_file():
             content = path.read_bytes()
             write_whole(path, content[: content.rfind(b"\n") + 1])
-            kept = [sample for sample in read_json_lines(path) if sample["step"] <= state.global_step]
-            write_json_lines(path, kept)
+            write_json_lines(path, (row for row in read_json_lines(path) if row["step"] <= state.global_step))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # on every process, because a sharded model generates only if all take part
@@ -79,11 +77,14 @@ class SampleGenerations(TrainerCallback):
             tqdm.write(f"    reference  {one_line(reference)}\n    response   {one_line(response)}")
         for tracker in self.trackers:
             # through its own callback, which holds the run, knows its step and turns the name into "eval/samples"
-            [table] = (table for kind, table in TABLE_OF.items() if isinstance(tracker, kind))
-            tracker.on_log(args, state, control, logs={"eval_samples": table(rows)}, model=kwargs["model"])
+            tracker.on_log(args, state, control, logs={"eval_samples": _table(tracker, rows)}, model=kwargs["model"])
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def _table(tracker: TrainerCallback, rows: Sequence[Sequence[str]]) -> Any:
+    """The rows as a tracker takes a table: Markdown for TensorBoard, the library's `Table` for W&B and trackio."""
+    if not isinstance(tracker, TensorBoardCallback):  # both libraries are optional, and take the same arguments
+        library = importlib.import_module("wandb" if isinstance(tracker, WandbCallback) else "trackio")
+        return library.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
     lines = [COLUMNS, ["---"] * len(COLUMNS), *([_markdown_cell(text) for text in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -91,15 +92,3 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def _markdown_cell(text: str) -> str:
     """A text that Markdown shows as it is: markup becomes character references, a newline a line break."""
     return MARKUP.sub(lambda match: f"&#{ord(match[0])};", visible(text)).replace("\n", "<br>")
-
-
-def _library_table(library: str, rows: Sequence[Sequence[str]]) -> Any:
-    """The `Table` of wandb or trackio, which take the same arguments; both are optional, so imported here."""
-    return importlib.import_module(library).Table(columns=list(COLUMNS), data=[list(row) for row in rows])
-
-
-TABLE_OF: dict[type[TrainerCallback], Callable[[Sequence[Sequence[str]]], Any]] = {
-    TensorBoardCallback: _markdown_table,
-    WandbCallback: partial(_library_table, "wandb"),
-    TrackioCallback: partial(_library_table, "trackio"),
-}

@@ -14,12 +14,12 @@ BUCKET = 8  # input tokens: widths are rounded up to it, so that records can cha
 class LengthGroupedBatchSampler(Sampler[list[int]]):
     """Batches of records of similar length: of `batch_size` records, or of as many as a token budget holds.
 
-    An epoch depends on the arguments and its number alone, so a resumed run sees the batches of a run that never
-    stopped, and every process plans the same; transformers' `LengthGroupedSampler` draws from the global random
-    state. Each epoch shuffles records of equal width among themselves, then the order of the batches.
+    Each epoch shuffles records of equal width among themselves, then the order of the batches. It depends on the
+    arguments and its number alone, so a resumed run sees the batches of a run that never stopped, and all processes see
+    the same; transformers' `LengthGroupedSampler` draws from the global random state.
 
-    The number of batches is the same in every epoch, and a multiple of `num_processes`: the largest are halved until it
-    is; no record is repeated or left out. (Where every batch already holds one record, accelerate repeats some.)
+    Every epoch has the same number of batches, a multiple of `num_processes`: the largest are halved until it is. No
+    record is repeated or left out. (Where every batch already holds one record, accelerate repeats some.)
 
     `max_tokens` bounds rows times width of a padded batch, its width being the longest row rounded up to a multiple of
     `BUCKET`; a record of `length` tokens has `length - 1` inputs. The idea is that of fairseq's `--max-tokens`

@@ -31,9 +31,8 @@ from recipe.training.sampling import LengthGroupedBatchSampler, record_lengths
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
 NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "supervised")
-UNCHECKED_LIMIT = 1000  # micro-batches whose losses may wait to be checked; a check is one host sync
-# Keeps the last hidden states and no others. transformers documents only true and false: recent versions take an index
-# too, earlier ones read it as true and keep the hidden states of all layers.
+# Keeps the last hidden states alone. transformers documents only true and false: 5.23 also takes the index of a layer,
+# 5.17 reads it as true and keeps the hidden states of all layers.
 LAST_HIDDEN_STATES = {"output_hidden_states": -1}
 LOADER_OPTIONS = (
     "num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order",
@@ -42,6 +41,7 @@ ADVICE = (
     "Training stopped; nothing has been saved since the last checkpoint. Look at the rows, lower --learning_rate, or "
     "use --bf16 or float32 in place of --fp16."
 )
+UNCHECKED_LIMIT = 1000  # losses that may wait to be checked, where nothing is logged; a check is one host sync
 
 
 class InstructionTrainer(Trainer):
@@ -49,9 +49,8 @@ class InstructionTrainer(Trainer):
 
     It differs from the stock `transformers.Trainer` in this:
 
-    - Loss: the sum of token cross-entropies over the supervised targets, divided by their count over all micro-batches
-      of the optimizer step and all processes. So 8 x 1 and 1 x 8 accumulated give the same gradients, as do one process
-      and two.
+    - Loss: the mean cross-entropy over the supervised targets of all micro-batches and processes of an optimizer step.
+      So 8 x 1 and 1 x 8 accumulated give the same gradients, as do one process and two.
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
       tokens: none depends on the batch size, and no logits are kept.
     - Log: `tokens_per_second`, `padding`, `shared`, `supervised` and `num_input_tokens_seen` (docs/trackers.md), summed
@@ -61,9 +60,8 @@ class InstructionTrainer(Trainer):
     - A loss, an evaluation loss or weights that are not finite raise `FloatingPointError` before anything is saved; a
       loss at the next log or save, with the step and the rows of the first bad batch.
 
-    Takes the arguments of `transformers.Trainer` but for `compute_metrics`, which is its own, and three more:
-    `generation_records`, mappings with `instruction`, `input` and `output`; the `template` of their prompts; and the
-    longest response in tokens, `max_new_tokens`.
+    Takes the arguments of `transformers.Trainer` except `compute_metrics`, and three more: `generation_records` with
+    `instruction`, `input` and `output`; the `template` of their prompts; and `max_new_tokens`, the longest response.
 
     Example::
 
@@ -73,8 +71,6 @@ class InstructionTrainer(Trainer):
         )
         trainer.train()
     """
-
-    loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole step (read by recent transformers)
 
     def __init__(
         self,
@@ -97,7 +93,7 @@ class InstructionTrainer(Trainer):
         self._generation_references = [record["output"] for record in records]
         self._max_new_tokens = max_new_tokens
         self._max_tokens_per_batch = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
-        self.model_accepts_loss_kwargs = True  # the same for earlier transformers, whatever the model's forward takes
+        self.model_accepts_loss_kwargs = True  # whatever the model's forward takes: compute_loss takes the step's count
         self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
@@ -153,8 +149,7 @@ class InstructionTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and the count of their targets over all processes."""
-        if self._window_start is None:
-            self._window_start = time.perf_counter()
+        self._window_start = self._window_start or time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -170,8 +165,7 @@ class InstructionTrainer(Trainer):
         The result is multiplied by the number of processes, because data parallelism averages gradients over them.
         Without `num_items_in_batch` it is the mean over this micro-batch alone.
         """
-        targets = _targets(inputs)  # (batch, time)
-        outputs = None
+        targets, outputs = _targets(inputs), None  # (batch, time)
         with self.accelerator.autocast():  # around both: the loss reuses the model's cast of the head
             states = None if return_outputs else self._supervised_states(model, inputs, targets)
             if states is not None:
@@ -252,10 +246,10 @@ class InstructionTrainer(Trainer):
                 supervised = targets.flatten()
                 correct = logits.argmax(-1).flatten() == supervised  # never at -100, which is no token
         sums = torch.stack([losses, correct, supervised != IGNORE_INDEX], dim=1)  # (targets, 3)
-        example = inputs.get("example")  # to which each target belongs
-        rows = len(targets if example is None else inputs["row"])
-        if example is None:
-            example = torch.arange(targets.numel(), device=targets.device) // targets.shape[1]
+        if "example" in inputs:  # a shared row: to which each target belongs
+            rows, example = len(inputs["row"]), inputs["example"]
+        else:
+            rows, example = len(targets), torch.arange(targets.numel(), device=targets.device) // targets.shape[1]
             if states is not None and "supervised" in inputs:
                 example = example[inputs["supervised"]]
         sums = sums.new_zeros(rows, 3).index_add(0, example, sums)
@@ -277,15 +271,13 @@ class InstructionTrainer(Trainer):
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """`Trainer.evaluation_loop`, with the scores of generated responses beside the loss."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if self._generation_prompts and output.metrics is not None and kwargs.get("metric_key_prefix") == "eval":
-            output.metrics.update({f"eval_{name}": value for name, value in self._score_generations().items()})
-        return output
+        """`Trainer.evaluation_loop`, with the scores of generated responses beside the loss.
 
-    def _score_generations(self) -> dict[str, float]:
-        """Answer the generation records, each process a share, and score all answers on every process."""
-        prompts = self._generation_prompts
+        Each process answers a share of the generation records, and scores the answers of all.
+        """
+        output, prompts = super().evaluation_loop(*args, **kwargs), self._generation_prompts
+        if not prompts or output.metrics is None or kwargs.get("metric_key_prefix") != "eval":
+            return output
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # generates only if all take part in every prompt
         with PartialState().split_between_processes(prompts) as share, self.compute_loss_context_manager():
             responses = generate_responses(
@@ -298,7 +290,9 @@ class InstructionTrainer(Trainer):
             )
         answers = [(response.text, response.stop_reason) for response in responses]
         texts, reasons = zip(*(answers if sharded else gather_object(answers)), strict=True)
-        return score_responses(texts, self._generation_references, reasons)
+        scores = score_responses(texts, self._generation_references, reasons)
+        output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
+        return output
 
     # --- log --------------------------------------------------------------------------------------------------------
 
