@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,8 @@ class Scale:
         """A difference with plus or minus, such as −3.1; `–` where it is missing."""
         if delta is None:
             return "–"
-        text = _fixed(self.factor * delta, self.digits)
-        return text if text.startswith("−") or float(text.replace(",", "")) == 0 else f"+{text}"
+        text = _fixed(self.factor * delta, self.digits, sign="+")
+        return text if re.search("[1-9]", text) else text.removeprefix("+")  # zero has no sign
 
     def interval(self, score: Mapping[str, Any]) -> str:
         """The 95 % interval of a score's change, or of the score where nothing is compared; `–` where it is missing."""
@@ -87,15 +88,6 @@ def model_name(label: str) -> str:
     """
     role = role_of(label)
     return role[0].upper() + role[1:]
-
-
-def counted(score: Mapping[str, Any], n: int) -> int | None:
-    """How many records a score covers, if these are not all `n`; None for all of them and for a missing score.
-
-    >>> counted({"baseline": 12.5, "tuned": 4.5, "n": 30}, 120)
-    30
-    """
-    return None if score["tuned"] is None or score["n"] == n else score["n"]
 
 
 def headline_metric(scores: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -233,30 +225,23 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
 
 def _small_splits(metrics: Mapping[str, Any]) -> Iterator[str]:
     for split, part in metrics["splits"].items():
+        few = f"fewer than {ENOUGH_TO_JUDGE} cannot show a difference"
+        problem = few if part["n"] < ENOUGH_TO_JUDGE else "intervals over so few are rough"
         if part["n"] < FEW_EXAMPLES:
-            problem = "intervals over so few are rough"
-            if part["n"] < ENOUGH_TO_JUDGE:
-                problem = f"fewer than {ENOUGH_TO_JUDGE} cannot show a difference"
             yield f"Only {_records(part['n'], split)}: {problem}; aim for {FEW_EXAMPLES} or more."
 
 
 def _incomplete_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
     for split, part in metrics["splits"].items():
-        scores = {**part["metrics"], **part["behaviour"]}
-        compared = any(score["baseline"] is not None for score in scores.values())
-        records = _records(part["n"], split)
-        problems: dict[str, list[str]] = {}
-        for name, score in scores.items():
-            n = counted(score, part["n"])
-            if score["tuned"] is None:
-                problems.setdefault(f"not measured on the {records}", []).append(title(name))
-            elif compared and score["baseline"] is None:
-                problems.setdefault(f"measured for the tuned model only on the {records}", []).append(title(name))
-            elif n is not None:
-                problems.setdefault(f"measured on {n:,} of the {records}", []).append(title(name))
-        for problem, titles in problems.items():
-            reason = "values are missing, or records are longer than the model's context"
-            yield f"{', '.join(titles)}: {problem} ({reason})."
+        titles: dict[int, list[str]] = {}  # records that have a score → the scores
+        for name, score in {**part["metrics"], **part["behaviour"]}.items():
+            titles.setdefault(0 if score["tuned"] is None else score["n"], []).append(title(name))
+        for n, names in titles.items():
+            if n < part["n"]:
+                yield (
+                    f"{', '.join(names)}: measured on {n:,} of the {_records(part['n'], split)} "
+                    "(values are missing, or records are longer than the model's context)."
+                )
 
 
 def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
@@ -310,9 +295,7 @@ def _records(n: int, split: str) -> str:
     return f"{n:,} {'' if split == 'all' else split + ' '}record{'' if n == 1 else 's'}"
 
 
-def _fixed(value: float, digits: int) -> str:
+def _fixed(value: float, digits: int, sign: str = "") -> str:
     """Decimals with a true minus sign and no negative zero; powers of ten for numbers of seven digits or more."""
-    if abs(value) >= 1e6:
-        return f"{value:.2e}".replace("-", "−")
-    text = f"{value:,.{digits}f}"
-    return f"{0:.{digits}f}" if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+    style = ".2e" if abs(value) >= 1e6 else f",.{digits}f"
+    return f"{value:{sign}z{style}}".replace("-", "−")

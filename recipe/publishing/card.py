@@ -203,7 +203,8 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
 def evaluation_parts(evaluation: Evaluation) -> dict[str, Any]:
     """What the template shows of an evaluation, and the functions that put scores into words."""
     from recipe.evaluation.comparison import labels_of
-    from recipe.evaluation.report.page import judge_table, pairs_sentence, score_row
+    from recipe.evaluation.report.page import pairs_sentence
+    from recipe.evaluation.tables import judge_table, score_row
     from recipe.evaluation.verdict import cautions, findings, verdict
 
     metrics, predictions, _ = evaluation

@@ -19,20 +19,15 @@ from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
 from recipe.evaluation.report.pictures import draw_pictures
+from recipe.evaluation.tables import judge_table, score_row
 from recipe.evaluation.verdict import (
     ENOUGH_TO_JUDGE,
     MEASURES,
     PERCENT,
-    Scale,
     cautions,
-    counted,
-    direction,
     findings,
     headline_metric,
-    judge_scale,
-    judged,
     model_name,
-    scale,
     title,
     verdict,
     weakest_first,
@@ -162,58 +157,6 @@ def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str])
             row = score_row(headline, entry["metrics"][headline], entry["n"], scores)
             section["families"].append({**row, "title": str(family)})
     return section
-
-
-def score_row(name: str, score: Mapping[str, Any], n: int, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """One line of a table, as text; its `over` says how many of the n records the score covers, if not all.
-
-    `others` are the same score of further models.
-    """
-    return _row(title(name), scale(name), score, n, others)
-
-
-def _row(
-    label: str, units: Scale, score: Mapping[str, Any], n: int, others: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    part = counted(score, n)
-    return {
-        "title": label,
-        "unit": units.unit,
-        "n": f"{n:,}",
-        "over": "" if part is None else f"{part:,} of {n:,}",
-        "baseline": units.value(score["baseline"]),
-        "tuned": units.value(score["tuned"]),
-        "change": units.change(score["delta"]),
-        "interval": units.interval(score),
-        "direction": direction(score),
-        "word": direction_word(score),
-        "others": [
-            {
-                "value": units.value(other["tuned"]),
-                "change": "" if other["delta"] is None else units.change(other["delta"]),
-                "over": "" if counted(other, n) in (None, part) else f"n {other['n']:,}",
-            }
-            for other in others
-        ],
-    }
-
-
-def direction_word(score: Mapping[str, Any]) -> str:
-    """The direction of a difference as a table says it, or why there is none."""
-    result = direction(score)
-    if result == "unclear":
-        return "too few" if score["n"] < ENOUGH_TO_JUDGE else "not significant" if score["ci95"] else "no interval"
-    return "" if result == "neutral" else result
-
-
-def judge_table(judge: Mapping[str, Any] | None, others: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One line for each prompt: the judge's mean scores and their difference, as text."""
-    table = []
-    for prompt, score in (judge["scores"] if judge else {}).items():
-        means = [{"tuned": score["other_models"].get(m), "delta": None, "n": score["n"]} for m in others]
-        row = _row(prompt, judge_scale(score), judged(score), score["n"], means)
-        table.append({**row, "scale": row["unit"]})
-    return table
 
 
 def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
