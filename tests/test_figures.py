@@ -127,7 +127,10 @@ def test_outcomes_are_shares_with_their_counts(tmp_path):
 
 
 def test_one_endless_response_does_not_flatten_the_others():
-    rows = [Lengths("Tuned", "tuned", [*range(1, 200), 20_000]), Lengths("References", "reference", [5] * 200)]
+    rows = [
+        Lengths("Tuned", figures.TUNED_COLOR, [*range(1, 200), 20_000]),
+        Lengths("References", figures.TEXT, [5] * 200),
+    ]
     figure = draw_lengths(rows, "words")
     assert figure.axes[0].get_xlim()[1] < 400
     assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(1)
@@ -136,9 +139,9 @@ def test_one_endless_response_does_not_flatten_the_others():
 
 
 def test_lengths_of_nothing_but_empty_responses_are_drawn(tmp_path):
-    rows = [Lengths("Tuned", "tuned", [0, 0])]
+    rows = [Lengths("Tuned", figures.TUNED_COLOR, [0, 0])]
     picture = make_picture(lambda: draw_lengths(rows, "words"), "", tmp_path / "lengths.png")
-    assert "Tuned" in words_of(svg_of(picture.light))
+    assert "Tuned: median 0" in words_of(svg_of(picture.light))
     assert sum(bar.get_height() for bar in draw_lengths(rows, "words").axes[0].patches) == pytest.approx(1)
 
 

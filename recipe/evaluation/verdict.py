@@ -256,8 +256,7 @@ def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
             if scored < score["n"]
         ]
         if gaps:
-            mean = "no mean is given" if score["tuned"] is None else "the mean leaves the others out"
-            yield f"Judge, {prompt}: {'; '.join(gaps)}; {mean}{_reasons(score)}."
+            yield f"Judge, {prompt}: {'; '.join(gaps)}{_reasons(score)}."
     pairs = judge["pairwise"]
     if pairs and pairs["judged"] < pairs["n"]:
         yield (

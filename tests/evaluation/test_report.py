@@ -16,6 +16,7 @@ from evaluation_samples import LOG_HISTORY, PROMPT, make_judge, make_judge_rows,
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import recipe.evaluation.report.examples
+import recipe.evaluation.tables
 from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import example_scores
@@ -726,8 +727,8 @@ def test_inputs_that_do_not_belong_together_are_refused_and_nothing_is_written(t
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(recipe.evaluation.report.examples).failed == 0
-    assert doctest.testmod(recipe.evaluation.verdict).failed == 0
+    for module in (recipe.evaluation.report.examples, recipe.evaluation.tables, recipe.evaluation.verdict):
+        assert doctest.testmod(module).failed == 0
 
 
 # --- hostile texts ----------------------------------------------------------------------------------------------------
