@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +64,7 @@ def write_report(
         chosen_step: the step whose weights were evaluated.
 
     Raises:
-        UserError: the files do not belong together, or a score is NaN.
+        UserError: the files do not belong together.
 
     Example::
 
@@ -96,11 +95,7 @@ def write_report(
         pairs=pairs_sentence(judge and judge["pairwise"]),
         examples=example_columns(predictions, labels, judge_rows, judge or {}),
         provenance=metrics["provenance"],
-        files={
-            name: what
-            for name, what in FILES.items()
-            if (output_dir / name).is_file() and (judge or name != "judge.jsonl")
-        },
+        files={name: content for name, content in FILES.items() if (output_dir / name).is_file()},
     )
     write_whole(output_dir / "report.html", page)
 
@@ -113,10 +108,6 @@ def check_inputs(
     Raises:
         UserError: with the files that do not belong together, and what to do.
     """
-    try:
-        json.dumps(metrics, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"metrics.json: {error}; a score that cannot be computed is null: score again") from error
     expected = {split: part["n"] for split, part in metrics["splits"].items()}
     present = Counter(prediction["split"] for prediction in predictions)
     if present != expected:
