@@ -110,10 +110,8 @@ def paired_scores(
 
     Returns:
         for each measure `baseline`, `tuned`, their `delta`, its `ci95` [low, high], `better` as in `Measure`, and `n`,
-        the examples that count. Without a baseline, `delta` is None and `ci95` belongs to the tuned score. What is
-        undefined is None. So is `ci95` of a single example, and of distinct-2: drawing with replacement repeats
-        responses and their bigrams, so that every resample has fewer distinct ones than new examples would have. Where
-        all examples agree the interval has no width: none of them differed, but others may.
+        the examples that count; None where undefined. Without a baseline `ci95` belongs to the tuned score. It is None
+        for a single example, and for distinct-2, which resamples underestimate: they repeat bigrams.
     """
     sides = {"tuned": tuned} if baseline is None else {"tuned": tuned, "baseline": baseline}
     labels, blocks = [], []  # for each measure the sides that have it; whether an example counts, then their statistics

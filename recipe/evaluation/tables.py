@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recipe.console import one_line, print_table
+from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.verdict import (
     ENOUGH_TO_JUDGE,
     Scale,
@@ -18,7 +19,6 @@ from recipe.evaluation.verdict import (
     model_name,
     role_of,
     scale,
-    title,
 )
 
 FURTHER_MODELS = 2  # in one table of the terminal: it then fits into 80 characters
@@ -29,7 +29,7 @@ def score_row(name: str, score: Mapping[str, Any], n: int, others: Sequence[Mapp
 
     `others` are the same score of further models.
     """
-    return _row(title(name), scale(name), score, n, others)
+    return _row(MEASURES[name].title, scale(name), score, n, others)
 
 
 def judge_table(judge: Mapping[str, Any] | None, others: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -67,11 +67,7 @@ def _row(
 
 
 def covers_all(score: Mapping[str, Any], n: int) -> bool:
-    """Whether a score is missing or covers all n records.
-
-    >>> covers_all({"baseline": 12.5, "tuned": 4.5, "n": 30}, 120)
-    False
-    """
+    """Whether a score is missing or covers all n records."""
     return score["tuned"] is None or score["n"] == n
 
 

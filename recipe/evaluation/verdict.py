@@ -12,12 +12,16 @@ from typing import Any, Literal
 from recipe.evaluation.measures import MEASURES
 
 Direction = Literal["better", "worse", "unclear", "neutral", "missing"]
-Kind = Literal["score", "family"]
 SPELLED_OUT = ("exact_match", "reference_loss", "perplexity")  # titles that are words, not names
 FEW_EXAMPLES = 100  # below, an interval is so wide that only large differences can be shown
 # bootstrap intervals of a few records are too narrow: for two equal models they exclude 0 in up to 48 % of data sets of
 # 2 records, 15 % of 5, 10 % of 10, 7.5 % of 20, and in the expected 5 % from 100 records up
 ENOUGH_TO_JUDGE = 20
+ENDINGS = {  # of responses, by `stop_reason`, that may lack their end
+    "length": "reached the limit of --max_new_tokens",
+    "context": "reached the end of the context",
+    None: "ended in an unknown way, and may have been cut off",
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,6 @@ SCALES = {
 }
 
 
-def title(name: str) -> str:
-    """The name of a score for people: `rouge_l` is ROUGE-L."""
-    return MEASURES[name].title
-
-
 def scale(name: str) -> Scale:
     """How the score of this name is written."""
     return SCALES.get(name, PERCENT)
@@ -72,22 +71,13 @@ def judge_scale(score: Mapping[str, Any]) -> Scale:
 
 
 def role_of(label: str) -> str:
-    """What a model is called in a sentence: base, tuned, and any other by its label in quotes.
-
-    >>> [role_of(label) for label in ("baseline", "tuned", "base")]
-    ['base', 'tuned', '“base”']
-    """
+    """What a model is called in a sentence: base, tuned, and any other by its label in quotes."""
     return {"baseline": "base", "tuned": "tuned"}.get(label, f"“{label}”")
 
 
 def model_name(label: str) -> str:
-    """What a model is called in a heading: `role_of` with a capital letter.
-
-    >>> [model_name(label) for label in ("baseline", "tuned", "base")]
-    ['Base', 'Tuned', '“base”']
-    """
-    role = role_of(label)
-    return role[0].upper() + role[1:]
+    """What a model is called in a heading: `role_of` with a capital letter."""
+    return {"baseline": "Base", "tuned": "Tuned"}.get(label, role_of(label))
 
 
 def headline_metric(scores: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -161,7 +151,8 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
     if name is None:
         return Verdict(f"Nothing was measured: every score of {_records(part['n'], split)} is missing.", "missing")
     score, units = part["metrics"][name], scale(name)
-    label = title(name).lower() if name in SPELLED_OUT else title(name)
+    label = MEASURES[name].title
+    label = label.lower() if name in SPELLED_OUT else label
     value = f"{units.value(score['tuned'])} {units.unit}".strip()
     records = _records(score["n"], split)
     interval = f"95 % interval {units.interval(score)}" if score["ci95"] else "no interval"
@@ -182,7 +173,7 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
 class Finding:
     """A score, or the headline score of one family, that got significantly better or worse on some splits."""
 
-    kind: Kind
+    kind: Literal["score", "family"]
     label: str
     unit: str
     changes: dict[str, str] = field(default_factory=dict)  # split → the change there
@@ -190,7 +181,7 @@ class Finding:
 
 def findings(metrics: Mapping[str, Any], wanted: Direction) -> list[Finding]:
     """All scores, families (by the headline score) and judge means of the wanted direction, on any split."""
-    found: dict[tuple[Kind, str], Finding] = {}
+    found: dict[tuple[str, str], Finding] = {}
     for kind, label, units, split, score in _differences(metrics):
         if direction(score) == wanted:
             finding = found.setdefault((kind, label), Finding(kind, label, units.unit_of_change))
@@ -198,10 +189,10 @@ def findings(metrics: Mapping[str, Any], wanted: Direction) -> list[Finding]:
     return list(found.values())
 
 
-def _differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Kind, str, Scale, str, Mapping[str, Any]]]:
+def _differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Any, str, Scale, str, Mapping[str, Any]]]:
     for split, part in metrics["splits"].items():
         for name, score in {**part["metrics"], **part["behaviour"]}.items():
-            yield "score", title(name), scale(name), split, score
+            yield "score", MEASURES[name].title, scale(name), split, score
         headline = headline_metric(part["metrics"])
         if headline:
             for family, entry in part["families"].items():
@@ -219,7 +210,7 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
         *_small_splits(metrics),
         *_incomplete_scores(metrics),
         *(_judge_gaps(metrics["judge"]) if metrics["judge"] else ()),
-        *_cut_answers(metrics, predictions, labels),
+        *_cut_answers(predictions, labels),
     ]
 
 
@@ -235,7 +226,7 @@ def _incomplete_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
     for split, part in metrics["splits"].items():
         titles: dict[int, list[str]] = {}  # records that have a score → the scores
         for name, score in {**part["metrics"], **part["behaviour"]}.items():
-            titles.setdefault(0 if score["tuned"] is None else score["n"], []).append(title(name))
+            titles.setdefault(0 if score["tuned"] is None else score["n"], []).append(MEASURES[name].title)
         for n, names in titles.items():
             if n < part["n"]:
                 yield (
@@ -265,24 +256,14 @@ def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _cut_answers(
-    metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
-) -> Iterator[str]:
-    limit = metrics["provenance"]["generation"]["max_new_tokens"]
+def _cut_answers(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Iterator[str]:
     for label in labels:
         reasons = Counter(prediction[label].get("stop_reason") for prediction in predictions)
-        endings = {
-            "length": f"reached the limit of {limit:,} tokens",
-            "context": "reached the end of the context",
-            None: "ended in an unknown way, and may have been cut off",
-        }
-        for reason, ending in endings.items():
+        for reason, ending in ENDINGS.items():
             if reasons[reason]:
                 share = PERCENT.value(reasons[reason] / len(predictions))
-                yield (
-                    f"{reasons[reason]:,} of {len(predictions):,} responses ({share}) of the {role_of(label)} model "
-                    f"{ending}."
-                )
+                count = f"{reasons[reason]:,} of {len(predictions):,} responses ({share})"
+                yield f"{count} of the {role_of(label)} model {ending}."
 
 
 def _reasons(score: Mapping[str, Any]) -> str:

@@ -196,7 +196,7 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
             f"evaluate {output_dir}, or name its evaluation"
         )
     predictions = list(read_answers(folder / "predictions.jsonl", strict=True).values())
-    check_inputs(predictions, metrics, [])
+    check_inputs(predictions, metrics)
     return Evaluation(metrics, predictions, checked)
 
 

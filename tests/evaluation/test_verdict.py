@@ -203,7 +203,7 @@ def test_cautions_name_thin_splits_cut_and_unknown_ends():
         prediction["tuned"]["stop_reason"] = "context" if number == 0 else None if number < 4 else "eos"
     said = cautions(make_metrics(predictions), predictions, ["baseline", "tuned"])
     assert [s for s in said if "Only 48 test records: intervals" in s]
-    assert "12 of 48 responses (25.0 %) of the base model reached the limit of 128 tokens." in said
+    assert "12 of 48 responses (25.0 %) of the base model reached the limit of --max_new_tokens." in said
     assert "1 of 48 responses (2.1 %) of the tuned model reached the end of the context." in said
     assert any(s.startswith("3 of 48 responses (6.2 %) of the tuned model ended in an unknown way") for s in said)
 

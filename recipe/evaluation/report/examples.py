@@ -10,7 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from recipe.evaluation.comparison import PER_EXAMPLE, example_scores
-from recipe.evaluation.verdict import model_name, title
+from recipe.evaluation.measures import MEASURES
+from recipe.evaluation.verdict import model_name
 
 
 def example_columns(
@@ -32,7 +33,7 @@ def example_columns(
             column[row] = [judgement["status"], judgement["score"], reason]
     return {
         "models": [[label, model_name(label)] for label in labels],
-        "scores": {name: title(name) for name in PER_EXAMPLE},
+        "scores": {name: MEASURES[name].title for name in PER_EXAMPLE},
         "judge_scales": {
             prompt: judge["scores"][prompt]["scale"] for columns in judgements.values() for prompt in columns
         },

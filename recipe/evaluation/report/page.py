@@ -16,18 +16,17 @@ from markupsafe import Markup
 from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
+from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
 from recipe.evaluation.report.pictures import draw_pictures
 from recipe.evaluation.tables import judge_table, score_row
 from recipe.evaluation.verdict import (
     ENOUGH_TO_JUDGE,
-    MEASURES,
     PERCENT,
     cautions,
     findings,
     headline_metric,
     model_name,
-    title,
     verdict,
     weakest_first,
 )
@@ -70,8 +69,8 @@ def write_report(
 
         write_report(Path("outputs/demo-eval"), predictions, metrics, log_history=trainer.state.log_history)
     """
-    judge_rows = summarized_rows(metrics["judge"], judge_rows or [])
-    check_inputs(predictions, metrics, judge_rows)
+    check_inputs(predictions, metrics)
+    judge_rows = summarized_rows(metrics["judge"], judge_rows or [], predictions)
     output_dir.mkdir(parents=True, exist_ok=True)
     splits, labels, judge = list(metrics["splits"]), labels_of(predictions), metrics["judge"]
     others = [label for label in labels if label not in ("baseline", "tuned")]
@@ -100,32 +99,27 @@ def write_report(
     write_whole(output_dir / "report.html", page)
 
 
-def check_inputs(
-    predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], judge_rows: Sequence[Mapping[str, Any]]
-) -> None:
-    """Refuse files of different evaluations, before a page shows them as one.
+def check_inputs(predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> None:
+    """Refuse predictions and scores of different evaluations, before a page shows them as one.
 
     Raises:
-        UserError: with the files that do not belong together, and what to do.
+        UserError: with the records of both, and what to do.
     """
     expected = {split: part["n"] for split, part in metrics["splits"].items()}
     present = Counter(prediction["split"] for prediction in predictions)
     if present != expected:
         raise UserError(f"metrics.json covers {expected} records, predictions.jsonl holds {dict(present)}: score again")
-    ids = {prediction["id"] for prediction in predictions}
-    unknown = [row["id"] for row in judge_rows if row["id"] not in ids]
-    if unknown:
-        raise UserError(
-            f"judge.jsonl has {len(unknown)} rows with ids that are not in predictions.jsonl, {unknown[0]!r} first: "
-            "judge again, or remove the file"
-        )
 
 
-def summarized_rows(judge: Mapping[str, Any] | None, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `judge.jsonl` that `metrics.json` summarizes; others have no known scale, or are another judge's."""
+def summarized_rows(
+    judge: Mapping[str, Any] | None, rows: Iterable[dict[str, Any]], predictions: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of `judge.jsonl` that `metrics.json` summarizes; others are another judge's, or of other records."""
     if judge is None:
         return []
-    return [row for row in rows if (judge["pairwise"] if is_pair(row) else row["prompt"] in judge["scores"])]
+    ids = {prediction["id"] for prediction in predictions}
+    summarized = [row for row in rows if (judge["pairwise"] if is_pair(row) else row["prompt"] in judge["scores"])]
+    return [row for row in summarized if row["id"] in ids]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -136,13 +130,14 @@ def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str])
     part = metrics["splits"][split]
     further = [metrics["other_models"][label][split] for label in others]
     headline = headline_metric(part["metrics"])
-    section: dict[str, Any] = {"name": split, "n": part["n"], "headline": headline and title(headline), "families": []}
+    section: dict[str, Any] = {"name": split, "n": part["n"], "headline": None, "families": []}
     for kind in ("metrics", "behaviour"):
         section[kind] = [
             score_row(name, score, part["n"], [other[kind][name] for other in further])
             for name, score in part[kind].items()
         ]
     if headline:
+        section["headline"] = MEASURES[headline].title
         for family, entry in weakest_first(part["families"], headline):
             scores = [other["families"][family]["metrics"][headline] for other in further]
             row = score_row(headline, entry["metrics"][headline], entry["n"], scores)
@@ -154,17 +149,13 @@ def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
     """The judge's result on both responses side by side."""
     if not pairs:
         return None
-    sentences = [
+    interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
+    return (
         f"Side by side, in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, "
-        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}."
-    ]
-    if pairs["win_rate"] is not None:
-        interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
-        sentences.append(f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half.")
-    if pairs["flip_rate"] is not None:
-        asked, rate = pairs["judged"] - pairs["decided"], PERCENT.value(pairs["flip_rate"])
-        sentences.append(f"In {pairs['flips']:,} of the {asked:,} pairs asked about, the order decided ({rate}).")
-    return " ".join(sentences)
+        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}. "
+        f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half. "
+        f"In {pairs['flips']:,} of the {pairs['judged'] - pairs['decided']:,} pairs asked about, the order decided."
+    )
 
 
 # --- rendering --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from recipe.console import one_line
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.verdict import PERCENT, direction, headline_metric, model_name, scale, title, weakest_first
+from recipe.evaluation.measures import MEASURES
+from recipe.evaluation.verdict import PERCENT, direction, headline_metric, model_name, scale, weakest_first
 from recipe.figures import (
     BASELINE_COLOR,
     LINE,
@@ -41,7 +42,7 @@ DARK = {
     WORSE_COLOR: "#dd8452", TIE_COLOR: "#4a525c", INK: "#14171a",
 }  # fmt: skip
 NAMES = ("deltas", "outcomes", "lengths", "loss")
-MAX_FAMILIES = 24  # in the forest plot
+MAX_ROWS = 24  # of a group in the forest plot; more families are in the table only
 MAX_LABEL = 28  # characters
 LabelledScore = tuple[str, Mapping[str, Any]]
 
@@ -84,13 +85,12 @@ def draw_pictures(
 ) -> dict[str, Picture]:
     """The figures of the first split, by name, each also as `{name}.png`; PNGs of an earlier report are removed."""
     part = next(iter(metrics["splits"].values()))
-    deltas, outcomes = forest_groups(part), outcome_counts(part, metrics["judge"])
     lengths, unit = response_lengths(predictions)
     drawings: dict[str, tuple[Callable[[], Figure], str]] = {}  # name → how it is drawn, what it shows in words
-    if deltas:
+    if deltas := forest_groups(part):
         alt = "Forest plot of differences, tuned minus base, with 95 % intervals; the tables hold their values."
         drawings["deltas"] = partial(draw_deltas, deltas), alt
-    if outcomes:
+    if outcomes := outcome_counts(part, metrics["judge"]):
         counts = (f"{name}: better {o[0]:,}, equal {o[1]:,}, worse {o[2]:,}" for name, o in outcomes.items())
         drawings["outcomes"] = partial(draw_outcomes, outcomes), f"Examples where tuned is {'; '.join(counts)}."
     medians = "; ".join(f"{row.label}: median {median(row.values):g}" for row in lengths)
@@ -109,20 +109,16 @@ def draw_pictures(
 
 def forest_groups(part: Mapping[str, Any]) -> dict[str, list[LabelledScore]]:
     """Differences with an interval, by group: all scores in percent, and the headline score by family."""
+    scores = [(MEASURES[name].title, score) for name, score in part["metrics"].items() if scale(name) is PERCENT]
+    groups: dict[str, list[LabelledScore]] = {"Scores": scores}
     headline = headline_metric(part["metrics"])
-    families: list[LabelledScore] = []
     if headline and scale(headline) is PERCENT:
         ranked = weakest_first(part["families"], headline)
-        families = [(str(family), entry["metrics"][headline]) for family, entry in ranked]
-    scores = [(title(name), score) for name, score in part["metrics"].items() if scale(name) is PERCENT]
-    groups = {"Scores": scores, "Families": families}
+        groups["Families"] = [(str(family), entry["metrics"][headline]) for family, entry in ranked]
     shown = {
         name: [row for row in rows if row[1]["delta"] is not None and row[1]["ci95"]] for name, rows in groups.items()
     }
-    if len(shown["Families"]) > MAX_FAMILIES:
-        families = shown.pop("Families")
-        shown["Extreme families"] = families[: MAX_FAMILIES // 2] + families[-MAX_FAMILIES // 2 :]
-    return {name: rows for name, rows in shown.items() if rows}
+    return {name: rows for name, rows in shown.items() if rows and len(rows) <= MAX_ROWS}
 
 
 def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
@@ -162,7 +158,7 @@ def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
 
 def outcome_counts(part: Mapping[str, Any], judge: Mapping[str, Any] | None) -> dict[str, tuple[int, int, int]]:
     """(better, equal, worse) counts of examples for each score, and for the judge's pairs."""
-    counts = {title(name): (o["win"], o["tie"], o["loss"]) for name, o in part["outcomes"].items()}
+    counts = {MEASURES[name].title: (o["win"], o["tie"], o["loss"]) for name, o in part["outcomes"].items()}
     pairs = judge and judge["pairwise"]
     if pairs:
         counts["Judge, pairs"] = (pairs["win"], pairs["tie"], pairs["loss"])
