@@ -12,6 +12,7 @@ from typing import Any, Literal
 from recipe.evaluation.measures import MEASURES
 
 Direction = Literal["better", "worse", "unclear", "neutral", "missing"]
+Kind = Literal["score", "family"]
 SPELLED_OUT = ("exact_match", "reference_loss", "perplexity")  # titles that are words, not names
 FEW_EXAMPLES = 100  # below, an interval is so wide that only large differences can be shown
 # bootstrap intervals of a few records are too narrow: for two equal models they exclude 0 in up to 48 % of data sets of
@@ -173,7 +174,7 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
 class Finding:
     """A score, or the headline score of one family, that got significantly better or worse on some splits."""
 
-    kind: Literal["score", "family"]
+    kind: Kind
     label: str
     unit: str
     changes: dict[str, str] = field(default_factory=dict)  # split → the change there
@@ -181,7 +182,7 @@ class Finding:
 
 def findings(metrics: Mapping[str, Any], wanted: Direction) -> list[Finding]:
     """All scores, families (by the headline score) and judge means of the wanted direction, on any split."""
-    found: dict[tuple[str, str], Finding] = {}
+    found: dict[tuple[Kind, str], Finding] = {}
     for kind, label, units, split, score in _differences(metrics):
         if direction(score) == wanted:
             finding = found.setdefault((kind, label), Finding(kind, label, units.unit_of_change))
@@ -189,7 +190,7 @@ def findings(metrics: Mapping[str, Any], wanted: Direction) -> list[Finding]:
     return list(found.values())
 
 
-def _differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Any, str, Scale, str, Mapping[str, Any]]]:
+def _differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Kind, str, Scale, str, Mapping[str, Any]]]:
     for split, part in metrics["splits"].items():
         for name, score in {**part["metrics"], **part["behaviour"]}.items():
             yield "score", MEASURES[name].title, scale(name), split, score
