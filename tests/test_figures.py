@@ -16,6 +16,7 @@ from recipe.evaluation.report.pictures import (
     draw_deltas,
     draw_lengths,
     draw_outcomes,
+    forest_groups,
     make_picture,
 )
 from recipe.figures import draw_loss
@@ -102,6 +103,15 @@ def test_a_difference_is_coloured_by_its_direction_and_hollow_without_one():
     assert [m.get_xdata()[0] for m in markers] == [40, -1, -20]
     low, high = figure.axes[0].get_xlim()
     assert low < -35 and high > 50
+
+
+def test_more_families_than_fit_are_in_the_table_only():
+    score = difference("", 40, 30, 50)[1] | {"baseline": 0.1}
+    families = {f"family {number}": {"n": 400, "metrics": {"exact_match": score}} for number in range(25)}
+    part = {"metrics": {"exact_match": score}, "families": families}
+    assert set(forest_groups(part)) == {"Scores"}
+    families.popitem()
+    assert set(forest_groups(part)) == {"Scores", "Families"}
 
 
 def test_the_sign_of_a_difference_does_not_colour_it():
