@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 WIDTH = 120  # of tables that go to a file
 NARROWEST = 6  # a column of names in a narrow terminal
 HEADING = 20  # a longer heading above a column of figures is folded
+UNLIMITED = 10_000  # characters; wider than any table
 # invisible, or able to reorder the text around them: C0 except tab and newline, C1, soft hyphen, zero width, bidi marks
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]"
@@ -51,39 +52,25 @@ def print_table(
 
     If it is too wide, the names in the first column are cut, but never figures: the lines are then too long.
     """
-    headings, *lines = [[one_line(cell) for cell in row] for row in (columns, *rows)]
-    widths = column_widths(headings, lines, text_columns)
-    widths[0] -= max(0, min(table_width(widths) - table_room(), widths[0] - NARROWEST))
     # everything is a Text, so that rich reads no markup in it
+    headings, *lines = [[Text(one_line(cell)) for cell in row] for row in (columns, *rows)]
     table = Table(title=Text(one_line(title), style="table.title"), title_justify="left", caption_justify="left")
     table.caption = Text(caption, style="table.caption") if caption else None
-    for index, (heading, width) in enumerate(zip(headings, widths, strict=True)):
-        is_text = index < text_columns
-        table.add_column(
-            Text(heading), width=width, justify="left" if is_text else "right", no_wrap=is_text,
-            overflow="ellipsis" if is_text else "fold",
-        )  # fmt: skip
-    for line in lines:
-        table.add_row(*map(Text, line))
-    Console(width=max(table_room(), table_width(widths))).print(table)
-
-
-def table_room() -> int:
-    console = Console()
-    return console.width if console.is_terminal else WIDTH
-
-
-def column_widths(headings: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int) -> list[int]:
-    """The width of each column at which nothing in it is cut; a long heading above figures is folded."""
-    widths = []
     for index, heading in enumerate(headings):
-        needed = cell_len(heading) if index < text_columns else min(cell_len(heading), HEADING)
-        widths.append(max([needed, *(cell_len(line[index]) for line in lines)]))
-    return widths
-
-
-def table_width(widths: Sequence[int]) -> int:
-    return sum(width + 3 for width in widths) + 1  # each has a rule and a space on both sides
+        if index < text_columns:
+            table.add_column(heading, no_wrap=True, overflow="ellipsis")
+        else:
+            widest = max([HEADING, *(line[index].cell_len for line in lines)])
+            table.add_column(heading, justify="right", max_width=widest, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    terminal, unlimited = Console(), Console(width=UNLIMITED)
+    room = terminal.width if terminal.is_terminal else WIDTH
+    excess = Measurement.get(unlimited, unlimited.options, table).maximum - room
+    if excess > 0:
+        longest = max(line[0].cell_len for line in (headings, *lines))
+        table.columns[0].max_width = max(NARROWEST, longest - excess)
+    unlimited.print(table)
 
 
 def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:

@@ -90,5 +90,4 @@ def paint(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.xaxis.label.set_color(MUTED)
     axes.yaxis.label.set_color(MUTED)
-    for spine in axes.spines.values():
-        spine.set_color(LINE)
+    axes.spines[:].set_color(LINE)

@@ -16,6 +16,7 @@ from recipe.evaluation.report.pictures import (
     draw_deltas,
     draw_lengths,
     draw_outcomes,
+    forest_groups,
     make_picture,
 )
 from recipe.figures import draw_loss
@@ -104,6 +105,15 @@ def test_a_difference_is_coloured_by_its_direction_and_hollow_without_one():
     assert low < -35 and high > 50
 
 
+def test_more_families_than_fit_are_in_the_table_only():
+    score = difference("", 40, 30, 50)[1] | {"baseline": 0.1}
+    families = {f"family {number}": {"n": 400, "metrics": {"exact_match": score}} for number in range(25)}
+    part = {"metrics": {"exact_match": score}, "families": families}
+    assert set(forest_groups(part)) == {"Scores"}
+    families.popitem()
+    assert set(forest_groups(part)) == {"Scores", "Families"}
+
+
 def test_the_sign_of_a_difference_does_not_colour_it():
     """Less may be better, and a difference of few records is none."""
     rows = [difference("loss", -2, -3, -1, better="lower"), difference("two records", 100, 100, 100, n=2)]
@@ -127,7 +137,10 @@ def test_outcomes_are_shares_with_their_counts(tmp_path):
 
 
 def test_one_endless_response_does_not_flatten_the_others():
-    rows = [Lengths("Tuned", "tuned", [*range(1, 200), 20_000]), Lengths("References", "reference", [5] * 200)]
+    rows = [
+        Lengths("Tuned", figures.TUNED_COLOR, [*range(1, 200), 20_000]),
+        Lengths("References", figures.TEXT, [5] * 200),
+    ]
     figure = draw_lengths(rows, "words")
     assert figure.axes[0].get_xlim()[1] < 400
     assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(1)
@@ -136,9 +149,9 @@ def test_one_endless_response_does_not_flatten_the_others():
 
 
 def test_lengths_of_nothing_but_empty_responses_are_drawn(tmp_path):
-    rows = [Lengths("Tuned", "tuned", [0, 0])]
+    rows = [Lengths("Tuned", figures.TUNED_COLOR, [0, 0])]
     picture = make_picture(lambda: draw_lengths(rows, "words"), "", tmp_path / "lengths.png")
-    assert "Tuned" in words_of(svg_of(picture.light))
+    assert "Tuned: median 0" in words_of(svg_of(picture.light))
     assert sum(bar.get_height() for bar in draw_lengths(rows, "words").axes[0].patches) == pytest.approx(1)
 
 

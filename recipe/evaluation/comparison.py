@@ -11,6 +11,7 @@ import numpy as np
 from recipe.config import UserError
 from recipe.evaluation.measures import BEHAVIOUR, MEASURES, METRICS, Measure, finite
 
+PER_EXAMPLE = {name: measure for name, measure in METRICS.items() if measure.per_example}
 RESAMPLES = 10_000
 DRAWN_AT_ONCE = 1_000_000  # bounds the memory of resampling to about 30 MB, for any number of examples
 
@@ -72,19 +73,19 @@ def compare(
 
 def example_scores(predictions: Sequence[Mapping[str, Any]], label: str) -> dict[str, np.ndarray]:
     """For each metric that a single example has, the scores of one model, (n,) float64."""
-    measures = {name: measure for name, measure in METRICS.items() if measure.per_example}
-    statistics = _statistics(measures, predictions, label)
-    return {name: measure.from_sums(statistics[name], 1) for name, measure in measures.items()}
+    return _by_example(_statistics(PER_EXAMPLE, predictions, label))
+
+
+def _by_example(statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: measure.from_sums(statistics[name], 1) for name, measure in PER_EXAMPLE.items()}
 
 
 def _outcomes(tuned: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
-    outcomes = {}
-    for name, measure in METRICS.items():
-        if measure.per_example:
-            gains = measure.from_sums(tuned[name], 1) - measure.from_sums(base[name], 1)
-            ties = np.abs(gains) < 1e-9  # the same score, added up in another order, is a tie
-            counts = {"win": ~ties & (gains > 0), "tie": ties, "loss": ~ties & (gains < 0)}
-            outcomes[name] = {outcome: int(rows.sum()) for outcome, rows in counts.items()}
+    outcomes, scores_of_base = {}, _by_example(base)
+    for name, scores in _by_example(tuned).items():
+        gains = (scores - scores_of_base[name]).round(9)  # the same score, added up in another order, is a tie
+        counts = {"win": gains > 0, "tie": gains == 0, "loss": gains < 0}
+        outcomes[name] = {outcome: int(rows.sum()) for outcome, rows in counts.items()}
     return outcomes
 
 
@@ -109,30 +110,27 @@ def paired_scores(
 
     Returns:
         for each measure `baseline`, `tuned`, their `delta`, its `ci95` [low, high], `better` as in `Measure`, and `n`,
-        the examples that count. Without a baseline, `delta` is None and `ci95` belongs to the tuned score. What is
-        undefined is None. So is `ci95` of a single example, and of distinct-2: drawing with replacement repeats
-        responses and their bigrams, so that every resample has fewer distinct ones than new examples would have. Where
-        all examples agree the interval has no width: none of them differed, but others may.
+        the examples that count; None where undefined. Without a baseline `ci95` belongs to the tuned score. It is None
+        for a single example, and for distinct-2, which resamples underestimate: they repeat bigrams.
     """
-    known: dict[str, list[str]] = {}  # measure → the sides that have it
-    blocks = []  # for each measure (n, 1) whether an example counts, then the statistics of each known side
+    sides = {"tuned": tuned} if baseline is None else {"tuned": tuned, "baseline": baseline}
+    labels, blocks = [], []  # for each measure the sides that have it; whether an example counts, then their statistics
     for name in measures:
-        sides = {"tuned": tuned[name], "baseline": None if baseline is None else baseline[name]}
-        tables = {label: table for label, table in sides.items() if table is not None and _is_finite(table).any()}
+        tables = {label: side[name] for label, side in sides.items() if _is_finite(side[name]).any()}
         counts = np.ones((len(tuned[name]), 1), dtype=bool)
         for table in tables.values():
             counts &= _is_finite(table)
-        known[name] = list(tables)
-        blocks += [counts.astype(np.float64), *(np.where(counts, table, 0) for table in tables.values())]
+        labels.append(list(tables))
+        blocks.append(np.hstack([counts.astype(np.float64), *(np.where(counts, t, 0) for t in tables.values())]))
     joined = np.hstack(blocks)  # (examples, columns)
     sums = np.vstack([joined.sum(axis=0), resample_sums(joined, resamples, seed)])  # (1 + resamples, columns)
-    sums_of_blocks = iter(np.split(sums, np.cumsum([block.shape[1] for block in blocks])[:-1], axis=1))
+    ends = np.cumsum([block.shape[1] for block in blocks])
 
     scores = {}
-    for name, measure in measures.items():
-        n = next(sums_of_blocks)[:, 0]
+    for (name, measure), known, block in zip(measures.items(), labels, np.split(sums, ends[:-1], axis=1), strict=True):
+        n, statistics = block[:, 0], np.split(block[:, 1:], max(1, len(known)), axis=1)
         # (1 + resamples,) each, the score itself first
-        values = {label: measure.from_sums(next(sums_of_blocks), n) for label in known[name]}
+        values = {label: measure.from_sums(of_side, n) for label, of_side in zip(known, statistics, strict=False)}
         scores[name] = _score(measure, values, int(n[0]) if values else 0)
     return scores
 

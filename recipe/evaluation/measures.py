@@ -19,6 +19,7 @@ import numpy as np
 from rouge_score.scoring import fmeasure
 from rouge_score.tokenize import tokenize as rouge_words
 from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
 CHAR_ORDER = 6  # chrF's longest character n-gram, as in sacrebleu
 WORD_ORDER = 4  # BLEU's longest word n-gram
@@ -105,13 +106,10 @@ class Measure:
 
     Attributes:
         title: its name for people.
-        features: the columns that it needs, named as in `evaluate.Metric`: `predictions` and `references` (texts),
-            `stop_reasons` ("eos", "length", "context"), `loss_sums` (nats) and `token_counts`. In the last three None
-            means unknown.
-        statistics: takes these columns of n examples, returns (n, k) float64; a row that is not finite is an example
-            without the score.
-        from_sums: takes sums (..., k) over examples and the number of examples (...), returns the scores (...); NaN
-            where the score is undefined, such as a ratio to nothing.
+        features: the columns that it needs: `predictions` and `references` (texts), `stop_reasons` ("eos", "length",
+            "context"), `loss_sums` (nats) and `token_counts`. In the last three None means unknown.
+        statistics: takes these columns of n examples, returns (n, k) float64; not finite where the score is missing.
+        from_sums: takes sums (..., k) over examples and their number (...), returns scores (...), NaN if undefined.
         better: whether "higher" or "lower" is an improvement; None if neither is.
         source: where its definition comes from.
         per_example: whether a single example has this score.
@@ -155,10 +153,8 @@ def _chrf_statistics(predictions: Sequence[str], references: Sequence[str]) -> n
     """(n, 18): for each order the n-grams of the prediction, those of the reference, and those in common."""
     rows = []
     for texts in zip(predictions, references, strict=True):
-        bare = ["".join(text.split()) for text in texts]
         row: list[int] = []
-        for order in range(1, CHAR_ORDER + 1):
-            predicted, expected = (Counter([t[i : i + order] for i in range(len(t) - order + 1)]) for t in bare)
+        for predicted, expected in zip(*(extract_all_char_ngrams(t, CHAR_ORDER) for t in texts), strict=True):
             common = sum(min(count, expected[gram]) for gram, count in predicted.items() if gram in expected)
             # as in sacrebleu, the prediction's n-grams count only where the reference has some of that order
             row += [predicted.total() if expected else 0, expected.total(), common]

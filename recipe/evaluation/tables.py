@@ -1,4 +1,4 @@
-"""Scores and answers in the terminal."""
+"""Scores as rows of text, for the page and the model card; scores and answers in the terminal."""
 
 from __future__ import annotations
 
@@ -8,65 +8,120 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from recipe.console import column_widths, one_line, print_table, table_room, table_width
-from recipe.evaluation.verdict import PERCENT, counted, model_name, role_of, scale
+from recipe.console import one_line, print_table
+from recipe.evaluation.measures import MEASURES
+from recipe.evaluation.verdict import (
+    ENOUGH_TO_JUDGE,
+    Scale,
+    direction,
+    judge_scale,
+    judged,
+    model_name,
+    role_of,
+    scale,
+)
+
+FURTHER_MODELS = 2  # in one table of the terminal: it then fits into 80 characters
+
+
+def score_row(name: str, score: Mapping[str, Any], n: int, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """One line of a table, as text; its `over` says how many of the n records the score covers, if not all.
+
+    `others` are the same score of further models.
+    """
+    return _row(MEASURES[name].title, scale(name), score, n, others)
+
+
+def judge_table(judge: Mapping[str, Any] | None, others: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One line for each prompt: the judge's mean scores and their difference, as text."""
+    rows = []
+    for prompt, score in (judge["scores"] if judge else {}).items():
+        means = [{"tuned": score["other_models"].get(label), "delta": None, "n": score["n"]} for label in others]
+        rows.append(_row(prompt, judge_scale(score), judged(score), score["n"], means))
+    return rows
+
+
+def _row(
+    label: str, units: Scale, score: Mapping[str, Any], n: int, others: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "title": label,
+        "unit": units.unit,
+        "n": f"{n:,}",
+        "over": "" if covers_all(score, n) else f"{score['n']:,} of {n:,}",
+        "baseline": units.value(score["baseline"]),
+        "tuned": units.value(score["tuned"]),
+        "change": units.change(score["delta"]),
+        "interval": units.interval(score),
+        "direction": direction(score),
+        "word": direction_word(score),
+        "others": [
+            {
+                "value": units.value(other["tuned"]),
+                "change": "" if other["delta"] is None else units.change(other["delta"]),
+                "over": "" if covers_all(other, n) else f"n {other['n']:,}",
+            }
+            for other in others
+        ],
+    }
+
+
+def covers_all(score: Mapping[str, Any], n: int) -> bool:
+    """Whether a score is missing or covers all n records."""
+    return score["tuned"] is None or score["n"] == n
+
+
+def direction_word(score: Mapping[str, Any]) -> str:
+    """The direction of a difference as a table says it, or why there is none."""
+    result = direction(score)
+    if result == "unclear":
+        return "too few" if score["n"] < ENOUGH_TO_JUDGE else "not significant" if score["ci95"] else "no interval"
+    return "" if result == "neutral" else result
+
+
+# --- in the terminal --------------------------------------------------------------------------------------------------
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
-    """Print `metrics.json`: the scores of each split, base beside tuned, and exact match by family.
+    """Print `metrics.json`: the scores of each split, base beside tuned, further models, and exact match by family.
 
-    Further models stand beside them, or below if they do not fit. A score that does not cover all records has their
-    number behind its name.
+    A score that does not cover all records has their number behind its name, or behind that of a further model.
     """
-    names = [["split (records)"], ["score"]]  # each column a heading and its cells
-    figures = [["base"], ["tuned"], ["change"], ["95 % interval"]]
-    others = [[model_name(label)] for label in metrics["other_models"]]
+    columns = {"baseline": "base", "tuned": "tuned", "change": "change", "interval": "95 % interval"}
+    if all(score["baseline"] is None for part in metrics["splits"].values() for score in part["metrics"].values()):
+        columns = {"tuned": "tuned", "interval": "95 % interval"}
+    rows, further = [], []
     for split, part in metrics["splits"].items():
-        further = [by_split[split] for by_split in metrics["other_models"].values()]
+        others = [by_split[split] for by_split in metrics["other_models"].values()]
         for kind in ("metrics", "behaviour"):
             for name, score in part[kind].items():
-                units = scale(name)
-                row = [f"{one_line(split)} ({part['n']})", name + _counted(score, part["n"])]
-                row += [units.value(score["baseline"]), units.value(score["tuned"])]
-                row += [units.change(score["delta"]), units.interval(score)]
-                scores = [scores[kind][name] for scores in further]
-                row += [units.value(score["tuned"]) + _counted(score, part["n"]) for score in scores]
-                for column, cell in zip([*names, *figures, *others], row, strict=True):
-                    column.append(cell)
-    if set(figures[0][1:]) == {"–"}:  # no base model
-        figures = [figures[1], figures[3]]
-    tables = [("Scores", figures)]
-    for column in others:
-        if not _fits([*names, *tables[-1][1], column]):
-            tables.append(("Further models", []))
-        tables[-1][1].append(column)
-    for title, columns in tables:
-        headings, *rows = zip(*names, *columns, strict=True)
-        print_table(title, headings, rows, text_columns=2)
+                row = score_row(name, score, part["n"], [other[kind][name] for other in others])
+                records, count = f"{one_line(split)} ({part['n']})", f" ({score['n']:,})" if row["over"] else ""
+                rows.append([records, name + count, *(row[column] for column in columns)])
+                further.append([records, name, *(f"{o['value']} {o['over']}".strip() for o in row["others"])])
+    names = ["split (records)", "score"]
+    print_table("Scores", [*names, *columns.values()], rows, text_columns=2)
+    models = [model_name(label) for label in metrics["other_models"]]
+    for start in range(0, len(models), FURTHER_MODELS):
+        end = start + FURTHER_MODELS
+        rows = [row[:2] + row[2 + start : 2 + end] for row in further]
+        print_table("Further models", [*names, *models[start:end]], rows, text_columns=2)
+    _print_families(metrics["splits"])
 
-    families = dict.fromkeys(family for part in metrics["splits"].values() for family in part["families"])
-    if families:
-        headings = ("family", *(h for split in metrics["splits"] for h in (f"{split}: n", "base", "tuned")))
-        cells = [[_family_cells(part["families"].get(f)) for part in metrics["splits"].values()] for f in families]
-        rows = [(str(family), *sum(row, ())) for family, row in zip(families, cells, strict=True)]
+
+def _print_families(splits: Mapping[str, Mapping[str, Any]]) -> None:
+    families = dict.fromkeys(family for part in splits.values() for family in part["families"])
+    rows = []
+    for family in families:
+        cells = [str(family)]
+        for part in splits.values():
+            entry = part["families"].get(family)
+            match = score_row("exact_match", entry["metrics"]["exact_match"], entry["n"]) if entry else {}
+            cells += [match.get(column, "") for column in ("n", "baseline", "tuned")]
+        rows.append(cells)
+    if rows:
+        headings = ["family", *(heading for split in splits for heading in (f"{split}: n", "base", "tuned"))]
         print_table("Exact match by family", headings, rows)
-
-
-def _fits(columns: Sequence[Sequence[str]]) -> bool:
-    headings, *rows = zip(*columns, strict=True)
-    return table_width(column_widths(headings, rows, text_columns=2)) <= table_room()
-
-
-def _counted(score: Mapping[str, Any], n: int) -> str:
-    part = counted(score, n)
-    return "" if part is None else f" ({part:,})"
-
-
-def _family_cells(entry: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    if entry is None:
-        return "", "", ""
-    match = entry["metrics"]["exact_match"]
-    return str(entry["n"]), PERCENT.value(match["baseline"]), PERCENT.value(match["tuned"])
 
 
 def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:

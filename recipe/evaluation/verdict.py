@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ FEW_EXAMPLES = 100  # below, an interval is so wide that only large differences 
 # bootstrap intervals of a few records are too narrow: for two equal models they exclude 0 in up to 48 % of data sets of
 # 2 records, 15 % of 5, 10 % of 10, 7.5 % of 20, and in the expected 5 % from 100 records up
 ENOUGH_TO_JUDGE = 20
+ENDINGS = {  # of responses, by `stop_reason`, that may lack their end
+    "length": "reached the limit of --max_new_tokens",
+    "context": "reached the end of the context",
+    None: "ended in an unknown way, and may have been cut off",
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Scale:
         """A difference with plus or minus, such as −3.1; `–` where it is missing."""
         if delta is None:
             return "–"
-        text = _fixed(self.factor * delta, self.digits)
-        return text if text.startswith("−") or float(text.replace(",", "")) == 0 else f"+{text}"
+        text = _fixed(self.factor * delta, self.digits, sign="+")
+        return text if re.search("[1-9]", text) else text.removeprefix("+")  # zero has no sign
 
     def interval(self, score: Mapping[str, Any]) -> str:
         """The 95 % interval of a score's change, or of the score where nothing is compared; `–` where it is missing."""
@@ -54,11 +60,6 @@ SCALES = {
 }
 
 
-def title(name: str) -> str:
-    """The name of a score for people: `rouge_l` is ROUGE-L."""
-    return MEASURES[name].title
-
-
 def scale(name: str) -> Scale:
     """How the score of this name is written."""
     return SCALES.get(name, PERCENT)
@@ -71,31 +72,13 @@ def judge_scale(score: Mapping[str, Any]) -> Scale:
 
 
 def role_of(label: str) -> str:
-    """What a model is called in a sentence: base, tuned, and any other by its label in quotes.
-
-    >>> [role_of(label) for label in ("baseline", "tuned", "base")]
-    ['base', 'tuned', '“base”']
-    """
+    """What a model is called in a sentence: base, tuned, and any other by its label in quotes."""
     return {"baseline": "base", "tuned": "tuned"}.get(label, f"“{label}”")
 
 
 def model_name(label: str) -> str:
-    """What a model is called in a heading: `role_of` with a capital letter.
-
-    >>> [model_name(label) for label in ("baseline", "tuned", "base")]
-    ['Base', 'Tuned', '“base”']
-    """
-    role = role_of(label)
-    return role[0].upper() + role[1:]
-
-
-def counted(score: Mapping[str, Any], n: int) -> int | None:
-    """How many records a score covers, if these are not all `n`; None for all of them and for a missing score.
-
-    >>> counted({"baseline": 12.5, "tuned": 4.5, "n": 30}, 120)
-    30
-    """
-    return None if score["tuned"] is None or score["n"] == n else score["n"]
+    """What a model is called in a heading: `role_of` with a capital letter."""
+    return {"baseline": "Base", "tuned": "Tuned"}.get(label, role_of(label))
 
 
 def headline_metric(scores: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -169,7 +152,8 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
     if name is None:
         return Verdict(f"Nothing was measured: every score of {_records(part['n'], split)} is missing.", "missing")
     score, units = part["metrics"][name], scale(name)
-    label = title(name).lower() if name in SPELLED_OUT else title(name)
+    label = MEASURES[name].title
+    label = label.lower() if name in SPELLED_OUT else label
     value = f"{units.value(score['tuned'])} {units.unit}".strip()
     records = _records(score["n"], split)
     interval = f"95 % interval {units.interval(score)}" if score["ci95"] else "no interval"
@@ -209,7 +193,7 @@ def findings(metrics: Mapping[str, Any], wanted: Direction) -> list[Finding]:
 def _differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Kind, str, Scale, str, Mapping[str, Any]]]:
     for split, part in metrics["splits"].items():
         for name, score in {**part["metrics"], **part["behaviour"]}.items():
-            yield "score", title(name), scale(name), split, score
+            yield "score", MEASURES[name].title, scale(name), split, score
         headline = headline_metric(part["metrics"])
         if headline:
             for family, entry in part["families"].items():
@@ -227,36 +211,29 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
         *_small_splits(metrics),
         *_incomplete_scores(metrics),
         *(_judge_gaps(metrics["judge"]) if metrics["judge"] else ()),
-        *_cut_answers(metrics, predictions, labels),
+        *_cut_answers(predictions, labels),
     ]
 
 
 def _small_splits(metrics: Mapping[str, Any]) -> Iterator[str]:
     for split, part in metrics["splits"].items():
+        few = f"fewer than {ENOUGH_TO_JUDGE} cannot show a difference"
+        problem = few if part["n"] < ENOUGH_TO_JUDGE else "intervals over so few are rough"
         if part["n"] < FEW_EXAMPLES:
-            problem = "intervals over so few are rough"
-            if part["n"] < ENOUGH_TO_JUDGE:
-                problem = f"fewer than {ENOUGH_TO_JUDGE} cannot show a difference"
             yield f"Only {_records(part['n'], split)}: {problem}; aim for {FEW_EXAMPLES} or more."
 
 
 def _incomplete_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
     for split, part in metrics["splits"].items():
-        scores = {**part["metrics"], **part["behaviour"]}
-        compared = any(score["baseline"] is not None for score in scores.values())
-        records = _records(part["n"], split)
-        problems: dict[str, list[str]] = {}
-        for name, score in scores.items():
-            n = counted(score, part["n"])
-            if score["tuned"] is None:
-                problems.setdefault(f"not measured on the {records}", []).append(title(name))
-            elif compared and score["baseline"] is None:
-                problems.setdefault(f"measured for the tuned model only on the {records}", []).append(title(name))
-            elif n is not None:
-                problems.setdefault(f"measured on {n:,} of the {records}", []).append(title(name))
-        for problem, titles in problems.items():
-            reason = "values are missing, or records are longer than the model's context"
-            yield f"{', '.join(titles)}: {problem} ({reason})."
+        titles: dict[int, list[str]] = {}  # records that have a score → the scores
+        for name, score in {**part["metrics"], **part["behaviour"]}.items():
+            titles.setdefault(0 if score["tuned"] is None else score["n"], []).append(MEASURES[name].title)
+        for n, names in titles.items():
+            if n < part["n"]:
+                yield (
+                    f"{', '.join(names)}: measured on {n:,} of the {_records(part['n'], split)} "
+                    "(values are missing, or records are longer than the model's context)."
+                )
 
 
 def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
@@ -271,8 +248,7 @@ def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
             if scored < score["n"]
         ]
         if gaps:
-            mean = "no mean is given" if score["tuned"] is None else "the mean leaves the others out"
-            yield f"Judge, {prompt}: {'; '.join(gaps)}; {mean}{_reasons(score)}."
+            yield f"Judge, {prompt}: {'; '.join(gaps)}{_reasons(score)}."
     pairs = judge["pairwise"]
     if pairs and pairs["judged"] < pairs["n"]:
         yield (
@@ -281,24 +257,14 @@ def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _cut_answers(
-    metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
-) -> Iterator[str]:
-    limit = metrics["provenance"]["generation"]["max_new_tokens"]
+def _cut_answers(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Iterator[str]:
     for label in labels:
         reasons = Counter(prediction[label].get("stop_reason") for prediction in predictions)
-        endings = {
-            "length": f"reached the limit of {limit:,} tokens",
-            "context": "reached the end of the context",
-            None: "ended in an unknown way, and may have been cut off",
-        }
-        for reason, ending in endings.items():
+        for reason, ending in ENDINGS.items():
             if reasons[reason]:
                 share = PERCENT.value(reasons[reason] / len(predictions))
-                yield (
-                    f"{reasons[reason]:,} of {len(predictions):,} responses ({share}) of the {role_of(label)} model "
-                    f"{ending}."
-                )
+                count = f"{reasons[reason]:,} of {len(predictions):,} responses ({share})"
+                yield f"{count} of the {role_of(label)} model {ending}."
 
 
 def _reasons(score: Mapping[str, Any]) -> str:
@@ -310,9 +276,7 @@ def _records(n: int, split: str) -> str:
     return f"{n:,} {'' if split == 'all' else split + ' '}record{'' if n == 1 else 's'}"
 
 
-def _fixed(value: float, digits: int) -> str:
+def _fixed(value: float, digits: int, sign: str = "") -> str:
     """Decimals with a true minus sign and no negative zero; powers of ten for numbers of seven digits or more."""
-    if abs(value) >= 1e6:
-        return f"{value:.2e}".replace("-", "−")
-    text = f"{value:,.{digits}f}"
-    return f"{0:.{digits}f}" if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+    style = ".2e" if abs(value) >= 1e6 else f",.{digits}f"
+    return f"{value:{sign}z{style}}".replace("-", "−")

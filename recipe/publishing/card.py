@@ -196,14 +196,15 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
             f"evaluate {output_dir}, or name its evaluation"
         )
     predictions = list(read_answers(folder / "predictions.jsonl", strict=True).values())
-    check_inputs(predictions, metrics, [])
+    check_inputs(predictions, metrics)
     return Evaluation(metrics, predictions, checked)
 
 
 def evaluation_parts(evaluation: Evaluation) -> dict[str, Any]:
     """What the template shows of an evaluation, and the functions that put scores into words."""
     from recipe.evaluation.comparison import labels_of
-    from recipe.evaluation.report.page import judge_table, pairs_sentence, score_row
+    from recipe.evaluation.report.page import pairs_sentence
+    from recipe.evaluation.tables import judge_table, score_row
     from recipe.evaluation.verdict import cautions, findings, verdict
 
     metrics, predictions, _ = evaluation

@@ -43,7 +43,7 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         first.metric_type, first.metric_value  # ('exact_match', 0.9225)
         first.metric_args  # {'n': 400, 'baseline': 0.0, 'delta': 0.9225, 'ci95': [0.895, 0.9475], ...}
     """
-    from recipe.evaluation.verdict import title  # here: its libraries take a while, and --help needs none of it
+    from recipe.evaluation.measures import MEASURES  # here: its libraries take a while, and --help needs none of it
 
     data = metrics["provenance"]["data"]
     name = Path(data).name if isinstance(data, str) else ""  # a mapping or a list names several files
@@ -55,7 +55,7 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
             dataset_name=data if is_hub_id(data) else name or "instruction records",
             dataset_split=split,
             metric_type=metric,
-            metric_name=title(metric),
+            metric_name=MEASURES[metric].title,
             metric_value=score["tuned"],
             metric_args={
                 **{key: score[key] for key in ("n", "baseline", "delta", "ci95")},

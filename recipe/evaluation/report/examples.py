@@ -9,8 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from recipe.evaluation.comparison import example_scores
-from recipe.evaluation.verdict import model_name, title
+from recipe.evaluation.comparison import PER_EXAMPLE, example_scores
+from recipe.evaluation.measures import MEASURES
+from recipe.evaluation.verdict import model_name
 
 
 def example_columns(
@@ -21,24 +22,21 @@ def example_columns(
 ) -> dict[str, Any]:
     """All examples by column, so that each name is written once and not once for each example."""
     row_of = {prediction["id"]: row for row, prediction in enumerate(predictions)}
-    scores = {
-        label: {k: v.round(6).tolist() for k, v in example_scores(predictions, label).items()} for label in labels
-    }
+    pairs: list[list] = [[] for _ in predictions]
     judgements: dict[str, dict[str, list]] = {label: {} for label in labels}  # label → prompt → for each example
-    pairs: list[list | None] = [None] * len(predictions)
     for judgement in judge_rows:
-        row = row_of[judgement["id"]]
+        row, reason = row_of[judgement["id"]], judgement.get("reason")
         if is_pair(judgement):
-            order, status, winner = judgement["order"], judgement["status"], judgement["winner"]
-            pairs[row] = [*(pairs[row] or []), [order, status, winner, judgement.get("reason")]]
+            pairs[row].append([judgement["order"], judgement["status"], judgement["winner"], reason])
         else:
             column = judgements[judgement["model"]].setdefault(judgement["prompt"], [None] * len(predictions))
-            column[row] = [judgement["status"], judgement["score"], judgement.get("reason")]
-    prompts = dict.fromkeys(prompt for columns in judgements.values() for prompt in columns)
+            column[row] = [judgement["status"], judgement["score"], reason]
     return {
         "models": [[label, model_name(label)] for label in labels],
-        "scores": {name: title(name) for name in scores["tuned"]},
-        "judge_scales": {prompt: judge["scores"][prompt]["scale"] for prompt in prompts},
+        "scores": {name: MEASURES[name].title for name in PER_EXAMPLE},
+        "judge_scales": {
+            prompt: judge["scores"][prompt]["scale"] for columns in judgements.values() for prompt in columns
+        },
         "family": [family_of(prediction) for prediction in predictions],
         **{
             key: [prediction.get(key) or "" for prediction in predictions]
@@ -47,12 +45,12 @@ def example_columns(
         "answers": {
             label: {
                 **{key: [line[label].get(key) for line in predictions] for key in ("text", "tokens", "stop_reason")},
-                "scores": scores[label],
+                "scores": {k: v.round(6).tolist() for k, v in example_scores(predictions, label).items()},
                 "judge": judgements[label],
             }
             for label in labels
         },
-        "pairwise": pairs if any(pairs) else None,
+        "pairwise": [asked or None for asked in pairs] if any(pairs) else None,
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,23 +16,17 @@ from markupsafe import Markup
 from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
+from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
 from recipe.evaluation.report.pictures import draw_pictures
+from recipe.evaluation.tables import judge_table, score_row
 from recipe.evaluation.verdict import (
     ENOUGH_TO_JUDGE,
-    MEASURES,
     PERCENT,
-    Scale,
     cautions,
-    counted,
-    direction,
     findings,
     headline_metric,
-    judge_scale,
-    judged,
     model_name,
-    scale,
-    title,
     verdict,
     weakest_first,
 )
@@ -70,14 +63,14 @@ def write_report(
         chosen_step: the step whose weights were evaluated.
 
     Raises:
-        UserError: the files do not belong together, or a score is NaN.
+        UserError: the files do not belong together.
 
     Example::
 
         write_report(Path("outputs/demo-eval"), predictions, metrics, log_history=trainer.state.log_history)
     """
-    judge_rows = summarized_rows(metrics["judge"], judge_rows or [])
-    check_inputs(predictions, metrics, judge_rows)
+    check_inputs(predictions, metrics)
+    judge_rows = summarized_rows(metrics["judge"], judge_rows or [], predictions)
     output_dir.mkdir(parents=True, exist_ok=True)
     splits, labels, judge = list(metrics["splits"]), labels_of(predictions), metrics["judge"]
     others = [label for label in labels if label not in ("baseline", "tuned")]
@@ -101,45 +94,32 @@ def write_report(
         pairs=pairs_sentence(judge and judge["pairwise"]),
         examples=example_columns(predictions, labels, judge_rows, judge or {}),
         provenance=metrics["provenance"],
-        files={
-            name: what
-            for name, what in FILES.items()
-            if (output_dir / name).is_file() and (judge or name != "judge.jsonl")
-        },
+        files={name: content for name, content in FILES.items() if (output_dir / name).is_file()},
     )
     write_whole(output_dir / "report.html", page)
 
 
-def check_inputs(
-    predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], judge_rows: Sequence[Mapping[str, Any]]
-) -> None:
-    """Refuse files of different evaluations, before a page shows them as one.
+def check_inputs(predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> None:
+    """Refuse predictions and scores of different evaluations, before a page shows them as one.
 
     Raises:
-        UserError: with the files that do not belong together, and what to do.
+        UserError: with the records of both, and what to do.
     """
-    try:
-        json.dumps(metrics, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"metrics.json: {error}; a score that cannot be computed is null: score again") from error
     expected = {split: part["n"] for split, part in metrics["splits"].items()}
     present = Counter(prediction["split"] for prediction in predictions)
     if present != expected:
         raise UserError(f"metrics.json covers {expected} records, predictions.jsonl holds {dict(present)}: score again")
-    ids = {prediction["id"] for prediction in predictions}
-    unknown = [row["id"] for row in judge_rows if row["id"] not in ids]
-    if unknown:
-        raise UserError(
-            f"judge.jsonl has {len(unknown)} rows with ids that are not in predictions.jsonl, {unknown[0]!r} first: "
-            "judge again, or remove the file"
-        )
 
 
-def summarized_rows(judge: Mapping[str, Any] | None, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `judge.jsonl` that `metrics.json` summarizes; others have no known scale, or are another judge's."""
+def summarized_rows(
+    judge: Mapping[str, Any] | None, rows: Iterable[dict[str, Any]], predictions: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of `judge.jsonl` that `metrics.json` summarizes; others are another judge's, or of other records."""
     if judge is None:
         return []
-    return [row for row in rows if (judge["pairwise"] if is_pair(row) else row["prompt"] in judge["scores"])]
+    ids = {prediction["id"] for prediction in predictions}
+    summarized = [row for row in rows if (judge["pairwise"] if is_pair(row) else row["prompt"] in judge["scores"])]
+    return [row for row in summarized if row["id"] in ids]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -150,13 +130,14 @@ def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str])
     part = metrics["splits"][split]
     further = [metrics["other_models"][label][split] for label in others]
     headline = headline_metric(part["metrics"])
-    section: dict[str, Any] = {"name": split, "n": part["n"], "headline": headline and title(headline), "families": []}
+    section: dict[str, Any] = {"name": split, "n": part["n"], "headline": None, "families": []}
     for kind in ("metrics", "behaviour"):
         section[kind] = [
             score_row(name, score, part["n"], [other[kind][name] for other in further])
             for name, score in part[kind].items()
         ]
     if headline:
+        section["headline"] = MEASURES[headline].title
         for family, entry in weakest_first(part["families"], headline):
             scores = [other["families"][family]["metrics"][headline] for other in further]
             row = score_row(headline, entry["metrics"][headline], entry["n"], scores)
@@ -164,73 +145,17 @@ def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str])
     return section
 
 
-def score_row(name: str, score: Mapping[str, Any], n: int, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """One line of a table, as text; its `over` says how many of the n records the score covers, if not all.
-
-    `others` are the same score of further models.
-    """
-    return _row(title(name), scale(name), score, n, others)
-
-
-def _row(
-    label: str, units: Scale, score: Mapping[str, Any], n: int, others: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    part = counted(score, n)
-    return {
-        "title": label,
-        "unit": units.unit,
-        "n": f"{n:,}",
-        "over": "" if part is None else f"{part:,} of {n:,}",
-        "baseline": units.value(score["baseline"]),
-        "tuned": units.value(score["tuned"]),
-        "change": units.change(score["delta"]),
-        "interval": units.interval(score),
-        "direction": direction(score),
-        "word": direction_word(score),
-        "others": [
-            {
-                "value": units.value(other["tuned"]),
-                "change": "" if other["delta"] is None else units.change(other["delta"]),
-                "over": "" if counted(other, n) in (None, part) else f"n {other['n']:,}",
-            }
-            for other in others
-        ],
-    }
-
-
-def direction_word(score: Mapping[str, Any]) -> str:
-    """The direction of a difference as a table says it, or why there is none."""
-    result = direction(score)
-    if result == "unclear":
-        return "too few" if score["n"] < ENOUGH_TO_JUDGE else "not significant" if score["ci95"] else "no interval"
-    return "" if result == "neutral" else result
-
-
-def judge_table(judge: Mapping[str, Any] | None, others: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One line for each prompt: the judge's mean scores and their difference, as text."""
-    table = []
-    for prompt, score in (judge["scores"] if judge else {}).items():
-        means = [{"tuned": score["other_models"].get(m), "delta": None, "n": score["n"]} for m in others]
-        row = _row(prompt, judge_scale(score), judged(score), score["n"], means)
-        table.append({**row, "scale": row["unit"]})
-    return table
-
-
 def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
     """The judge's result on both responses side by side."""
     if not pairs:
         return None
-    sentences = [
+    interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
+    return (
         f"Side by side, in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, "
-        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}."
-    ]
-    if pairs["win_rate"] is not None:
-        interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
-        sentences.append(f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half.")
-    if pairs["flip_rate"] is not None:
-        asked, rate = pairs["judged"] - pairs["decided"], PERCENT.value(pairs["flip_rate"])
-        sentences.append(f"In {pairs['flips']:,} of the {asked:,} pairs asked about, the order decided ({rate}).")
-    return " ".join(sentences)
+        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}. "
+        f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half. "
+        f"In {pairs['flips']:,} of the {pairs['judged'] - pairs['decided']:,} pairs asked about, the order decided."
+    )
 
 
 # --- rendering --------------------------------------------------------------------------------------------------------

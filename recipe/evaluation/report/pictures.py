@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from recipe.console import one_line
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.verdict import PERCENT, direction, headline_metric, model_name, scale, title, weakest_first
+from recipe.evaluation.measures import MEASURES
+from recipe.evaluation.verdict import PERCENT, direction, headline_metric, model_name, scale, weakest_first
 from recipe.figures import (
     BASELINE_COLOR,
     LINE,
@@ -42,7 +42,7 @@ DARK = {
     WORSE_COLOR: "#dd8452", TIE_COLOR: "#4a525c", INK: "#14171a",
 }  # fmt: skip
 NAMES = ("deltas", "outcomes", "lengths", "loss")
-MAX_FAMILIES = 24  # in the forest plot
+MAX_ROWS = 24  # of a group in the forest plot; more families are in the table only
 MAX_LABEL = 28  # characters
 LabelledScore = tuple[str, Mapping[str, Any]]
 
@@ -85,13 +85,12 @@ def draw_pictures(
 ) -> dict[str, Picture]:
     """The figures of the first split, by name, each also as `{name}.png`; PNGs of an earlier report are removed."""
     part = next(iter(metrics["splits"].values()))
-    deltas, outcomes = forest_groups(part), outcome_counts(part, metrics["judge"])
     lengths, unit = response_lengths(predictions)
     drawings: dict[str, tuple[Callable[[], Figure], str]] = {}  # name → how it is drawn, what it shows in words
-    if deltas:
+    if deltas := forest_groups(part):
         alt = "Forest plot of differences, tuned minus base, with 95 % intervals; the tables hold their values."
         drawings["deltas"] = partial(draw_deltas, deltas), alt
-    if outcomes:
+    if outcomes := outcome_counts(part, metrics["judge"]):
         counts = (f"{name}: better {o[0]:,}, equal {o[1]:,}, worse {o[2]:,}" for name, o in outcomes.items())
         drawings["outcomes"] = partial(draw_outcomes, outcomes), f"Examples where tuned is {'; '.join(counts)}."
     medians = "; ".join(f"{row.label}: median {median(row.values):g}" for row in lengths)
@@ -110,26 +109,23 @@ def draw_pictures(
 
 def forest_groups(part: Mapping[str, Any]) -> dict[str, list[LabelledScore]]:
     """Differences with an interval, by group: all scores in percent, and the headline score by family."""
-    in_percent = {name: score for name, score in part["metrics"].items() if scale(name) is PERCENT}
+    scores = [(MEASURES[name].title, score) for name, score in part["metrics"].items() if scale(name) is PERCENT]
+    groups: dict[str, list[LabelledScore]] = {"Scores": scores}
     headline = headline_metric(part["metrics"])
-    families: list[LabelledScore] = []
-    if headline and headline in in_percent:
+    if headline and scale(headline) is PERCENT:
         ranked = weakest_first(part["families"], headline)
-        families = [(str(family), entry["metrics"][headline]) for family, entry in ranked]
-    groups = {"Scores": [(title(name), score) for name, score in in_percent.items()], "Families": families}
+        groups["Families"] = [(str(family), entry["metrics"][headline]) for family, entry in ranked]
     shown = {
         name: [row for row in rows if row[1]["delta"] is not None and row[1]["ci95"]] for name, rows in groups.items()
     }
-    if len(shown["Families"]) > MAX_FAMILIES:
-        families = shown.pop("Families")
-        shown["Extreme families"] = families[: MAX_FAMILIES // 2] + families[-MAX_FAMILIES // 2 :]
-    return {name: rows for name, rows in shown.items() if rows}
+    return {name: rows for name, rows in shown.items() if rows and len(rows) <= MAX_ROWS}
 
 
 def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
     """Forest plot: tuned minus baseline with 95 % intervals, in percentage points, under the heading of each group."""
     rows = sum(len(rows) + 1 for rows in groups.values())
     figure, axes = canvas(height=0.55 + 0.205 * rows)
+    axes.update_datalim([(-1, 0), (1, 0)])  # zero, and at least two points around it
     position, labels = 0.0, {}
     for heading, scores in groups.items():
         axes.text(
@@ -152,17 +148,9 @@ def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    _make_room_for_zero(axes)
-    return figure
-
-
-def _make_room_for_zero(axes: Axes) -> None:
-    """Show zero, away from the edge, and at least two points around it."""
-    low, high = axes.get_xlim()
-    low, high = min(low, -0.05 * max(abs(low), abs(high)), -1), max(high, 0.05 * max(abs(low), abs(high)), 1)
-    axes.set_xlim(low, high)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
+    return figure
 
 
 # --- outcomes ---------------------------------------------------------------------------------------------------------
@@ -170,7 +158,7 @@ def _make_room_for_zero(axes: Axes) -> None:
 
 def outcome_counts(part: Mapping[str, Any], judge: Mapping[str, Any] | None) -> dict[str, tuple[int, int, int]]:
     """(better, equal, worse) counts of examples for each score, and for the judge's pairs."""
-    counts = {title(name): (o["win"], o["tie"], o["loss"]) for name, o in part["outcomes"].items()}
+    counts = {MEASURES[name].title: (o["win"], o["tie"], o["loss"]) for name, o in part["outcomes"].items()}
     pairs = judge and judge["pairwise"]
     if pairs:
         counts["Judge, pairs"] = (pairs["win"], pairs["tie"], pairs["loss"])
@@ -195,8 +183,7 @@ def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set_xlabel("share of examples")
     axes.tick_params(axis="y", length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=TEXT, handlelength=0.9)
     return figure
 
@@ -204,34 +191,35 @@ def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
 # --- lengths ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Lengths:
+class Lengths(NamedTuple):
     """Lengths of one model's responses, or of the references."""
 
     label: str
-    role: str  # reference, baseline, tuned; anything else is a further model
+    color: str
     values: Sequence[int]
 
 
 def response_lengths(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[Lengths], str]:
     """Lengths of the references and of each model's responses, all in tokens, or all in words if a count is unknown."""
-    answers = {label: [line[label] for line in predictions] for label in labels_of(predictions)}
-    references = [answer.get("reference_tokens") for answer in answers["tuned"]]
-    counts = {label: [answer.get("tokens") for answer in column] for label, column in answers.items()}
-    unit = "tokens"
+    labels, unit = labels_of(predictions), "tokens"
+    references = [line["tuned"].get("reference_tokens") for line in predictions]
+    counts = {label: [line[label].get("tokens") for line in predictions] for label in labels}
     if None in references or any(None in column for column in counts.values()):
         unit = "words"
         references = [len(line["output"].split()) for line in predictions]
-        counts = {label: [len(answer["text"].split()) for answer in column] for label, column in answers.items()}
+        counts = {label: [len(line[label]["text"].split()) for line in predictions] for label in labels}
     else:
         references = [count - 1 for count in references]  # without the end-of-text token, as in responses
-    rows = [Lengths(one_line(model_name(label), MAX_LABEL), label, values) for label, values in counts.items()]
-    return [Lengths("References", "reference", references), *rows], unit
+    colors = {"baseline": BASELINE_COLOR, "tuned": TUNED_COLOR}
+    rows = [
+        Lengths(one_line(model_name(label), MAX_LABEL), colors.get(label, MUTED), values)
+        for label, values in counts.items()
+    ]
+    return [Lengths("References", TEXT, references), *rows], unit
 
 
 def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
     """Histograms of lengths, one below the other on the same axis; the last bin also holds all longer responses."""
-    colors = {"baseline": BASELINE_COLOR, "tuned": TUNED_COLOR, "reference": TEXT}
     longest = max(max(row.values) for row in lengths)
     # the longest 1 % of one model's may be a hundred times longer than the rest: they share the last bin
     edge = max(1, min(longest, int(1.5 * max(np.quantile(row.values, 0.99) for row in lengths)) + 1))
@@ -240,20 +228,11 @@ def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
     panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False)[:, 0]
     for axes, row in zip(panels, lengths, strict=True):
         paint(axes)
-        values = np.minimum(row.values, edge)
-        weights = np.full(len(values), 1 / len(values))
-        color = colors.get(row.role, MUTED)
-        axes.hist(values, bins=bins, weights=weights, color=color, alpha=0.45 if row.role == "reference" else 1)
-        axes.text(0.99, 0.93, row.label, transform=axes.transAxes, ha="right", va="top", color=TEXT)
-        note = f"median {median(row.values):g}"
-        axes.text(0.99, 0.66, note, transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=8)
+        axes.set_title(f"{row.label}: median {median(row.values):g}", loc="left", fontsize="medium", color=TEXT, pad=2)
+        weights = np.full(len(row.values), 1 / len(row.values))
+        axes.hist(np.minimum(row.values, edge), bins=bins, weights=weights, color=row.color)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="x", length=0 if axes is not panels[-1] else 3)
-        top = axes.get_ylim()[1]
-        # the label is above the right half: leave it room where bars are high there
-        right = np.histogram(values, bins=bins, weights=weights)[0][len(bins) // 2 :].max(initial=0)
-        axes.set_ylim(0, top if right < 0.35 * top else 2.4 * max(right, 0.4 * top))
     panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     suffix = f" (last bar: {edge:,} and more)" if longest > edge else ""
     panels[-1].set_xlabel(f"{unit} per response{suffix}")
