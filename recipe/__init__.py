@@ -1,3 +1,3 @@
-"""Instruction fine-tuning of GPT-2-class models with Hugging Face parts. Import the modules; this file stays empty."""
+"""Instruction fine-tuning of GPT-2-class models with Hugging Face parts. Import its modules; this file imports none."""
 
 __version__ = "0.1.0"

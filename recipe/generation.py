@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from transformers import (
 
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
+from recipe.templates import common_prefix
 
 CACHE_BLOCK = 64  # tokens that a full cache grows by
 STEPS = 16  # tokens to generate before rows that have ended are taken out
@@ -119,7 +119,7 @@ def iter_responses(
     model.eval()
     model.generation_config = GenerationConfig()  # `generate` takes from it whatever is not given below
     batches = _batches([len(ids) for ids in prompt_ids], decoding.max_new_tokens, batch_size, positions)
-    prefix = _shared_prefix([ids for ids in prompt_ids if len(ids) < positions])
+    prefix = common_prefix([ids for ids in prompt_ids if len(ids) < positions])
 
     @functools.cache  # computed in the first batch, where an out-of-memory error is handled
     def prefix_cache() -> list[BlockwiseLayer] | None:
@@ -157,15 +157,6 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, positions
     roomy = order[len(tight) :]
     yield from ([index] for index in tight)
     yield from (roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size))
-
-
-def _shared_prefix(prompt_ids: list[list[int]]) -> list[int]:
-    """The tokens that all prompts start with; none where there is only one prompt."""
-    if len(prompt_ids) < 2:
-        return []
-    first, last = min(prompt_ids), max(prompt_ids)  # in lexicographic order: what these two share, all prompts share
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return [token for token, _ in pairs]
 
 
 def _generate_batch(

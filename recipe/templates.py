@@ -5,7 +5,8 @@ Training, evaluation and `apply_chat_template` of the saved tokenizer all render
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,19 @@ class Template:
         """`prompt` of many records."""
         conversations = [to_messages(record) for record in records]
         return _render(conversations, self.chat_template, add_generation_prompt=True, **self.special_tokens)
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
+    """The tokens that all sequences begin with; none if there is only one sequence.
+
+    >>> common_prefix([[5, 6, 7], [5, 6, 8, 9], [5, 6]])
+    [5, 6]
+    """
+    if len(sequences) < 2:
+        return []
+    first, last = min(sequences), max(sequences)  # in lexicographic order: what these two share, all share
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return [token for token, _ in pairs]
 
 
 def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:

@@ -14,7 +14,7 @@ from recipe.config import DataArguments, InstructionTrainingArguments, ModelArgu
 
 @dataclass
 class InspectionArguments(InstructionTrainingArguments):
-    """The arguments of training, so that its YAML files and flags work here, and three of its own."""
+    """The arguments of training, so that its YAML files and flags work here, and three more."""
 
     limits: list[int] = field(
         default_factory=lambda: [128, 256, 512, 1024],
@@ -22,17 +22,17 @@ class InspectionArguments(InstructionTrainingArguments):
     )
     near_duplicates: float = field(
         default=0.8,
-        metadata={"help": "Similarity, from 0.5 to 1, from which two records are near-duplicates; 0 looks for none."},
+        metadata={"help": "Lowest similarity of near-duplicates, from 0.5 to 1; 0 looks for none."},
     )
-    show: int = field(default=5, metadata={"help": "Examples of each finding."})
+    show: int = field(default=5, metadata={"help": "How many examples to show of each finding."})
 
     def __post_init__(self) -> None:
-        # without the checks of training: the data of a run on a GPU can be inspected on a laptop that has none
+        # skips the checks of training, so that a laptop without a GPU can inspect the data of a run on a GPU
         if self.near_duplicates and not 0.5 <= self.near_duplicates <= 1:
             raise UserError(f"--near_duplicates {self.near_duplicates}: give a similarity from 0.5 to 1, or 0 for none")
-        for name, least in (("per_device_train_batch_size", 1), ("show", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: give a number from {least} up")
+        for name, lowest in (("per_device_train_batch_size", 1), ("show", 0)):
+            if getattr(self, name) < lowest:
+                raise UserError(f"--{name} {getattr(self, name)}: give a number from {lowest} up")
 
 
 def main(argv: list[str]) -> None:
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
 
 
 def results_folder(argv: list[str], args: InspectionArguments) -> Path:
-    """`--output_dir`, or outputs/demo-data beside the YAML file's outputs/demo, which is for the training run.
+    """`--output_dir` of the command line; for outputs/demo of a YAML file, outputs/demo-data beside it.
 
     Raises:
         UserError: neither is given, or it is a file.

@@ -16,8 +16,8 @@ from recipe.data.records import FIELDS
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 128  # hash functions of a MinHash
-WEIGHTS = (0.02, 0.98)  # of needless and of missed candidates: about 98 % of the pairs at the threshold are candidates
-MOST_CANDIDATES = 50  # that one record is compared with in a split: of a crowd of similar records, 50 are enough
+WEIGHTS = (0.02, 0.98)  # penalties for false candidates and for missed pairs; finds 98 % of the pairs at 0.8
+MOST_CANDIDATES = 50  # a record is compared with at most 50 others in each split
 
 Record = dict[str, Any]  # split, row, instruction, input, output
 
@@ -31,7 +31,7 @@ class Match(NamedTuple):
 
 
 def flatten(splits: Mapping[str, Dataset]) -> list[Record]:
-    """The records of all splits, one after another; an input that is null becomes an empty one."""
+    """The records of all splits, one after another; a null input becomes an empty one."""
     return [
         {"split": name, **record, "input": record["input"] or ""}
         for name, split in splits.items()
@@ -47,8 +47,8 @@ def inspect_duplicates(
     Args:
         given: the splits before `recipe.data.split.drop_cross_split_duplicates`.
         trained: the splits after it; near-duplicates are looked for among these.
-        threshold: similarity from which two records are near-duplicates; 0 looks for none.
-        show: examples of each finding.
+        threshold: the lowest similarity of near-duplicates; 0 looks for none.
+        show: how many examples to report of each finding.
 
     Returns:
         the report, and every pair of near-duplicates, most similar first: similarity, splits, rows.
@@ -58,16 +58,16 @@ def inspect_duplicates(
     report = []
     for earlier, later in [*itertools.combinations(given, 2), *zip(given, given, strict=True)]:
         same_prompt = _equal_records(records[later], records[earlier], FIELDS[:2])
-        matches = {
+        by_kind = {
             "exact": _equal_records(records[later], records[earlier], FIELDS),
             "same_prompt": [match for match in same_prompt if match.record["output"] != match.other["output"]],
         }
         if threshold:
-            matches["near"] = _most_similar(near, later, earlier)
-        counts = {kind: len(found) for kind, found in matches.items()}
+            by_kind["near"] = _most_similar(near, later, earlier)
+        counts = {kind: len(matches) for kind, matches in by_kind.items()}
         examples = {
-            kind: [{"similarity": match.similarity, "records": match[:2]} for match in found[:show]]
-            for kind, found in matches.items()
+            kind: [{"similarity": match.similarity, "records": match[:2]} for match in matches[:show]]
+            for kind, matches in by_kind.items()
         }
         splits = {"records_of": later, "found_in": earlier, "records": len(records[later])}
         report.append({**splits, **counts, "examples": examples})
@@ -83,8 +83,8 @@ def _equal_records(records: Sequence[Record], others: Sequence[Record], fields: 
     first: dict[tuple[str, ...], Record] = {}
     for other in others:
         first.setdefault(tuple(other[field] for field in fields), other)
-    found = [(record, first.get(tuple(record[field] for field in fields))) for record in records]
-    return [Match(record, other) for record, other in found if other is not None and other is not record]
+    pairs = [(record, first.get(tuple(record[field] for field in fields))) for record in records]
+    return [Match(record, other) for record, other in pairs if other is not None and other is not record]
 
 
 def _most_similar(near: Sequence[Match], later: str, earlier: str) -> list[Match]:
@@ -99,9 +99,9 @@ def _most_similar(near: Sequence[Match], later: str, earlier: str) -> list[Match
 def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[Match], bool]:
     """Pairs of different records that have nearly the same characters in nearly the same order.
 
-    Similarity is the Jaccard similarity of the records' sets of shingles, runs of 5 characters: shingles in both over
-    shingles in either (Broder 1997). datasketch finds candidates by MinHash and locality-sensitive hashing, with fixed
-    seeds; the similarity of each is then computed exactly. See docs/data.md.
+    Similarity is the Jaccard similarity of the records' sets of shingles, runs of 5 characters: the number in
+    both divided by the number in either (Broder 1997). datasketch finds candidates by MinHash and locality-sensitive
+    hashing, with fixed seeds; the similarity of each is then computed exactly. See docs/data.md.
 
     Returns:
         the pairs, most similar first, and whether all candidates were compared: see `MOST_CANDIDATES`.
@@ -116,17 +116,17 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
     ('the  cat sat here.', 'The cat sat there.', 0.5)
     """
     try:
-        from datasketch import MinHash, MinHashLSH  # here: an extra, and scipy behind it takes half a second
+        from datasketch import MinHash, MinHashLSH  # optional, and it imports scipy: half a second
     except ImportError as error:
         raise UserError(
-            "near-duplicates are found by datasketch, which is not installed: pip install datasketch, or leave them "
+            "finding near-duplicates needs datasketch, which is not installed: pip install datasketch, or leave them "
             "out with --near_duplicates 0"
         ) from error
     different: dict[tuple[str, str], Record] = {}  # by split and text
     for record in records:
         different.setdefault((record["split"], "\n".join(record[field] for field in FIELDS)), record)
     indexes = {
-        name: MinHashLSH(min(threshold, 0.9), PERMUTATIONS, WEIGHTS)  # above 0.9 no setting fits the weights
+        name: MinHashLSH(min(threshold, 0.9), PERMUTATIONS, WEIGHTS)  # close to 1, MinHashLSH finds no settings
         for name in dict.fromkeys(split for split, _ in different)
     }
     settings = {"num_perm": PERMUTATIONS, "hashfunc": lambda shingle: zlib.crc32(shingle.encode())}

@@ -19,7 +19,7 @@ from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments, UserError
 from recipe.data.records import problem_report
 from recipe.data.split import load_records
-from recipe.templates import Template, load_template
+from recipe.templates import Template, common_prefix, load_template
 
 TOKENS = List(Value("int32"))
 ENCODED_FEATURES = Features(
@@ -33,7 +33,7 @@ def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Da
     Returns:
         a `DatasetDict` of `train`, `validation`, `test` and whatever other splits the data names, with the columns
         `input_ids` and `labels` (T,), aligned, not yet shifted, -100 over the prompt with `mask_prompt`; `length` in
-        tokens; `row`, the record's number in its source; `truncated`.
+        tokens; `row`, the record's number in the split it was read from, counted from 0; `truncated`.
 
     Raises:
         UserError: see `load_records` and `encode_records`.
@@ -53,12 +53,12 @@ def encode_records(
 ) -> DatasetDict:
     """Prompt and response of each record as tokens, one batched `datasets.map` per split, cached.
 
-    One end-of-text token ends the response. A record longer than `max_length` is cut (`overflow="truncate"`, see
+    Each response ends with one end-of-text token. A record longer than `max_length` is cut (`overflow="truncate"`, see
     `cut_lengths`) or left out (`"drop"`).
 
     Raises:
-        UserError: a tokenizer without an end-of-text token, `max_length` out of range, with `overflow="error"` each
-            record that is too long, and a split in which nothing is left.
+        UserError: the tokenizer has no end-of-text token, `max_length` is too small, all records of a split are
+            too long, or with `overflow="error"` any record is; that message names each.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -67,13 +67,13 @@ def encode_records(
         )
     template = load_template(config.template, tokenizer)
     max_length = resolve_max_length(config, tokenizer)
-    _, ending = template_overhead(template, tokenizer)
-    if max_length < 2 * (ending + 1):
+    _, header_length = template_overhead(template, tokenizer)
+    if max_length < 2 * (header_length + 1):
         raise UserError(
-            f"--max_length {max_length} leaves no room: the template's response header alone has {ending} tokens; "
-            f"give at least {2 * (ending + 1)}"
+            f"--max_length {max_length} leaves no room: the template's response header alone has {header_length} "
+            f"tokens; give at least {2 * (header_length + 1)}"
         )
-    arguments: dict[str, Any] = {"template": template, "max_length": max_length, "ending": ending}
+    arguments: dict[str, Any] = {"template": template, "max_length": max_length, "header_length": header_length}
     arguments |= {"mask_prompt": config.mask_prompt, "overflow": config.overflow}
     encoded = DatasetDict()
     for name, split in records.items():
@@ -84,7 +84,7 @@ def encode_records(
             features=ENCODED_FEATURES,
             fn_kwargs={"tokenizer": tokenizer, **arguments},
             num_proc=config.num_proc,
-            # our own fingerprint: hashing the tokenizer object misses the cache once it has been used
+            # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
             new_fingerprint=_fingerprint(split, tokenizer, arguments),
             desc=f"Tokenizing {name}",
         )
@@ -99,12 +99,12 @@ def encode_batch(
     mask_prompt: bool,
     max_length: int,
     overflow: str,
-    ending: int,
+    header_length: int,
 ) -> pa.Table:
     """Encode a batch of records for `datasets.map`, from flat arrays straight into Arrow.
 
-    A prompt is cut before its last `ending` tokens (the response header), a response at its end, so that it then has no
-    end-of-text token to learn. `overflow="error"` leaves out as `"drop"` does; the caller reports what is missing.
+    A cut prompt loses tokens just before the response header, its last `header_length` tokens. A cut response loses its
+    end, and with it the end-of-text token. `overflow="error"` leaves out what `"drop"` does; the caller reports it.
     """
     inputs = zip(batch["instruction"], batch["input"], strict=True)
     prompts = template.prompts({"instruction": instruction, "input": text} for instruction, text in inputs)
@@ -125,7 +125,7 @@ def encode_batch(
     for index in np.flatnonzero(too_long & kept):
         prompt_end = ends[index] - lengths[index, 1]
         removed_prompt, removed_response = lengths[index] - cut[index]
-        keep[prompt_end - ending - removed_prompt : prompt_end - ending] = False
+        keep[prompt_end - header_length - removed_prompt : prompt_end - header_length] = False
         keep[ends[index] - removed_response : ends[index]] = False
     offsets = np.concatenate([[0], cut[kept].sum(axis=1).cumsum()]).astype(np.int32)
     columns = {
@@ -139,9 +139,9 @@ def encode_batch(
 
 
 def cut_lengths(lengths: np.ndarray, max_length: int) -> np.ndarray:
-    """Tokens of prompt and response, (records, 2), that are left when records are cut to `max_length`.
+    """How many tokens of prompt and response, (records, 2), are left when records are cut to `max_length`.
 
-    The prompt is cut first, down to half of `max_length`; what is still too long is cut off the response.
+    The prompt is cut first, down to half of `max_length`. If the record is still too long, its response is cut too.
 
     >>> cut_lengths(np.array([[30, 90], [80, 40], [30, 60]]), 100)
     array([[30, 70],
@@ -154,20 +154,20 @@ def cut_lengths(lengths: np.ndarray, max_length: int) -> np.ndarray:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all texts in a row, without special ones, (tokens,) int32, and how many each has, (texts,) int64.
+    """The token ids of all texts, concatenated, (tokens,) int32, and how many each has, (texts,) int64.
 
-    Lists of numbers are not kept: thousands of them at a time make Python's garbage collector run again and again.
+    No special tokens are added. Lists of ids are not kept: thousands of them keep Python's garbage collector busy.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # Python tokenizers have none
-    rows: Iterable[list[int]]
+    sequences: Iterable[list[int]]
     if backend is not None and backend.truncation is None and backend.padding is None:
         # fast, because it does not compute character offsets
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        lengths, rows = [len(encoding) for encoding in encodings], (encoding.ids for encoding in encodings)
+        lengths, sequences = [len(encoding) for encoding in encodings], (encoding.ids for encoding in encodings)
     else:
-        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        lengths = [len(ids) for ids in rows]
-    tokens = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=sum(lengths))
+        sequences = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        lengths = [len(ids) for ids in sequences]
+    tokens = np.fromiter(itertools.chain.from_iterable(sequences), dtype=np.int32, count=sum(lengths))
     return tokens, np.array(lengths)
 
 
@@ -179,22 +179,17 @@ def resolve_max_length(config: DataArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Tokens that begin and that end every prompt of a template: (preamble, response header).
+    """How many tokens all prompts begin with (the preamble), and how many they end with (the response header).
 
     For Alpaca and the GPT-2 tokenizer (24, 6): up to `### Instruction:\\n`, and from `\\n\\n### Response:\\n`.
     """
     records = [{"instruction": "Name it.", "input": ""}, {"instruction": "8 + 5 = ?", "input": ""}]
     prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in template.prompts(records)]
-    return _common_prefix(*prompts), _common_prefix(*(prompt[::-1] for prompt in prompts))
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return len(common_prefix(prompts)), len(common_prefix([prompt[::-1] for prompt in prompts]))
 
 
 def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
-    """Names the cached result of an encoding: the records, the code of this file, the tokenizer and the settings."""
+    """Identifies a cached encoding by its records, the code of this file, the tokenizer and the settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     settings = [str(value) for _, value in sorted(arguments.items())]
@@ -227,24 +222,24 @@ def _check_encoded(
 
 
 def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:
-    """Token counts of each split, one dict a split; `preamble` is the template's, from `template_overhead`.
+    """Token counts of each split, one dict per split; `preamble` is its length in tokens, from `template_overhead`.
 
-    `supervised` counts the targets of the loss: the first token of a record is never one.
+    `preamble` and `supervised` are shares of the tokens. The first token of a record is never supervised.
     """
     statistics = []
     for name, split in encoded.items():
         table = split.with_format("arrow")[:]
         lengths = table["length"].to_numpy()
-        learned = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
-        learned[lengths.cumsum() - lengths] = False
+        supervised = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
+        supervised[lengths.cumsum() - lengths] = False
         statistics.append(
             {
                 "split": name,
                 "rows": len(split),
-                "tokens": len(learned),
+                "tokens": len(supervised),
                 "longest": int(lengths.max()),
-                "preamble": preamble * len(split) / len(learned),
-                "supervised": int(learned.sum()) / len(learned),
+                "preamble": preamble * len(split) / len(supervised),
+                "supervised": int(supervised.sum()) / len(supervised),
                 "truncated": pc.sum(table["truncated"]).as_py(),
                 "dropped": len(records[name]) - len(split),
             }

@@ -1,6 +1,6 @@
 """What is in the data before anything is trained on it: lengths, what would be cut, padding, odd records.
 
-Nothing is changed. Rows count from 0, as `dataset[i]` does, in the split's own source.
+Nothing is changed. Rows count from 0, as `dataset[i]` does, in the split that a record was read from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from recipe.data.encode import cut_lengths, encode_records
 from recipe.data.records import FIELDS
 from recipe.figures import STYLE, TEXT, paint, save_png
 
-ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # U+FFFD is what a decoder writes for bytes that are no text
+ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # a decoder writes U+FFFD for bytes that it cannot read
 UNCUT = 10**9  # tokens: a max_length that cuts nothing
 SHUFFLES = 20  # orders of the records over which the cost of padding is averaged
 
@@ -36,14 +36,14 @@ SHUFFLES = 20  # orders of the records over which the cost of padding is average
 def measure_lengths(
     records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments
 ) -> dict[str, np.ndarray]:
-    """Tokens of each record's prompt and of its response with the end-of-text token, (records, 2), nothing cut."""
+    """Tokens of each record's uncut prompt, and of its response with the end-of-text token: (records, 2)."""
     config = replace(config, max_length=UNCUT, overflow="truncate", mask_prompt=True)
     lengths = {}
     for name, split in encode_records(records, tokenizer, config).items():
         table = split.with_format("arrow")[:]
         whole = table["length"].to_numpy()
-        learned = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
-        response = np.add.reduceat(learned, whole.cumsum() - whole, dtype=np.int64)
+        supervised = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
+        response = np.add.reduceat(supervised, whole.cumsum() - whole, dtype=np.int64)
         lengths[name] = np.stack([whole - response, response], axis=1)
     return lengths
 
@@ -55,27 +55,27 @@ def inspect_lengths(
     batch_size: int,
     overhead: tuple[int, int],
 ) -> dict[str, Any]:
-    """Lengths of each split, the tokens that training sees, and what limits cost; see docs/data.md.
+    """Lengths of each split, the tokens that training sees, and what each limit would cut; see docs/data.md.
 
     Args:
         lengths: from `measure_lengths`.
-        overhead: tokens that begin and that end every prompt, from `recipe.data.template_overhead`.
+        overhead: the lengths of preamble and response header, from `recipe.data.template_overhead`.
     """
     report = {}
-    preamble, ending = overhead
+    preamble, header_length = overhead
     max_length = config.max_length or UNCUT
     for name, split in lengths.items():
         kept = cut_lengths(split, max_length)
-        if config.overflow != "truncate":  # for "error", which stops, as if the long records were removed
+        if config.overflow != "truncate":  # `error` would stop the run; show what `drop` would give
             kept = split[split.sum(axis=1) <= max_length]
-        preambles = np.clip(kept[:, 0] - ending, 0, preamble)  # a cut prompt may lose tokens of its preamble
-        begin, (prompt, response) = int(preambles.sum()), kept.sum(axis=0).tolist()
-        # without a mask the last preamble token has a target of the record's own, and is not shared
+        preambles = np.clip(kept[:, 0] - header_length, 0, preamble)  # a cut prompt may lose tokens of its preamble
+        in_preamble, (prompt, response) = int(preambles.sum()), kept.sum(axis=0).tolist()
+        # if prompts are supervised too, different tokens follow the last common one, so it is not shared
         shared = max(0, int(preambles.min(initial=preamble)) - (not config.mask_prompt))
         report[name] = {
             "records": len(split),
             "trained_records": len(kept),
-            "tokens": {"preamble": begin, "prompt": prompt - begin, "response": response},
+            "tokens": {"preamble": in_preamble, "prompt": prompt - in_preamble, "response": response},
             "batches": batch_costs(kept.sum(axis=1), batch_size, shared),
             "overflow": [overflow_at(split, limit) for limit in limits],
             "lengths": {part: _describe(values) for part, values in _parts(split).items()},
@@ -84,8 +84,8 @@ def inspect_lengths(
 
 
 def overflow_at(lengths: np.ndarray, limit: int) -> dict[str, int]:
-    """What `--max_length limit` would cost a split: records that are too long, tokens that `truncate` would cut off
-    prompts and off responses, and responses that would lose their end."""
+    """How many records of a split are longer than `limit` tokens, and what `truncate` would cut off them.
+    `without_end` counts the responses that would lose their end-of-text token."""
     removed = lengths - cut_lengths(lengths, limit)
     return {
         "limit": limit,
@@ -97,13 +97,13 @@ def overflow_at(lengths: np.ndarray, limit: int) -> dict[str, int]:
 
 
 def batch_costs(lengths: np.ndarray, batch_size: int, shared: int) -> dict[str, float | None]:
-    """Input tokens of one epoch of random batches: laid out in padded rows, and in rows with shared prefixes.
+    """Input tokens of one epoch of random batches, padded and with shared prefixes.
 
     A record of n tokens has n - 1 inputs. `padded` is the mean over `SHUFFLES` orders of the records, drawn with a
-    fixed seed; `padding` is the share of it that is padding. `shared_prefix` has no padding, and the `shared` tokens
-    that all prompts begin with once a batch: an upper bound, because prompts that have more in common share more.
+    fixed seed; `padding` is the share of it that is padding. `shared_prefix` has no padding, and holds the `shared`
+    tokens that all prompts begin with once per batch. It is an upper bound: prompts with more in common save more.
 
-    Two records of 5 and 3 tokens, one batch: two rows of 4 inputs, 2 of the 8 padding; shared 2, a row of 4 + 2 - 2.
+    Two records of 5 and 3 tokens have 4 and 2 inputs: padded 2 x 4, of which 2 are padding; shared 4 + 2 - 2.
 
     >>> batch_costs(np.array([5, 3]), 2, shared=2)
     {'inputs': 6, 'padded': 8, 'padding': 0.25, 'shared_prefix': 4}
@@ -113,9 +113,9 @@ def batch_costs(lengths: np.ndarray, batch_size: int, shared: int) -> dict[str, 
     if not total:
         return {"inputs": 0, "padded": 0, "padding": None, "shared_prefix": 0}
     starts = np.arange(0, len(inputs), batch_size)
-    rows = np.diff(starts, append=len(inputs))  # of each batch
+    sizes = np.diff(starts, append=len(inputs))  # records in each batch
     draw = np.random.default_rng(0)
-    padded = np.mean([rows @ np.maximum.reduceat(draw.permutation(inputs), starts) for _ in range(SHUFFLES)]).item()
+    padded = np.mean([sizes @ np.maximum.reduceat(draw.permutation(inputs), starts) for _ in range(SHUFFLES)]).item()
     return {
         "inputs": total,
         "padded": round(padded),
@@ -139,7 +139,7 @@ def inspect_records(trained: Mapping[str, Dataset], lengths: Mapping[str, np.nda
 
     Args:
         lengths: of the same splits, from `measure_lengths`.
-        show: examples of each finding.
+        show: how many examples to report of each finding.
     """
     records = flatten(trained)
     for record, tokens in zip(records, np.concatenate([*lengths.values()]).sum(axis=1).tolist(), strict=True):
@@ -162,7 +162,7 @@ def _by_split(names: Iterable[str], records: Iterable[Record]) -> dict[str, int]
 
 @matplotlib.rc_context(STYLE)
 def plot_lengths(lengths: Mapping[str, np.ndarray], max_length: int, path: Path) -> None:
-    """Draw to a PNG what share of each split's records has at most so many tokens."""
+    """Draw to a PNG what share of each split's records has at most a given number of tokens."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     titles = {"prompt": "prompt", "response": "response and end of text", "whole": "whole record"}
     for axes, (part, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):

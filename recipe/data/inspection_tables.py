@@ -13,7 +13,7 @@ from recipe.console import one_line, print_table
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print the figures as tables, leaks first, each with its examples."""
+    """Print the report as tables, leaks first, each with its examples."""
     print_duplicates(report["repetition"], report["left_out_of_train_as_duplicates"])
     print_lengths(report["splits"])
     print_costs(report["splits"], report["settings"])
@@ -24,64 +24,64 @@ def print_duplicates(repetition: Mapping[str, Any], dropped: int) -> None:
     kinds = {"exact": "exact", "same_prompt": "same prompt, other response"}
     if repetition["threshold"]:
         kinds["near"] = f"near (from {repetition['threshold']:g})"
-    rows = [
-        [found["records_of"], found["found_in"], *(number(found[name]) for name in ("records", *kinds))]
-        for found in repetition["splits"]
+    lines = [
+        [pair["records_of"], pair["found_in"], *(number(pair[name]) for name in ("records", *kinds))]
+        for pair in repetition["splits"]
     ]
     notes = [f"{dropped:,} records are left out of training, because a later split has them too"] if dropped else []
     if not repetition["complete"]:
-        notes.append("some records have too many near-duplicates to compare them all: there are more")
+        notes.append("some records have too many near-duplicates to compare them all: there may be more pairs")
     columns = ["records of", "also in", "records", *kinds.values()]
     caption = "; ".join(notes) or None
-    print_table("Records that appear more than once", columns, rows, text_columns=2, caption=caption)
-    for found in repetition["splits"]:
+    print_table("Records that appear more than once", columns, lines, text_columns=2, caption=caption)
+    for pair in repetition["splits"]:
         for kind, heading in kinds.items():
-            groups = found["examples"][kind]
+            groups = pair["examples"][kind]
             notes = [f"similarity {group['similarity']:.3f}" for group in groups if kind == "near"]
-            title = f"{heading.capitalize()}: {found['records_of']} in {found['found_in']}"
+            title = f"{heading.capitalize()}: {pair['records_of']} in {pair['found_in']}"
             print_examples(title, [group["records"] for group in groups], notes)
 
 
 def print_lengths(splits: Mapping[str, Mapping[str, Any]]) -> None:
-    rows = [
+    lines = [
         [f"{name} ({split['records']:,})" if part == "prompt" else "", part, *map(number, lengths.values())]
         for name, split in splits.items()
         for part, lengths in split["lengths"].items()
     ]
     columns = ["split (records)", "part", "shortest", "median", "mean", "95 %", "99 %", "longest"]
     caption = "the response includes its end-of-text token"
-    print_table("Lengths in tokens", columns, rows, text_columns=2, caption=caption)
+    print_table("Lengths in tokens", columns, lines, text_columns=2, caption=caption)
 
 
 def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     """Print the tokens that training sees, and what each limit would cut."""
-    rows = []
+    lines = []
     for name, split in splits.items():
         batches, total = split["batches"], sum(split["tokens"].values())
         shares = [count / total if total else None for count in split["tokens"].values()]
         inputs = [number(batches[layout]) for layout in ("padded", "shared_prefix")]
-        rows.append([name, number(total), *map(percent, [*shares, batches["padding"]]), *inputs])
+        lines.append([name, number(total), *map(percent, [*shares, batches["padding"]]), *inputs])
     columns = ["split", "tokens", "% preamble", "% prompt", "% response", "% padding", "inputs, padded"]
     title = f"Tokens that training sees, and inputs of an epoch in random batches of {settings['batch_size']}"
-    print_table(title, [*columns, "inputs, shared prefix"], rows)
+    print_table(title, [*columns, "inputs, shared prefix"], lines)
 
     costs = [(name, cost) for name, split in splits.items() for cost in split["overflow"] if cost["too_long"]]
     if not costs:
         print("No record is too long at any limit.")
         return
     columns = ["split", "max_length", "too long", "prompt tokens cut", "response tokens cut", "without end"]
-    title = f"Records too long, and what truncate would cut (training: {settings['max_length']:,})"
-    rows = [[name, *map(number, cost.values())] for name, cost in costs]
-    print_table(title, columns, rows, caption="limits that are not listed cut nothing")
+    title = f"Records over a length limit, and what truncate would cut (limit in training: {settings['max_length']:,})"
+    lines = [[name, *map(number, cost.values())] for name, cost in costs]
+    print_table(title, columns, lines, caption="limits that are not listed cut nothing")
 
 
 def print_records(report: Mapping[str, Any]) -> None:
     odd = report["odd_characters"]
-    rows = [
+    lines = [
         ["without an input", *map(number, report["empty_input"]["by_split"].values())],
         ["with control, invisible or replacement characters", *map(number, odd["by_split"].values())],
     ]
-    print_table("Records", ["", *report["splits"]], rows)
+    print_table("Records", ["", *report["splits"]], lines)
     print_examples("Records with odd characters", [[record] for record in odd["examples"]])
     for name in ("longest", "shortest"):
         notes = [f"{record['tokens']:,} tokens" for record in report[name]]

@@ -26,11 +26,11 @@ def read_records(config: DataArguments) -> DatasetDict:
     """The validated records of `config.data` in the splits it names (a plain file is `train`).
 
     Returns:
-        splits with the columns `instruction`, `input`, `output` (text; `input` may be empty or null), `row`, the
-        record's number in its split, and whatever other columns the data has.
+        splits with the columns `instruction`, `input`, `output` (text; `input` may be empty or null); `row`, the
+        record's number in the split it was read from, counted from 0; and all other columns of the data.
 
     Raises:
-        UserError: files or columns that are not there, and every bad record, all in one report.
+        UserError: missing files or columns, and all bad records in one report.
     """
     if not config.data:
         raise UserError("no data: name a file, a glob, a folder or a Hub dataset id with --data")
@@ -65,7 +65,7 @@ def problem_report(problems: list[str]) -> str:
 
 
 def _sources_by_split(data: dict | str | list) -> dict[str | None, str | list[str]]:
-    """Split name to files; None where the source names its own splits."""
+    """The files of each split; the name None stands for a source that names its own splits."""
     by_split = data if isinstance(data, dict) else {None: data}
     for split, source in by_split.items():
         names = source if isinstance(source, list) else [source]
@@ -85,7 +85,7 @@ def _map_columns(dataset: Dataset, config: DataArguments, file: str, problems: l
     missing = []
     for name, column in columns.items():
         near = difflib.get_close_matches(column, unused, n=1, cutoff=0.7)
-        if column in present or (name == column == "input" and not near):  # data without inputs is ordinary
+        if column in present or (name == column == "input" and not near):  # many data sets have no inputs
             continue
         hint = f"did you mean {near[0]!r}? " if near else ""
         missing.append(
@@ -106,7 +106,7 @@ def _concatenate(parts: list[tuple[str, Dataset]], problems: list[str]) -> Datas
     first_file, first = parts[0]
     try:
         dataset = concatenate_datasets([part for _, part in parts])
-    except ValueError:  # it names no file
+    except ValueError:  # its message names no file
         problems += [
             f"{file}: columns {part.features} do not match those of {first_file}, {first.features}; "
             "give all files the same columns and types"
@@ -139,7 +139,7 @@ def _suspects(field: str, texts: pa.ChunkedArray) -> list[int]:
         return list(range(len(texts)))
     if field == "input":  # it may be null or blank
         return []
-    texts = texts.cast(pa.large_string())  # also a column of nothing but nulls
+    texts = texts.cast(pa.large_string())  # a column of nulls has no text type yet
     blank = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
     return np.flatnonzero(pc.fill_null(blank, True)).tolist()
 

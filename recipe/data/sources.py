@@ -1,4 +1,4 @@
-"""Reads files, globs, folders and Hub datasets; whatever cannot be read is reported in words.
+"""Reads files, globs, folders and Hub datasets; reports what cannot be read, and why.
 
 Rows in messages count from 0, as `dataset[i]` does.
 """
@@ -21,8 +21,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from recipe.config import UserError
 from recipe.console import shorten
 
+# by file name extension; a value must be the name of a `datasets` builder
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
-
 NO_RECORDS = "holds no records; give it at least one"
 
 LoadedSplits = dict[str, list[tuple[str, Dataset]]]  # by split: each file's name and its records
@@ -46,11 +46,11 @@ def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
 
 
 def _files_by_split(folders: list[str]) -> dict[str, list[str]]:
-    """The files of folders in the splits their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
+    """The files of folders by the split that their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
     files: dict[str, list[str]] = {}
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):  # an empty folder
-            # only the file names are looked up here, so that "json" stands for any format
+            # used only to list files by split; the builder name does not matter
             for split, paths in load_dataset_builder("json", data_dir=folder).config.data_files.items():
                 for path in paths:
                     if Path(path).suffix in FORMATS:
@@ -76,7 +76,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _load_files(files_by_split: dict[str, list[str]], problems: list[str]) -> LoadedSplits:
-    """One file at a time, so that each record's row in its own file stays known; datasets caches each."""
+    """Load one file at a time, so that messages can name the row in its file; datasets caches each file."""
     loaded: LoadedSplits = {}
     for split, files in files_by_split.items():
         parts = [(file, _load_file(file, problems)) for file in files]
@@ -85,7 +85,7 @@ def _load_files(files_by_split: dict[str, list[str]], problems: list[str]) -> Lo
 
 
 def _load_file(file: str, problems: list[str]) -> Dataset | None:
-    """Its records; or None, and in `problems` why it cannot be read."""
+    """The records of a file; or None if it cannot be read, and the reason in `problems`."""
     kind = FORMATS[Path(file).suffix]
     options: dict[str, Any] = {}
     try:
@@ -99,10 +99,10 @@ def _load_file(file: str, problems: list[str]) -> Dataset | None:
         if kind == "json" and not _starts_like_records(file):
             raise ValueError("it does not begin with an object or an array")
         dataset = load_dataset(kind, data_files=glob.escape(file), split="train", **options)
-        if kind == "json" and dataset.column_names == ["text"]:  # so datasets reads an array of other values
+        if kind == "json" and dataset.column_names == ["text"]:  # datasets reads an array of plain values so
             raise ValueError("its only field is 'text'; a record has an instruction and a response")
         if kind == "json" and any(pa.types.is_temporal(column) for column in dataset.data.schema.types):
-            # datasets takes a column in which every text is a date for dates: read the file again without it
+            # datasets turns a column of date-like texts into dates; then read the file with `json` instead
             dataset = Dataset.from_list([json.loads(text) for _, text in _json_texts(file)])
         return dataset
     except (DatasetGenerationError, ValueError, TypeError, OSError, csv.Error) as error:
@@ -121,13 +121,13 @@ def _error_in_words(error: BaseException, kind: str) -> str:
 
 
 def _starts_like_records(file: str) -> bool:
-    """Whether the text begins an object or an array: on a leading `null` the reader of datasets ends the process."""
+    """Whether the file begins with an object or an array: datasets crashes the process if it starts with `null`."""
     with open(file, "rb") as content:
         return content.read(100_000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
 
 def _check_csv(file: str) -> tuple[list[str], list[str]]:
-    """The names in the header, and what datasets would not report: it fills up short rows, and shifts long ones."""
+    """The names of the columns, and the problems that datasets hides: it fills short rows and shifts long ones."""
     with open(file, encoding="utf-8-sig", newline="") as text:
         lines = (fields for fields in csv.reader(text) if fields)
         header = next(lines, [])
@@ -142,12 +142,12 @@ def _check_csv(file: str) -> tuple[list[str], list[str]]:
     if not sizes:
         problems.append(NO_RECORDS)
     if len(set(header)) < len(header) or not all(header):
-        problems.append(f"has a column without a name, or two of one name, in its header ({names}); give each its own")
+        problems.append(f"has a column without a name, or one name twice, in its header ({names}); give each its own")
     return header, problems
 
 
 def _json_problems(file: str) -> list[str]:
-    """Where a JSON file is broken or holds no object: in an array one position, in JSON lines every such line."""
+    """The first error of a broken JSON array, or every row that is broken or not an object."""
     try:
         texts = _json_texts(file)
     except ValueError as error:  # not UTF-8, or a broken array
@@ -164,7 +164,7 @@ def _json_problems(file: str) -> list[str]:
 
 
 def _json_texts(file: str) -> list[tuple[str, str]]:
-    """The place in words and the JSON text of each element of an array, or of each line."""
+    """The row in words and the JSON text of each element of an array, or of each line."""
     text = Path(file).read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return [(f"row {row}", json.dumps(element)) for row, element in enumerate(json.loads(text))]

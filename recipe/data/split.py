@@ -14,16 +14,16 @@ from recipe.data.records import FIELDS, read_records
 
 
 def load_records(config: DataArguments) -> tuple[DatasetDict, int]:
-    """Validated records in splits, before any token: see `recipe.data.records.read_records` for the columns.
+    """Validated records in splits, not yet tokenized: see `recipe.data.records.read_records` for the columns.
 
     Splits that the data names are kept. A missing `validation` or `test` is taken from `train`, by `validation_ratio`
-    and `test_ratio`, as a function of `split_seed` and each record's content alone. No two splits share a record.
+    and `test_ratio`; the choice depends on their content and `split_seed` alone. No two splits share a record.
 
     Returns:
-        the splits, and how many rows of `train` and `validation` were dropped because a later split has them too.
+        the splits, and how many records of `train` and `validation` were dropped because a later split has them too.
 
     Raises:
-        UserError: what `read_records` refuses, too few records to split, and a split of which nothing is left.
+        UserError: bad data (see `read_records`), too few records to split, a split whose records are all in later ones.
     """
     return drop_cross_split_duplicates(split_by_content(read_records(config), config))
 
@@ -59,24 +59,23 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
 
 
 def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
-    """Drop, and count, rows of `train` and `validation` that a later split has too, word for word.
+    """Drop and count the records of `train` and `validation` that a later split has too, word for word.
 
     Test splits stay as they are, so that scores on a published one stay comparable.
 
     Raises:
-        UserError: nothing is left of a split.
+        UserError: all records of a split are also in later ones.
     """
     kept, dropped = dict(splits), 0
     hashes = {name: content_hashes(split) for name, split in splits.items()}
     for name in ("train", "validation"):
-        own = hashes.pop(name, None)  # what is left are the later splits
+        own = hashes.pop(name, None)  # then only later splits are left in `hashes`
         if own is None or not hashes:
             continue
         in_later = np.isin(own, np.concatenate(list(hashes.values())))
         if in_later.all():
-            raise UserError(
-                f"the {name} split is empty: each of its records is also in a later split; give it records of its own"
-            )
+            later = " or ".join(hashes)
+            raise UserError(f"all records of the {name} split are also in {later}; add others")
         if in_later.any():
             kept[name] = splits[name].select(np.flatnonzero(~in_later))
             dropped += int(in_later.sum())
@@ -84,7 +83,7 @@ def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
 
 
 def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:
-    """A 64-bit hash of each record's instruction, input and output, (rows,) uint64; the same on every machine."""
+    """A 64-bit hash of each record's instruction, input and output, (records,) uint64; the same on every machine."""
     hashes = bytearray()
     for batch in dataset.select_columns(list(FIELDS)).iter(batch_size=10_000):
         for fields in zip(*(batch[field] for field in FIELDS), strict=True):

@@ -52,7 +52,7 @@ def near_rows(texts: list[str], threshold: float) -> tuple[dict[tuple[int, int],
 
 
 def edited_texts(count: int, seed: int) -> list[str]:
-    """Texts of which many are edits of others: words exchanged, left out or put in, letters in other cases."""
+    """Texts of which many are edits of others: words replaced, removed or inserted, upper and lower case exchanged."""
     draw = random.Random(seed)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(2, 40))) for _ in range(count // 4)]
     while len(texts) < count:
@@ -142,7 +142,7 @@ def repeated_files(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / f"{name}.jsonl") for name in REPEATED}
 
 
-def test_what_stands_twice_is_found_within_and_across_splits(repeated_files):
+def test_repeated_records_are_found_within_and_across_splits(repeated_files):
     trained, leaked = load_records(DataArguments(data=repeated_files))
     given = DatasetDict({name: dataset(rows) for name, rows in REPEATED.items()})
     report, pairs = inspect_duplicates(given, trained, 0.8, show=5)
@@ -172,7 +172,7 @@ def test_what_stands_twice_is_found_within_and_across_splits(repeated_files):
 
 
 def test_rows_are_those_of_the_source_where_a_split_was_drawn(tmp_path):
-    """The test split is drawn out of train: a near-duplicate is named by its row in the file."""
+    """The test split is taken out of train: a near-duplicate is named by its row in the file."""
     draw = random.Random(3)
     rows = [(f"Question {i}: {' '.join(draw.choices(WORDS, k=9))}?", "", f"{draw.random()}") for i in range(60)]
     rows = [(f"{mark} {instruction}", text, output) for mark in "ab" for instruction, text, output in rows]
@@ -185,7 +185,7 @@ def test_rows_are_those_of_the_source_where_a_split_was_drawn(tmp_path):
     assert any(pair["splits"] == ["test", "train"] for pair in pairs)
 
 
-def test_without_datasketch_the_way_out_is_said(monkeypatch):
+def test_without_datasketch_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(UserError, match="pip install datasketch, or leave them out with --near_duplicates 0"):
         near_duplicates(records_of(["a", "b"]), 0.8)

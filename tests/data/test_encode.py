@@ -56,7 +56,7 @@ def test_exact_duplicates_stay_on_one_side(tmp_path):
     assert sum(len(split) for split in splits.values()) == 200
 
 
-def test_given_splits_are_kept_and_leaked_rows_leave_train(tmp_path):
+def test_given_splits_are_kept_and_leaked_records_leave_train(tmp_path):
     data = {
         "train": write(tmp_path / "train.jsonl", records(20)),
         "validation": write(tmp_path / "validation.jsonl", records(27)[24:]),
@@ -64,14 +64,14 @@ def test_given_splits_are_kept_and_leaked_rows_leave_train(tmp_path):
         "extra": write(tmp_path / "extra.jsonl", records(30)[28:]),
     }
     splits, leaked = load_records(DataArguments(data=data))
-    assert leaked == 3  # two of train and one of validation stand in test
+    assert leaked == 3  # two of train and one of validation are also in test
     assert {name: len(split) for name, split in splits.items()} == {"train": 18, "validation": 2, "test": 7, "extra": 2}
     assert splits["train"]["row"][:] == list(range(18))
 
 
 def test_a_train_split_that_is_all_in_the_test_split_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", records(5))
-    with pytest.raises(UserError, match="the train split is empty: each of its records is also in a later split"):
+    with pytest.raises(UserError, match="all records of the train split are also in test; add others"):
         load_records(DataArguments(data={"train": path, "test": path}, validation_ratio=0))
 
 
@@ -188,7 +188,7 @@ def test_two_processes_encode_the_same(tmp_path, demo_tokenizer):
     assert one[:] == two[:]
 
 
-def test_a_template_may_begin_with_a_special_token_everywhere_alike(tmp_path, demo_tokenizer):
+def test_a_template_may_begin_with_a_special_token(tmp_path, demo_tokenizer):
     path = tmp_path / "own.jinja"
     path.write_text(
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ m.input }}{% if m.role == 'user' %}\n{% endif %}"
@@ -203,7 +203,7 @@ def test_a_template_may_begin_with_a_special_token_everywhere_alike(tmp_path, de
     assert row["input_ids"][: len(prompt_ids)] == prompt_ids and row["labels"][len(prompt_ids)] != -100
 
 
-def test_truncation_with_a_template_that_ends_in_nothing_of_its_own(tmp_path, demo_tokenizer):
+def test_truncation_with_a_template_without_response_header(tmp_path, demo_tokenizer):
     path = tmp_path / "bare.jinja"
     path.write_text("{% for m in messages %}{{ m.content }}{{ m.input }}{% endfor %}")
     source = write(tmp_path / "a.json", [LONG])
@@ -269,10 +269,10 @@ def test_statistics_by_hand(tmp_path, demo_tokenizer):
         encoded = encode_records(loaded, demo_tokenizer, config)
         [statistics] = token_statistics(loaded, encoded, preamble)
         lengths = [len(row["input_ids"]) for row in encoded["train"]]
-        targets = sum(label != -100 for row in encoded["train"] for label in row["labels"][1:])
+        supervised = sum(label != -100 for row in encoded["train"] for label in row["labels"][1:])
         assert statistics["tokens"] == sum(lengths)
         assert statistics["longest"] == max(lengths)
-        assert statistics["supervised"] == targets / sum(lengths)
+        assert statistics["supervised"] == supervised / sum(lengths)
         assert statistics["preamble"] == 2 * preamble / sum(lengths)
 
 
@@ -281,7 +281,7 @@ def test_preamble_and_response_header_of_the_real_tokenizer(gpt2_tokenizer):
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     )
     expected = gpt2_tokenizer(preamble + "\n\n### Instruction:\n")["input_ids"]
-    assert template_overhead(load_template("alpaca"), gpt2_tokenizer)[0] == len(expected)
+    assert template_overhead(load_template("alpaca"), gpt2_tokenizer) == (len(expected), 6)
 
 
 def test_demo_records_load_as_they_are():

@@ -115,7 +115,7 @@ def test_two_runs_write_the_same(script, files, tmp_path, capsys):
     assert written[0] == written[1]
 
 
-def test_a_training_file_is_taken_and_its_folder_is_left_alone(script, files, tmp_path, capsys):
+def test_a_training_file_is_accepted_and_its_output_folder_is_left_alone(script, files, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -144,7 +144,7 @@ def test_a_training_file_is_taken_and_its_folder_is_left_alone(script, files, tm
         (["--output_dir", "FILE"], "is a file; name a folder"),
     ],
 )
-def test_mistakes_are_told(script, files, tmp_path, flags, message):
+def test_mistakes_are_reported(script, files, tmp_path, flags, message):
     (tmp_path / "file").write_text("")
     places = {"OUT": str(tmp_path / "out"), "FILE": str(tmp_path / "file")}
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""What is said about data before training: each figure against a count by hand or by another way."""
+"""The report about data before training: each figure against a count by hand or by another method."""
 
 import itertools
 import random
@@ -63,7 +63,7 @@ def test_what_is_cut_is_what_encoding_cuts(varied, demo_tokenizer, limit):
     assert cut_lengths(lengths, limit).tolist() == kept.tolist()
 
 
-def test_limits_that_cut_everything_in_turn_were_among_those(varied, demo_tokenizer):
+def test_the_limits_above_cut_prompts_and_responses(varied, demo_tokenizer):
     lengths = measure_lengths(varied, demo_tokenizer, DataArguments())["train"]
     costs = [overflow_at(lengths, limit) for limit in (20, 64, 100, 400)]
     assert costs[0]["too_long"] == len(lengths) and costs[-1]["too_long"] < len(lengths)
@@ -73,7 +73,7 @@ def test_limits_that_cut_everything_in_turn_were_among_those(varied, demo_tokeni
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_costs_of_batches_are_those_of_the_collators(demo_tokenizer, alpaca, mask_prompt):
-    """Over all orders of five records in batches of two; no two begin alike behind the preamble."""
+    """Over all orders of five records in batches of two; no two prompts are alike after the preamble."""
     rows = [("Add.", "", "3"), ("Why is that?", "b c d e", "So."), ("Say it.", "", WORDS[9]), ("Go", "", "1 2 3 4 5")]
     splits = DatasetDict(train=dataset([*rows, ("Make it plural, or else.", "a cat", "cats")]))
     encoded = list(encode_records(splits, demo_tokenizer, DataArguments(mask_prompt=mask_prompt))["train"])
@@ -94,7 +94,7 @@ def test_costs_of_batches_are_those_of_the_collators(demo_tokenizer, alpaca, mas
     assert set(shared) == {costs["shared_prefix"]}
 
 
-def test_shared_prefixes_save_at_least_what_is_said(demo_tokenizer, alpaca):
+def test_shared_prefixes_save_at_least_what_is_reported(demo_tokenizer, alpaca):
     records, _ = load_records(DataArguments(data=str(DEMO / "records" / "validation.jsonl")))
     encoded = list(encode_records(records, demo_tokenizer, DataArguments())["train"])
     costs = batch_costs(np.array([r["length"] for r in encoded]), 32, template_overhead(alpaca, demo_tokenizer)[0])
@@ -114,8 +114,8 @@ def inspect(lengths: list[list[int]], max_length: int, overflow: str, batch_size
     return inspect_lengths({"train": np.array(lengths)}, config, [32, 1024], batch_size, overhead)["train"]
 
 
-def test_a_cut_may_take_of_the_preamble():
-    """At 40 tokens a prompt keeps 20 of its 30 before a long response: 14 of the preamble's 24, and the ending."""
+def test_a_cut_prompt_may_lose_tokens_of_its_preamble():
+    """At 40 tokens a prompt keeps 20 of its 30 before a long response: 14 of the preamble's 24, and the header."""
     split = inspect([[30, 90], [30, 5]], 40, "truncate", 2, (24, 6))
     assert split["tokens"] == {"preamble": 14 + 24, "prompt": 6 + 6, "response": 20 + 5}
     assert split["batches"]["shared_prefix"] == 39 + 34 - 14
@@ -144,7 +144,7 @@ def test_lengths_are_summed_up():
     assert [cost["too_long"] for cost in split["overflow"]] == [2, 1]
 
 
-def test_a_split_of_which_nothing_is_left_has_no_padding():
+def test_an_empty_split_has_no_padding():
     split = inspect([[10, 9]], 12, "drop", 8, (5, 3))
     assert split["batches"]["padding"] is None
     assert split["tokens"] == {"preamble": 0, "prompt": 0, "response": 0}

@@ -25,7 +25,7 @@ def write(path: Path, rows: list) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_all_bad_rows_stand_in_one_report(tmp_path, suffix):
+def test_all_bad_rows_are_in_one_report(tmp_path, suffix):
     rows = [
         GOOD,
         {**GOOD, "output": ""},
@@ -46,8 +46,8 @@ def test_all_bad_rows_stand_in_one_report(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("values", [["", None], [None, None]])
-def test_good_records_cost_no_look_at_single_values(tmp_path, monkeypatch, values):
-    """A look takes up to a millisecond, and half of all records may have an empty input."""
+def test_good_records_are_not_checked_value_by_value(tmp_path, monkeypatch, values):
+    """A check takes up to a millisecond, and half of all records may have an empty input."""
     monkeypatch.setattr("recipe.data.records._value_problem", lambda *_: pytest.fail("looked"))
     path = write(tmp_path / "a.jsonl", [{**GOOD, "input": value} for value in values])
     assert len(load_records(DataArguments(data=str(path), validation_ratio=0, test_ratio=0))[0]["train"]) == 2
@@ -137,7 +137,7 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
         for row, count in ((0, 4), (2, 2))
     ]
     path.write_text("instruction,output,output\na,b,c\n")
-    assert "two of one name, in its header (instruction, output, output)" in refuse(path)
+    assert "one name twice, in its header (instruction, output, output)" in refuse(path)
     path.write_text("instruction,output,\na,b,c\n")
     assert "a column without a name" in refuse(path)
     path.write_text("instruction,input,output\n")
