@@ -55,10 +55,9 @@ test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m pytest tests/data tests/training tests/test_collator.py tests/test_shared_prefix.py \
 		tests/test_attention.py tests/test_generation.py tests/test_model.py tests/test_templates.py tests/test_config.py
 
-# a quarter of an hour on two cores; docs/performance.md has the command for all of it
+# some minutes on two cores; docs/performance.md has the command for all of it
 bench: $(VENV)/.bench
-	$(RUN)/python benchmarks/benchmark.py --output outputs/benchmark/quick.json --minutes 15 --rounds 1 --steps 4 \
-		--only batch_8 batch_32 preprocessing generation --records 20000 \
+	$(RUN)/python benchmarks/benchmark.py --output outputs/benchmark/quick.json --rounds 1 --steps 4 --only batch_8 batch_32 \
 		--contenders recipe_shared_prefix recipe_padded trainer_by_length trl_by_length plain_loop
 
 lint: $(VENV)/.dev

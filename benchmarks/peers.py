@@ -1,7 +1,7 @@
 """One measurement of one contender, in its own process: reads a job in JSON; the last line it prints is the result.
 
 Each contender imports its libraries itself, so that none pays for another's. To add a contender, add an entry to
-`TRAINERS`, `PREPARATIONS` or `GENERATORS`, and a function if none here does its work.
+`TRAINERS`, and a function if none here does its work.
 """
 
 from __future__ import annotations
@@ -17,29 +17,21 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset, disable_caching, disable_progress_bars, load_from_disk
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 IGNORE_INDEX = -100
 LEARNING_RATE = 5e-5  # constant and without weight decay for all, so that their losses can be compared
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SEED = 1  # of the random weights
-NEW_TOKENS = 64  # at most in each answer
-TIMED_PROMPTS = 8  # that the plain loop answers; its time is scaled to all prompts
 
 Job = dict[str, Any]
 Rows = list[dict[str, Any]]  # input_ids, labels (aligned, not shifted), length, row, prompt, completion
 
 
 def make_model(job: Job, attention: str | None = None) -> Any:
-    """The same weights for every contender, in float32: random ones from a seed, or those of a folder or Hub id."""
+    """The same weights for every contender, in float32."""
     options = {"dtype": torch.float32, "attn_implementation": attention or job["attention"]}
-    config = AutoConfig.from_pretrained(job["folder"])
-    if job["weights"] is not None:
-        return AutoModelForCausalLM.from_pretrained(job["weights"], config=config, **options)
-    torch.manual_seed(SEED)
-    return AutoModelForCausalLM.from_config(config, **options)
+    return AutoModelForCausalLM.from_pretrained(job["folder"], **options)
 
 
 def load_tokenizer(job: Job) -> Any:
@@ -55,10 +47,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# --- training -------------------------------------------------------------------------------------------------------
-
-
-def measure_training(job: Job) -> dict[str, Any]:
+def measure(job: Job) -> dict[str, Any]:
     """Optimizer steps of one contender on the rows of one part: the warm-up steps, then the timed ones."""
     rows, first_timed = job["rows"], job["warmup"] * job["batch_size"]
     if job["contender"].endswith("by_length"):
@@ -134,7 +123,7 @@ class Meter(TrainerCallback):
 def trainer_arguments(job: Job, rows: Rows) -> dict[str, Any]:
     """The arguments of all Trainers; everything else keeps its default."""
     return {
-        "output_dir": job["scratch"],
+        "output_dir": f"{job['folder']}/trainer",  # nothing is saved there
         "per_device_train_batch_size": job["batch_size"],
         "max_steps": len(rows) // job["batch_size"],
         "train_sampling_strategy": "sequential",  # the rows are already in order
@@ -233,104 +222,6 @@ TRAINERS: dict[str, Callable[[Job, Rows, Meter], None]] = {
 }
 
 
-# --- preprocessing --------------------------------------------------------------------------------------------------
-
-
-def measure_preprocessing(job: Job) -> dict[str, Any]:
-    """From records on disk to token ids on disk; nothing is taken from a cache."""
-    disable_caching()
-    disable_progress_bars()
-    dataset = load_from_disk(job["dataset"])
-    tokenizer, prepare = load_tokenizer(job), PREPARATIONS[job["contender"]]
-    prepare(job, tokenizer, dataset.select(range(2)))  # warm up
-    start = time.perf_counter()
-    prepare(job, tokenizer, dataset)
-    return {"seconds": [round(time.perf_counter() - start, 4)], "records": len(dataset)}
-
-
-def prepare_with_recipe(job: Job, tokenizer: Any, dataset: Dataset) -> None:
-    from recipe.config import DataArguments
-    from recipe.data import encode_records
-
-    arguments = DataArguments(template=job["template"], max_length=job["max_length"])
-    records = dataset.select_columns(["instruction", "input", "output", "row"])
-    encode_records({"train": records}, tokenizer, arguments)
-
-
-def prepare_with_tokenizers(job: Job, tokenizer: Any, dataset: Dataset) -> None:
-    """Tokenize rendered prompts and responses, a thousand records a call, and keep nothing."""
-    for batch in dataset.select_columns(["prompt", "completion"]).iter(batch_size=1000):
-        for texts in batch.values():
-            tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-
-
-def prepare_with_trl(job: Job, tokenizer: Any, dataset: Dataset) -> None:
-    """`SFTTrainer` tokenizes rendered prompts and completions when it is made; here it gets a tiny model."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from trl import SFTConfig, SFTTrainer
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=1, n_embd=8, n_head=1))
-    arguments = SFTConfig(job["scratch"], use_cpu=True, report_to="none", max_length=job["max_length"])
-    records = dataset.select_columns(["prompt", "completion"])
-    SFTTrainer(model, arguments, train_dataset=records, processing_class=tokenizer)
-
-
-PREPARATIONS = {"recipe": prepare_with_recipe, "tokenizers_alone": prepare_with_tokenizers, "trl": prepare_with_trl}
-
-
-# --- generation -----------------------------------------------------------------------------------------------------
-
-
-def measure_generation(job: Job) -> dict[str, Any]:
-    """Answers to all prompts; the plain loop answers a few, evenly spaced by length, and its time is scaled to all."""
-    tokenizer, model = load_tokenizer(job), make_model(job).eval()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu", PRECISIONS[job["precision"]])
-    prompts = sorted(job["prompts"], key=len)
-    asked = prompts
-    if job["contender"] == "plain_loop":
-        asked = prompts[:: max(1, len(prompts) // TIMED_PROMPTS)][:TIMED_PROMPTS]
-    answer = GENERATORS[job["contender"]]
-    answer(model, tokenizer, prompts[:1], 2)  # warm up
-    start = time.perf_counter()
-    answers = answer(model, tokenizer, asked, NEW_TOKENS)
-    seconds = time.perf_counter() - start
-    return {
-        "seconds": [round(seconds * len(prompts) / len(asked), 4)],
-        "prompts": len(prompts),
-        "measured_prompts": len(asked),
-        "new_tokens": sum(map(len, answers)),
-    }
-
-
-def answer_with_recipe(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[list[int]]:
-    from recipe.generation import generate_responses
-
-    return [response.token_ids for response in generate_responses(model, tokenizer, prompts, new_tokens)]
-
-
-@torch.no_grad()
-def answer_one_by_one(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[list[int]]:
-    """The book's way: greedy, one prompt after the other, without a cache, so each token computes everything again."""
-    answers, context = [], model.config.max_position_embeddings
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
-        prompt_length = ids.shape[1]
-        for _ in range(new_tokens):
-            logits = model(ids[:, -context:], use_cache=False).logits[:, -1]  # (1, vocab)
-            next_id = logits.argmax(-1, keepdim=True)
-            if next_id.item() == tokenizer.eos_token_id:
-                break
-            ids = torch.cat([ids, next_id], dim=1)
-        answers.append(ids[0, prompt_length:].tolist())
-    return answers
-
-
-GENERATORS = {"recipe": answer_with_recipe, "plain_loop": answer_one_by_one}
-
-
 if __name__ == "__main__":
-    job = json.load(sys.stdin)
-    other_parts = {"preprocessing": measure_preprocessing, "generation": measure_generation}
-    measure = other_parts.get(job["part"], measure_training)
-    result = measure(job)
+    result = measure(json.load(sys.stdin))
     print(f"\n{json.dumps(result | {'peak_memory': peak_memory()})}")

@@ -25,15 +25,12 @@ def write(path: Path) -> None:
     print(f"\n{text}\nSaved beside {path}")
 
 
-# --- measurements ---------------------------------------------------------------------------------------------------
-
-
 def summarize(measurements: Iterable[Measurement]) -> Groups:
     """The rows of each part and precision; measurements that failed are left out."""
     rounds: dict[tuple, dict[str, list[Measurement]]] = {}
     for m in measurements:
         if "error" not in m:
-            rounds.setdefault((m["part"], m["precision"] or ""), {}).setdefault(m["contender"], []).append(m)
+            rounds.setdefault((m["part"], m["precision"]), {}).setdefault(m["contender"], []).append(m)
     return {
         key: sorted(map(summarize_rounds, contenders.values()), key=lambda row: row["seconds"])
         for key, contenders in rounds.items()
@@ -43,23 +40,25 @@ def summarize(measurements: Iterable[Measurement]) -> Groups:
 def summarize_rounds(rounds: Sequence[Measurement]) -> Row:
     """Medians over the rounds; `memory` in bytes, the most of all rounds; `work` in records, tokens and targets."""
     first, seconds = rounds[0], [seconds_of(m) for m in rounds]
-    row: Row = {
+    median = statistics.median(seconds)
+    records, tokens, targets, positions = (
+        sum(timed(first, name)) for name in ("records", "tokens", "targets", "positions")
+    )
+    return {
         "contender": first["contender"],
-        "seconds": statistics.median(seconds),
+        "seconds": median,
         "range": f"{min(seconds):.3f}–{max(seconds):.3f} ({len(seconds)})",
         "memory": max(m["peak_memory"] for m in rounds),
+        "work": (records, tokens, targets),
+        "tokens": tokens / len(timed(first, "seconds")) / median,  # per second, without padding
+        "positions": positions / tokens,  # that the model computes for each token
+        "losses": f"{first['losses'][0]:.4f}–{first['losses'][-1]:.4f}",
     }
-    if "losses" in first:
-        row["work"] = tuple(sum(timed(first, name)) for name in ("records", "tokens", "targets"))
-        row["tokens"] = row["work"][1] / len(timed(first, "seconds")) / row["seconds"]  # per second, without padding
-        row["positions"] = sum(timed(first, "positions")) / row["work"][1]  # that the model computes for each token
-        row["losses"] = f"{first['losses'][0]:.4f}–{first['losses'][-1]:.4f}"
-    return row
 
 
 def timed(measurement: Measurement, name: str) -> list[Any]:
-    """A column of the timed steps, without the warm-up; only training counts steps."""
-    return measurement[name][measurement.get("warmup", 0) :]
+    """A column of the timed steps, without the warm-up."""
+    return measurement[name][measurement["warmup"] :]
 
 
 def seconds_of(measurement: Measurement) -> float:
@@ -72,9 +71,6 @@ def in_one_line(measurement: Measurement) -> str:
     return f"{' · '.join(names)}: {measurement.get('error') or f'{seconds_of(measurement):.3f} s'}"
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
 def tables(results: dict[str, Any]) -> str:
     """All results as Markdown."""
     settings, measurements = results["settings"], results["measurements"]
@@ -82,7 +78,7 @@ def tables(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     days = ", ".join(sorted({m["date"][:10] for m in measurements}))
     hashes = ", ".join(sorted({m["code"] for m in measurements if m["contender"].startswith(OURS)}))
-    different = [part for (part, _), rows in groups.items() if len({row.get("work") for row in rows}) > 1]
+    different = [part for (part, _), rows in groups.items() if len({row["work"] for row in rows}) > 1]
     lines = [
         f"# {settings['model']}, {settings['parameters'] / 1e6:.0f}M parameters, on {settings['device']}",
         "",
@@ -119,8 +115,8 @@ def comparison(groups: Groups) -> list[str]:
         if not ours or not peers:
             continue
         best, trl = ours[0], [row for row in peers if row["contender"].startswith("trl")]
-        records, tokens, targets = best.get("work", (0, 0, 0))
-        work = f"{tokens / records:.1f} ({targets / records:.1f})" if records else ""
+        records, tokens, targets = best["work"]
+        work = f"{tokens / records:.1f} ({targets / records:.1f})"
         times = [f"**{r['seconds'] / best['seconds']:.2f}** ({r['contender']})" for r in (*peers[:1], *trl[:1])]
         memory = f"{best['memory'] / min(row['memory'] for row in peers):.2f}"
         lines.append([*key, work, f"{best['seconds']:.3f}", times[0], times[1] if trl else "not measured", memory])
@@ -135,9 +131,9 @@ def all_rows(groups: Groups) -> list[str]:
     for (part, precision), rows in groups.items():
         for row in rows:
             name = f"**{row['contender']}**" if row["contender"].startswith(OURS) else row["contender"]
-            training = [f"{row['tokens']:,.0f}", f"{row['positions']:.0%}"] if "work" in row else ["", ""]
-            seconds, memory = [f"{row['seconds']:.3f}", row["range"]], f"{row['memory'] / 1e9:.2f}"
-            lines.append([part, precision, name, *seconds, *training, memory, row.get("losses", "")])
+            seconds, tokens = [f"{row['seconds']:.3f}", row["range"]], f"{row['tokens']:,.0f}"
+            positions, memory = f"{row['positions']:.0%}", f"{row['memory'] / 1e9:.2f}"
+            lines.append([part, precision, name, *seconds, tokens, positions, memory, row["losses"]])
     columns = ["<part", "<precision", "<contender", "seconds", "lowest–highest (rounds)", "tokens/s"]
     return table([*columns, "positions computed", "peak memory, GB", "loss, first–last step"], lines)
 

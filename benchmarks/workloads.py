@@ -1,4 +1,4 @@
-"""What is measured: the parts, and the rows and records that all contenders get.
+"""What is measured: the parts, and the rows that all contenders get.
 
 To add a part, add an entry to `PARTS`, and a function if its records or its template must be made first.
 """
@@ -42,11 +42,6 @@ class Inputs:
         return [loaded.prompt(record) for record in records]
 
 
-def as_given(records: list[Record], inputs: Inputs) -> tuple[list[Record], str]:
-    """The user's records and template."""
-    return records, inputs.template
-
-
 def with_long_responses(records: list[Record], inputs: Inputs) -> tuple[list[Record], str]:
     """Each response repeated, to a mean of about `RESPONSE_TOKENS` tokens; the lengths vary as those of the data do."""
     lengths = [len(ids) for ids in inputs.token_ids([record["output"] for record in records])]
@@ -75,16 +70,15 @@ class Part:
     """Optimizer steps on one kind of data."""
 
     batch_size: int
-    steps: int  # timed ones
-    make: Callable[[list[Record], Inputs], tuple[list[Record], str]] = as_given
+    make: Callable[[list[Record], Inputs], tuple[list[Record], str]] | None = None  # None: the records as they are
 
 
 PARTS = {
-    "batch_8": Part(batch_size=8, steps=16),
-    "batch_32": Part(batch_size=32, steps=8),
-    "long_responses": Part(batch_size=8, steps=8, make=with_long_responses),
-    "system_prompt": Part(batch_size=8, steps=4, make=with_system_prompt),
-    **{f"batch_size={size}": Part(batch_size=size, steps=3) for size in (1, 2, 4, 16)},
+    "batch_8": Part(batch_size=8),
+    "batch_32": Part(batch_size=32),
+    "long_responses": Part(batch_size=8, make=with_long_responses),
+    "system_prompt": Part(batch_size=8, make=with_system_prompt),
+    **{f"batch_size={size}": Part(batch_size=size) for size in (1, 2, 4, 16)},
 }
 
 
@@ -99,7 +93,7 @@ def training_rows(part: Part, warmup_steps: int, steps: int, inputs: Inputs) -> 
     """
     timed, warmup = part.batch_size * steps, part.batch_size * warmup_steps
     candidates = list(itertools.islice(itertools.cycle(inputs.records), 2 * (timed + warmup)))
-    records, template = part.make(candidates, inputs)
+    records, template = part.make(candidates, inputs) if part.make else (candidates, inputs.template)
     prompts = inputs.prompts(records, template)
     together = inputs.token_ids([p + r["output"] for p, r in zip(prompts, records, strict=True)])
     dataset = Dataset.from_list([{**record, "row": row} for row, record in enumerate(records)])
@@ -116,16 +110,3 @@ def training_rows(part: Part, warmup_steps: int, steps: int, inputs: Inputs) -> 
             f"{inputs.max_length} tokens; choose other parts with --only"
         )
     return rows[timed : timed + warmup] + rows[:timed]
-
-
-def save_numbered_records(count: int, inputs: Inputs) -> str:
-    """Save `count` records, the data repeated and numbered so that no two are equal; returns the path."""
-    records = [
-        {**record, "input": record["input"] or "", "instruction": f"{record['instruction']} ({row})", "row": row}
-        for row, record in enumerate(itertools.islice(itertools.cycle(inputs.records), count))
-    ]
-    for record, prompt in zip(records, inputs.prompts(records, inputs.template), strict=True):
-        record |= {"prompt": prompt, "completion": record["output"]}
-    path = str(inputs.folder / "records")
-    Dataset.from_list(records).save_to_disk(path)
-    return path
