@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from recipe.config import DataArguments, UserError, parse_arguments
 from recipe.console import visible
-from recipe.evaluation.answers import read_answers
+from recipe.evaluation.answers import read_answers, read_metrics
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
@@ -24,7 +24,6 @@ from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
 from recipe.files import read_json, read_json_lines, write_json
 from recipe.provenance import read_run
-from recipe.publishing.model_index import write_model_index
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +78,7 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
 
 
 def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
-    """Write metrics.json, keeping an earlier judgement if it is of these answers, and model-index.yml, for a card."""
+    """Write metrics.json and keep an earlier judgement if it is of these answers."""
     by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
     scores = {
         label: {name: compare(rows, model=label) for name, rows in by_split.items()}
@@ -96,7 +95,6 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
         "provenance": read_json(output_dir / "evaluation.json"),
     }
     write_json(path, metrics)
-    write_model_index(output_dir / "model-index.yml", metrics)
 
 
 def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_dir: Path) -> list[str]:
@@ -136,16 +134,6 @@ def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:
     if not predictions or not all("split" in prediction for prediction in predictions):
         raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which resumes")
     return predictions
-
-
-def read_metrics(output_dir: Path) -> dict[str, Any]:
-    path = output_dir / "metrics.json"
-    if not path.is_file():
-        raise UserError(f"{output_dir} holds no scores; run the score stage first")
-    metrics = read_json(path)
-    if not isinstance(metrics, dict) or not {"splits", "judge", "other_models", "provenance"} <= metrics.keys():
-        raise UserError(f"{path}: not what the score stage writes; remove it and run the score stage")
-    return metrics
 
 
 if __name__ == "__main__":

@@ -72,15 +72,11 @@ def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) ->
     """The new README.md; empty if the one that is there is pushed.
 
     Raises:
-        UserError: the evaluation is of another model, the folder is a checkpoint, or flags would have no effect.
+        UserError: the evaluation is of another model, or flags would have no effect.
     """
     scores = read_evaluation(evaluation, folder) if evaluation is not None else None
-    if args.card and folder.resolve().name.startswith("checkpoint-"):
-        raise UserError(
-            f"{folder}: steps and loss of a checkpoint are not recorded, so no card can be made; "
-            "add --card false to push it without one, or with your own README.md"
-        )
-    run = read_run(folder) if args.card else None
+    is_checkpoint = folder.resolve().name.startswith("checkpoint-")  # its steps and loss are not recorded
+    run = read_run(folder) if args.card and not is_checkpoint else None
     if run is not None:
         return make_model_card(folder, run, scores, repo_id=args.repo_id, license=args.license, language=args.language)
     if args.license or args.language:

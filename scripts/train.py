@@ -8,7 +8,6 @@ Each step imports what it needs, so that --help and mistakes in the arguments do
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> None:
     check_trackers(training_args)
     push = None
     if training_args.push_to_hub:  # asks for access now: a wrong token must not cost a training run
-        from recipe.publishing.trainer_push import replace_trainer_push
+        from recipe.publishing.push_while_training import replace_trainer_push
 
         push = replace_trainer_push(training_args)
     set_seed(training_args.seed)
@@ -39,14 +38,13 @@ def main(argv: list[str]) -> None:
     trainer = make_trainer(model, tokenizer, template, records, splits, data_args, training_args, push)
 
     clear_output_dir(training_args, checkpoint)
-    with push or nullcontext():  # if training fails, waiting pushes do not keep this process alive
-        with explain_full_disk(Path(training_args.output_dir), model):
-            trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.save_model()
-            trainer.save_state()
-        if trainer.is_world_process_zero():
-            save_reports(trainer, model_args, data_args, about_data | about_model, push)
-        shut_down(trainer)
+    with explain_full_disk(Path(training_args.output_dir), model):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+    if trainer.is_world_process_zero():
+        save_reports(trainer, model_args, data_args, about_data | about_model, push)
+    shut_down(trainer)
     if push is not None and trainer.is_world_process_zero():  # the other processes have ended
         pushed = push.finish()
         print(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from loopback_hub import WRITE_TOKEN, LoopbackHub
 from transformers import TrainingArguments
 
@@ -21,13 +21,12 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(recipe.publishing.hub, "WAITS", (0, 0, 0))
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)  # these two are what HF_ENDPOINT sets
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield hub
-
-
-@pytest.fixture
-def api(hub) -> HfApi:
-    return HfApi(endpoint=hub.endpoint, token=WRITE_TOKEN)
 
 
 @pytest.fixture

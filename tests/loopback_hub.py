@@ -291,7 +291,7 @@ class Handler(BaseHTTPRequestHandler):
         files = repository.commits[commit]
         match what:
             case "revision":
-                siblings = [{"rfilename": path} for path in files]
+                siblings = [sibling(path, file) for path, file in files.items()]
                 return {"id": repository.id, "sha": commit, "private": repository.private, "siblings": siblings}
             case "refs":
                 heads, tags = refs("heads", repository.branches), refs("tags", repository.tags)
@@ -390,6 +390,11 @@ def entry(path: str, file: File) -> dict[str, Any]:
     if file.lfs:
         found["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 134}
     return found
+
+
+def sibling(path: str, file: File) -> dict[str, Any]:
+    found = {"rfilename": path, "size": len(file.content), "blobId": file.git_oid}
+    return found | ({"lfs": {"sha256": file.sha256, "size": found["size"], "pointerSize": 134}} if file.lfs else {})
 
 
 def upload_mode(wanted: dict[str, Any], files: Mapping[str, File]) -> dict[str, Any]:

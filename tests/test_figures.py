@@ -12,9 +12,7 @@ from matplotlib.colors import to_rgb
 from recipe import figures
 from recipe.evaluation.report.pictures import (
     DARK,
-    Lengths,
     draw_deltas,
-    draw_lengths,
     draw_outcomes,
     forest_groups,
     make_picture,
@@ -134,25 +132,6 @@ def test_outcomes_are_shares_with_their_counts(tmp_path):
     widths = [bar.get_width() for bar in draw_outcomes({"chrF": (30, 60, 10)}).axes[0].patches]
     assert widths == pytest.approx([0.3, 0.6, 0.1])
     assert [bar.get_width() for bar in draw_outcomes({"chrF": (0, 0, 0)}).axes[0].patches] == [0, 0, 0]
-
-
-def test_one_endless_response_does_not_flatten_the_others():
-    rows = [
-        Lengths("Tuned", figures.TUNED_COLOR, [*range(1, 200), 20_000]),
-        Lengths("References", figures.TEXT, [5] * 200),
-    ]
-    figure = draw_lengths(rows, "words")
-    assert figure.axes[0].get_xlim()[1] < 400
-    assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(1)
-    assert "and more" in figure.axes[-1].get_xlabel()
-    assert "and more" not in draw_lengths(rows[1:], "words").axes[-1].get_xlabel()
-
-
-def test_lengths_of_nothing_but_empty_responses_are_drawn(tmp_path):
-    rows = [Lengths("Tuned", figures.TUNED_COLOR, [0, 0])]
-    picture = make_picture(lambda: draw_lengths(rows, "words"), "", tmp_path / "lengths.png")
-    assert "Tuned: median 0" in words_of(svg_of(picture.light))
-    assert sum(bar.get_height() for bar in draw_lengths(rows, "words").axes[0].patches) == pytest.approx(1)
 
 
 def test_names_are_text_and_not_mathematics_nor_markup(tmp_path):

@@ -17,7 +17,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, UserError
-from recipe.files import write_json_lines
+from recipe.files import read_json, write_json_lines
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -116,6 +116,24 @@ def merge_answers(path: Path, predictions: Sequence[Mapping[str, Any]], labels: 
     """Merge what was appended into one line per record, in the order of `predictions`, and replace the file."""
     answers = read_answers(path)
     write_json_lines(path, ({**p, **{label: answers[p["id"]][label] for label in labels}} for p in predictions))
+
+
+def read_metrics(output_dir: Path) -> dict[str, Any]:
+    """The scores of an evaluation.
+
+    Raises:
+        UserError: there are none, or the file is not what the score stage writes.
+    """
+    path = output_dir / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"{output_dir} holds no scores; run the score stage first")
+    metrics = read_json(path)
+    try:
+        metrics["judge"], metrics["other_models"], metrics["provenance"]["models"]["tuned"]["name"]
+        next(iter(metrics["splits"].values()))["metrics"]
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path}: not what the score stage writes; remove it and run the score stage") from error
+    return metrics
 
 
 def is_answer_file(name: str) -> bool:

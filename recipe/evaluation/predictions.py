@@ -25,8 +25,8 @@ STAGES = ("generate", "score", "judge", "report")
 # no further model gets such a label: roles, and fields of a record
 RESERVED = ("baseline", "tuned", "base", "id", "split", "family", *answers.TEXT_FIELDS)
 WRITTEN = (  # by an evaluation, without judge_cache.jsonl: its replies are valid in any
-    "predictions.jsonl", "evaluation.json", "metrics.json", "model-index.yml", "judge.jsonl", "report.html",
-    "deltas.png", "outcomes.png", "lengths.png", "loss.png",
+    "predictions.jsonl", "evaluation.json", "metrics.json", "judge.jsonl", "report.html",
+    "deltas.png", "outcomes.png", "loss.png",
 )  # fmt: skip
 
 

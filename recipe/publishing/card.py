@@ -14,20 +14,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData, parse_local_safetensors_file_metadata, try_to_load_from_cache
+from huggingface_hub import parse_local_safetensors_file_metadata, try_to_load_from_cache
+from huggingface_hub.repocard import ModelCard
+from huggingface_hub.repocard_data import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from recipe.config import UserError
 from recipe.console import one_line, visible
-from recipe.files import read_json
 from recipe.provenance import weights_hash
-from recipe.publishing.model_index import eval_results, is_data_file, is_hub_id
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 EXAMPLE = {"instruction": "Rewrite the sentence in the past tense.", "input": "She walks to school."}
 SHOWN = 3  # best and worst examples, of each
 RANKED_BY = "chrf"  # the score that tells close answers apart, in any script
 LONGEST = 300  # characters of a text in an example
-PATH_IN_WORD = re.compile(r'(^|=|")((?:/|~/)[^"]*)')
+ABSOLUTE_PATH = re.compile(r'(^|=|")~?/(?:[^"]*/)?([^"/]*)')  # in a word of a command; 2: its last part
 
 
 class Evaluation(NamedTuple):
@@ -82,7 +83,6 @@ def make_model_card(
         has_curve=(output_dir / "loss.png").is_file(),
         evaluation=evaluation_parts(evaluation) if evaluation else None,
         escape=escape,
-        code=code,
         fence=fence,
         public_path=public_path,
         public_command=public_command,
@@ -115,13 +115,44 @@ def card_metadata(
     )
 
 
-def hub_sources(base: str | None, data: Any, revision: str | None = None) -> dict[str, Any]:
-    """Which sources of a run are on the Hub: to be asked while it runs, in its working folder.
+def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """The tuned model's scores on every split as `model-index` entries; with each, its interval, `n` and baseline.
 
-    Args:
-        base: the run's `model_name_or_path`.
-        data: its `data`.
-        revision: of the base, to look up its commit in the Hub's cache on this machine; None leaves that out.
+    Example::
+
+        [first, *_] = eval_results(json.loads(Path("outputs/demo-eval/metrics.json").read_text()))
+        first.metric_type, first.metric_value  # ('exact_match', 0.9225)
+        first.metric_args  # {'n': 400, 'baseline': 0.0, 'delta': 0.9225, 'ci95': [0.895, 0.9475], ...}
+    """
+    from recipe.evaluation.measures import MEASURES  # here: its libraries take a while, and --help needs none of it
+
+    data = metrics["provenance"]["data"]
+    name = Path(data).name if isinstance(data, str) else ""  # a mapping or a list names several files
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Instruction following",
+            dataset_type=data if is_hub_id(data) else "instruction-records",
+            dataset_name=data if is_hub_id(data) else name or "instruction records",
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=MEASURES[metric].title,
+            metric_value=score["tuned"],
+            metric_args={
+                **{key: score[key] for key in ("n", "baseline", "delta", "ci95")},
+                "ci95_of": "tuned" if score["delta"] is None else "delta",
+            },
+        )
+        for split, scores in metrics["splits"].items()
+        for metric, score in {**scores["metrics"], **scores["behaviour"]}.items()
+        if score is not None and score["tuned"] is not None
+    ]
+
+
+def hub_sources(base: str | None, data: Any, revision: str | None = None) -> dict[str, Any]:
+    """Which sources of a run are on the Hub: its `model_name_or_path` and its `data`; asked in its working folder.
+
+    The commit of the base at `revision` is looked up in the Hub's cache on this machine.
 
     >>> hub_sources("recipe/demo/base", {"train": "tatsu-lab/alpaca", "test": "mine.jsonl"})
     {'base': False, 'base_commit': None, 'data': ['tatsu-lab/alpaca']}
@@ -133,6 +164,21 @@ def hub_sources(base: str | None, data: Any, revision: str | None = None) -> dic
         "base_commit": Path(config).parent.name if isinstance(config, str) else None,
         "data": [source for _, source in sources(data) if is_hub_id(source)],
     }
+
+
+def is_hub_id(source: Any) -> bool:
+    """Whether a model or data source is named by its id on the Hub: `name` or `owner/name`, and no file or folder here.
+
+    >>> [is_hub_id(source) for source in ("openai-community/gpt2", "records.jsonl", "runs/2024/gpt2", "data/*.json")]
+    [True, False, False, False]
+    """
+    from recipe.data.sources import FORMATS  # here: it brings datasets, and --help needs none of it
+
+    try:
+        validate_repo_id(source or "")
+    except HFValidationError:
+        return False
+    return Path(source).suffix not in FORMATS and not Path(source).exists()
 
 
 def sources(data: Any) -> Iterator[tuple[str | None, str]]:
@@ -159,36 +205,22 @@ def rendered_prompt(output_dir: Path) -> str:
 def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
     """The scores and the answers of a finished evaluation of the model in `output_dir`.
 
-    Its weights are known if a folder was evaluated, or a model of the Hub whose files of that commit are in the cache
-    here. They are not known of an endpoint, of recorded answers, and of other models of the Hub.
+    Its weights are known if a folder was evaluated, but not of an endpoint, recorded answers or a model of the Hub.
 
     Raises:
         UserError: files are missing or do not belong together, or the evaluation is of other weights.
     """
-    from recipe.evaluation.answers import ECHO, read_answers  # here: a card without scores needs none of it
-    from recipe.evaluation.endpoints import is_endpoint
+    from recipe.data.sources import FORMATS  # here: a card without scores needs none of it
+    from recipe.evaluation.answers import ECHO, read_answers, read_metrics
     from recipe.evaluation.report.page import check_inputs
 
-    for name in ("metrics.json", "predictions.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"evaluation {folder}: no {name} there; name the --output_dir of a finished evaluation")
-    metrics = read_json(folder / "metrics.json")
-    try:
-        tuned = metrics["provenance"]["models"]["tuned"]
-        name, weights = tuned["name"], tuned["weights"]
-        metrics["splits"], metrics["judge"]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'metrics.json'}: not what scripts/eval.py writes ({error!r}); run its score stage again"
-        ) from error
+    metrics = read_metrics(folder)
+    tuned = metrics["provenance"]["models"]["tuned"]
+    name, weights = tuned["name"], tuned["weights"]
     if name == ECHO:
         raise UserError(f"evaluation {folder} is of {ECHO!r}, which repeats the input; evaluate {output_dir}")
-    if weights is not None and not weights.startswith("sha256:"):  # the commit of a model on the Hub
-        config = try_to_load_from_cache(name, "config.json", revision=weights)
-        weights = weights_hash(str(Path(config).parent)) if isinstance(config, str) else None
-        checked = weights is not None
-    else:
-        checked = not is_endpoint(name) and not is_data_file(name)
+    # of an endpoint None is recorded, of a model of the Hub its commit, of recorded answers the hash of their file
+    checked = str(weights).startswith("sha256:") and Path(name).suffix not in FORMATS
     expected = weights_hash(str(output_dir))
     if checked and weights != expected:
         raise UserError(
@@ -241,7 +273,10 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
         row = rows[index]
         texts = {"instruction": row["instruction"], "input": row.get("input") or None, "reference": row["output"]}
         texts |= {role_of(label): row[label]["text"] for label in labels}
-        lines = [labelled(name, text) for name, text in texts.items() if text is not None]
+        lines = [
+            f"{name:<13}{one_line(text, LONGEST) or '(empty)'}" for name, text in texts.items() if text is not None
+        ]
+        lines = [textwrap.fill(line, width=100, subsequent_indent=" " * 13) for line in lines]
         marks = [f"{role_of(label)} {PERCENT.value(scores[label][index])}" for label in labels]
         return {"id": escape(row["id"]), "scores": ", ".join(marks), "block": fence("\n".join(lines))}
 
@@ -249,15 +284,13 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
 
 
 def public_path(source: str) -> str:
-    """A path without the folders above the working folder, which may name a user; Hub ids and relative ones stay.
+    """The name alone of an absolute path, whose folders may name a user; relative paths, Hub ids and addresses stay.
 
     >>> public_path("recipe/demo/base"), public_path("/home/someone/records.jsonl")
     ('recipe/demo/base', 'records.jsonl')
     """
     path = Path(source).expanduser()
-    if "://" in source or not path.is_absolute():
-        return source
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    return path.name if path.is_absolute() else source
 
 
 def public_command(command: str, processes: int = 1) -> str:
@@ -266,18 +299,13 @@ def public_command(command: str, processes: int = 1) -> str:
     >>> public_command("python train.py --data /home/someone/a.jsonl")
     'python train.py --data path/to/a.jsonl'
     """
-
-    def shorten(match: re.Match[str]) -> str:
-        inside = Path(match[2]).expanduser().is_relative_to(Path.cwd())
-        return match[1] + ("" if inside else "path/to/") + public_path(match[2])
-
     try:
         lines = [shlex.split(line) for line in command.split("\n")]
     except ValueError:  # one command, with a line break in an argument
         lines = [shlex.split(command)]
     if processes > 1:
         lines = [["accelerate", "launch", "--num_processes", str(processes), *words] for _, *words in lines]
-    return "\n".join(shlex.join(PATH_IN_WORD.sub(shorten, word) for word in words) for words in lines)
+    return "\n".join(shlex.join(ABSOLUTE_PATH.sub(r"\1path/to/\2", word) for word in words) for words in lines)
 
 
 def escape(text: str) -> str:
@@ -286,32 +314,10 @@ def escape(text: str) -> str:
     >>> print(escape("a|b <script> *c*"))
     a\\|b \\<script\\> \\*c\\*
     """
-    return re.sub(r"([\\`*\[\]<>|~$&#])", r"\\\1", " ".join(visible(text).split()))
-
-
-def code(text: str) -> str:
-    """A text as code in a cell of a table, where a `|` needs a backslash; backticks in it do not end it.
-
-    >>> print(code("a`b"))
-    ``a`b``
-    """
-    shown = " ".join(visible(text).split()).replace("|", "\\|")
-    ticks = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
-    space = " " if shown.startswith("`") or shown.endswith("`") else ""
-    return f"{ticks}{space}{shown}{space}{ticks}"
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", " ".join(visible(text).split()))
 
 
 def fence(text: str, language: str = "text") -> str:
     """A text as a block of code that no backticks in it can end."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{text}\n{ticks}"
-
-
-def labelled(label: str, text: str) -> str:
-    """A text on wrapped lines behind its label, cut if it is long.
-
-    >>> labelled("input", "a cat")
-    'input        a cat'
-    """
-    shown = one_line(text, LONGEST) or "(empty)"
-    return textwrap.fill(shown, width=100, initial_indent=f"{label:<13}", subsequent_indent=" " * 13)

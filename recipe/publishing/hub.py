@@ -7,7 +7,6 @@ print(push_files(files, repo_id, message="Publish", tag="v1").url)
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -18,7 +17,8 @@ from typing import NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash
 
 from recipe.config import UserError
 from recipe.files import read_json
@@ -35,7 +35,7 @@ SETTINGS = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 RECORDS = ("README.md", "run.json", "trainer_state.json", "loss.png", "samples.jsonl")
-EVALUATION = ("metrics.json", "model-index.yml", "report.html", "predictions.jsonl", "*.png")
+EVALUATION = ("metrics.json", "report.html", "predictions.jsonl", "*.png")
 NOT_TEXT = {".safetensors", ".png", ".model"}
 
 SECRETS = {
@@ -70,8 +70,6 @@ class Push(NamedTuple):
 
 def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Path]:
     """The files of a saved model's folder, and of its evaluation's, that go to the Hub: path in the repository to file.
-
-    Whether the evaluation is of this model is checked elsewhere: see `recipe.publishing.card.read_evaluation`.
 
     >>> files_to_push(Path("recipe/demo/base"))["model.safetensors"].as_posix()
     'recipe/demo/base/model.safetensors'
@@ -116,7 +114,8 @@ def refuse_secrets(files: Mapping[str, Path], card: str = "") -> None:
     """
     variables = {name: value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)}
     variables["HF_TOKEN"] = get_token() or ""
-    values = {name: value for name, value in variables.items() if len(value) >= SHORTEST_SECRET}
+    secrets = {name: re.escape(value) for name, value in variables.items() if len(value) >= SHORTEST_SECRET}
+    patterns = SECRETS | {f"the value of {name}": re.compile(value) for name, value in secrets.items()}
     texts = {
         str(path): path.read_text(encoding="utf-8", errors="replace")
         for path in files.values()
@@ -126,8 +125,7 @@ def refuse_secrets(files: Mapping[str, Path], card: str = "") -> None:
     problems = []
     for source, text in texts.items():
         for number, line in enumerate(text.split("\n"), start=1):
-            kinds = [kind for kind, pattern in SECRETS.items() if pattern.search(line)]
-            kinds += [f"the value of {name}" for name, value in values.items() if value in line]
+            kinds = [kind for kind, pattern in patterns.items() if pattern.search(line)]
             problems += [f"{source} line {number}: holds {kinds[0]}"] if kinds else []
     if problems:
         raise UserError(
@@ -135,9 +133,7 @@ def refuse_secrets(files: Mapping[str, Path], card: str = "") -> None:
         )
 
 
-def open_repository(
-    repo_id: str, *, private: bool | None = None, revision: str | None = None, api: HfApi | None = None
-) -> str:
+def open_repository(repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
     """Create the model repository and the branch `revision` where they are missing, and check that we may write there.
 
     Args:
@@ -151,7 +147,7 @@ def open_repository(
         UserError: the token is missing, wrong or may not write; the repository is public and should be private; the Hub
             cannot be reached.
     """
-    api = api or HfApi()
+    api = HfApi()
 
     def attempt() -> str:
         whole_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -168,13 +164,7 @@ def open_repository(
 
 
 def push_files(
-    files: Mapping[str, Path],
-    repo_id: str,
-    *,
-    message: str,
-    revision: str | None = None,
-    tag: str | None = None,
-    api: HfApi | None = None,
+    files: Mapping[str, Path], repo_id: str, *, message: str, revision: str | None = None, tag: str | None = None
 ) -> Push:
     """Push the files that have changed in one commit, whole or not at all; without changes there is no commit.
 
@@ -186,13 +176,12 @@ def push_files(
         UserError: the Hub refuses or cannot be reached; the tag is on another commit, or has the name of a branch;
             there are secrets in the files.
     """
-    api = api or HfApi()
+    api = HfApi()
     refuse_secrets(files)
 
     def attempt() -> Push:
-        commit = api.model_info(repo_id, revision=revision).sha or ""
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        commit, remote = info.sha or "", {file.rfilename: file for file in info.siblings or []}
         additions = [CommitOperationAdd(path, file) for path, file in files.items()]
         changed = [addition for addition in additions if not is_same(addition, remote.get(addition.path_in_repo))]
         stale = stale_files(files, [addition.path_in_repo for addition in changed], remote)
@@ -212,15 +201,17 @@ def push_files(
     return with_retries(attempt, repo_id)
 
 
-def is_same(addition: CommitOperationAdd, remote: RepoFile | None) -> bool:
-    """Whether the Hub has this content: it shows the SHA-256 of large files (LFS), and the hash by git of others."""
-    if remote is None or remote.size != addition.upload_info.size:
+def is_same(addition: CommitOperationAdd, remote: RepoSibling | None) -> bool:
+    """Whether the Hub has this content: it shows the SHA-256 of large files (LFS), and the hash by git of others.
+
+    `create_commit` compares too, but a taken tag and stale files must be known before it.
+    """
+    if remote is None:
         return False
     if remote.lfs is not None:
         return remote.lfs.sha256 == addition.upload_info.sha256.hex()
     with addition.as_file() as file:
-        content = file.read()
-    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        return remote.blob_id == git_hash(file.read())
 
 
 def stale_files(files: Iterable[str], changed: Iterable[str], remote: Iterable[str]) -> list[str]:
@@ -241,11 +232,10 @@ def stale_files(files: Iterable[str], changed: Iterable[str], remote: Iterable[s
 def refuse_taken_tag(repo_id: str, tag: str, commit: str | None, api: HfApi) -> None:
     """A tag is never moved: it may exist on `commit` only. One with the name of a branch would be ambiguous."""
     refs = api.list_repo_refs(repo_id)
-    if any(ref.name == tag for ref in refs.branches):
-        raise UserError(f"--tag {tag}: {repo_id} has a branch of this name; choose another name")
-    if any(ref.name == tag and ref.target_commit != commit for ref in refs.tags):
+    taken = [ref.name for ref in refs.branches] + [ref.name for ref in refs.tags if ref.target_commit != commit]
+    if tag in taken:
         raise UserError(
-            f"--tag {tag}: {repo_id} has this tag on another commit, and tags are never moved; choose another name"
+            f"--tag {tag}: {repo_id} has this tag on another commit, or a branch of this name; choose another name"
         )
 
 
@@ -278,8 +268,6 @@ def is_temporary(fault: BaseException) -> bool:
 
 def explained(fault: BaseException) -> str:
     details = " ".join(str(fault).split())[:300] or repr(fault)
-    if isinstance(fault, OfflineModeIsEnabled):
-        return "the Hub is not asked while HF_HUB_OFFLINE is set; unset it to push"
     if isinstance(fault, HfHubHTTPError) and fault.response.status_code in ADVICE:
         return f"{ADVICE[fault.response.status_code]} ({details})"
     if is_temporary(fault):

@@ -133,7 +133,7 @@ def test_each_stage_runs_alone_from_the_files_before_it(tmp_path, evaluate, few,
         evaluate("--stages", "score", "--output_dir", tmp_path / "e")
     evaluate(*flags, "--stages", "generate", "score")
     written = {path.name for path in (tmp_path / "e").iterdir()}
-    assert written == {"predictions.jsonl", "evaluation.json", "metrics.json", "model-index.yml"}
+    assert written == {"predictions.jsonl", "evaluation.json", "metrics.json"}
     before = (tmp_path / "e" / "predictions.jsonl").read_bytes()
     evaluate("--stages", "report", "--output_dir", tmp_path / "e")
     assert (tmp_path / "e" / "report.html").stat().st_size > 10_000

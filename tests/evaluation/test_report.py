@@ -156,7 +156,7 @@ def test_the_verdict_comes_first_and_everything_is_there(browser, report):
                      "torch 2.11.0", "x86_64, 2 cores", "python scripts/eval.py", "### Instruction:"):  # fmt: skip
             assert fact in facts
         assert page.locator(".files a").all_text_contents() == [
-            "metrics.json", "deltas.png", "outcomes.png", "lengths.png", "loss.png",
+            "metrics.json", "deltas.png", "outcomes.png", "loss.png",
         ]  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def test_the_tables_hold_the_scores(browser, report, evaluation):
 
 def test_every_figure_is_in_the_page_and_beside_it(browser, report):
     with opened(browser, report) as page:
-        for name in ("deltas", "outcomes", "lengths", "loss"):
+        for name in ("deltas", "outcomes", "loss"):
             assert (report.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
             images = page.locator(f"#figure-{name} img")
             assert images.count() == 2
@@ -497,8 +497,9 @@ def test_without_a_baseline_nothing_is_compared(browser, tmp_path):
     for prediction in predictions:
         del prediction["family"]
     write_report(tmp_path, predictions, make_metrics(predictions))
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "lengths.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html"}
     with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator("#figures").count() == page.locator("a[href='#figures']").count() == 0
         assert "no baseline" in page.locator("h1").text_content()
         assert page.locator(".card").count() == page.locator("select[name=family]").count() == 0
         values = page.eval_on_selector_all("#show input", "all => all.map(input => input.value)")
@@ -523,7 +524,6 @@ def test_answers_from_a_file_and_a_judge_that_failed(browser, tmp_path):
             assert f"8 of 8 responses (100.0 %) of the {role} model ended in an unknown way" in cautions
         assert "The judge failed: no answer from http://127.0.0.1:9/v1" in cautions
         assert "no answer from http://127.0.0.1:9/v1" in page.locator("#judge").text_content()
-        assert "words per response" in page.locator("#figure-lengths img").first.get_attribute("alt").lower()
         assert page.locator(".badge").count() == 0
 
 
@@ -589,8 +589,6 @@ def test_a_model_in_a_folder_called_base_is_told_from_the_base(browser, tmp_path
         names = page.locator(".example").first.locator("h4 bdi").all_text_contents()
         assert names == ["Base", "Tuned", "“base”", "“Tuned”"]
         assert page.locator("select[name=model] option").all_text_contents() == ["Tuned", "“base”", "“Tuned”"]
-        alt = page.locator("#figure-lengths img").first.get_attribute("alt")
-        assert "Base: " in alt and "“base”: " in alt
 
 
 def test_families_need_not_be_text(browser, tmp_path):
@@ -645,9 +643,9 @@ def test_drawings_of_an_earlier_report_are_removed(browser, tmp_path):
         del prediction["baseline"]
     (tmp_path / "mine.png").write_bytes(b"")
     write_report(tmp_path, predictions, make_metrics(predictions))
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "lengths.png", "mine.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "mine.png"}
     with opened(browser, tmp_path / "report.html") as page:
-        assert page.locator(".files a").all_text_contents() == ["lengths.png"]
+        assert page.locator(".files a").count() == 0
 
 
 def test_the_real_predictions_are_reported(browser, tmp_path):

@@ -126,8 +126,8 @@ def test_mistakes_are_told(made, run, tmp_path):
         ([str(run), "--card", "false", "--license", "mit", "--dry_run"], "--card false writes none; leave them out"),
         ([str(DEMO / "base"), "--language", "en", "--dry_run"], "base has no run.json"),
         ([str(run), "--license", WRITE_TOKEN, "--dry_run"], r"the new README\.md line \d+: holds a token of the Hub"),
-        ([str(run), "--evaluation", str(tmp_path), "--dry_run"], "no metrics.json there"),
-        ([str(run), "--repo_id", "someone/tuned"], "HF_HUB_OFFLINE is set; unset it"),
+        ([str(run), "--evaluation", str(tmp_path), "--dry_run"], "holds no scores; run the score stage"),
+        ([str(run), "--repo_id", "someone/tuned"], "unset the `HF_HUB_OFFLINE`"),
     ]:
         with pytest.raises(UserError, match=message):
             main(flags)
@@ -145,10 +145,10 @@ def test_a_checkpoint_gets_no_card_of_the_finished_run(run, capsys):
     checkpoint.mkdir()
     for name in names:
         shutil.copy(run / name, checkpoint / name)
-    with pytest.raises(UserError, match="no card can be made; add --card false"):
-        main([str(checkpoint), "--dry_run"])
-    main([str(checkpoint), "--card", "false", "--dry_run"])
+    main([str(checkpoint), "--dry_run"])
     assert "README.md" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="need a new card"):
+        main([str(checkpoint), "--license", "mit", "--dry_run"])
 
 
 def test_nothing_is_written_before_it_may_be_pushed(run, cache):

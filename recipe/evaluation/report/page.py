@@ -40,7 +40,6 @@ FILES = {
     "evaluation.json": "models, data and settings",
     "deltas.png": "differences",
     "outcomes.png": "better, equal, worse",
-    "lengths.png": "response lengths",
     "loss.png": "loss curve",
 }
 
@@ -56,8 +55,8 @@ def write_report(
     """Write `report.html` with its figures inside, and the figures as PNGs beside it.
 
     Args:
-        output_dir: gets `report.html`, `deltas.png` and `outcomes.png` (with a baseline), `lengths.png` and `loss.png`
-            (with a history); the page links the other files of the evaluation that are there.
+        output_dir: gets `report.html`, `deltas.png` and `outcomes.png` (with a baseline) and `loss.png` (with a
+            history); the page links the other files of the evaluation that are there.
         predictions, metrics, judge_rows: the content of `predictions.jsonl`, `metrics.json` and `judge.jsonl`.
         log_history: of the tuned model's training, as in its `trainer_state.json`.
         chosen_step: the step whose weights were evaluated.
@@ -75,7 +74,7 @@ def write_report(
     splits, labels, judge = list(metrics["splits"]), labels_of(predictions), metrics["judge"]
     others = [label for label in labels if label not in ("baseline", "tuned")]
     of_first_split = [prediction for prediction in predictions if prediction["split"] == splits[0]]
-    pictures = draw_pictures(output_dir, of_first_split, metrics, log_history, chosen_step)
+    pictures = draw_pictures(output_dir, metrics, log_history, chosen_step)
     page = render(
         splits=splits,
         others=others,

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from recipe.console import one_line
-from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.measures import MEASURES
-from recipe.evaluation.verdict import PERCENT, direction, headline_metric, model_name, scale, weakest_first
+from recipe.evaluation.verdict import PERCENT, direction, headline_metric, scale, weakest_first
 from recipe.figures import (
     BASELINE_COLOR,
     LINE,
@@ -28,11 +26,9 @@ from recipe.figures import (
     STYLE,
     TEXT,
     TUNED_COLOR,
-    WIDTH,
     WORSE_COLOR,
     canvas,
     draw_loss,
-    paint,
     save_png,
 )
 
@@ -41,7 +37,7 @@ DARK = {
     TEXT: "#e6e9ed", MUTED: "#9aa4af", LINE: "#3a414a", BASELINE_COLOR: "#98a2ad", TUNED_COLOR: "#7ea6e0",
     WORSE_COLOR: "#dd8452", TIE_COLOR: "#4a525c", INK: "#14171a",
 }  # fmt: skip
-NAMES = ("deltas", "outcomes", "lengths", "loss")
+NAMES = ("deltas", "outcomes", "loss")
 MAX_ROWS = 24  # of a group in the forest plot; more families are in the table only
 MAX_LABEL = 28  # characters
 LabelledScore = tuple[str, Mapping[str, Any]]
@@ -78,14 +74,12 @@ def _data_uri(svg: str) -> str:
 
 def draw_pictures(
     output_dir: Path,
-    predictions: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
     log_history: Sequence[Mapping[str, Any]] | None = None,
     chosen_step: int | None = None,
 ) -> dict[str, Picture]:
     """The figures of the first split, by name, each also as `{name}.png`; PNGs of an earlier report are removed."""
     part = next(iter(metrics["splits"].values()))
-    lengths, unit = response_lengths(predictions)
     drawings: dict[str, tuple[Callable[[], Figure], str]] = {}  # name → how it is drawn, what it shows in words
     if deltas := forest_groups(part):
         alt = "Forest plot of differences, tuned minus base, with 95 % intervals; the tables hold their values."
@@ -93,8 +87,6 @@ def draw_pictures(
     if outcomes := outcome_counts(part, metrics["judge"]):
         counts = (f"{name}: better {o[0]:,}, equal {o[1]:,}, worse {o[2]:,}" for name, o in outcomes.items())
         drawings["outcomes"] = partial(draw_outcomes, outcomes), f"Examples where tuned is {'; '.join(counts)}."
-    medians = "; ".join(f"{row.label}: median {median(row.values):g}" for row in lengths)
-    drawings["lengths"] = partial(draw_lengths, lengths, unit), f"Histograms of {unit} per response. {medians}."
     if any("loss" in entry or "train_loss" in entry for entry in log_history or ()):
         chosen = "" if chosen_step is None else f" Step {chosen_step:,} was chosen."
         alt = f"Training and validation loss over optimizer steps.{chosen}"
@@ -185,55 +177,4 @@ def draw_outcomes(outcomes: Mapping[str, tuple[int, int, int]]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.spines[:].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=TEXT, handlelength=0.9)
-    return figure
-
-
-# --- lengths ----------------------------------------------------------------------------------------------------------
-
-
-class Lengths(NamedTuple):
-    """Lengths of one model's responses, or of the references."""
-
-    label: str
-    color: str
-    values: Sequence[int]
-
-
-def response_lengths(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[Lengths], str]:
-    """Lengths of the references and of each model's responses, all in tokens, or all in words if a count is unknown."""
-    labels, unit = labels_of(predictions), "tokens"
-    references = [line["tuned"].get("reference_tokens") for line in predictions]
-    counts = {label: [line[label].get("tokens") for line in predictions] for label in labels}
-    if None in references or any(None in column for column in counts.values()):
-        unit = "words"
-        references = [len(line["output"].split()) for line in predictions]
-        counts = {label: [len(line[label]["text"].split()) for line in predictions] for label in labels}
-    else:
-        references = [count - 1 for count in references]  # without the end-of-text token, as in responses
-    colors = {"baseline": BASELINE_COLOR, "tuned": TUNED_COLOR}
-    rows = [
-        Lengths(one_line(model_name(label), MAX_LABEL), colors.get(label, MUTED), values)
-        for label, values in counts.items()
-    ]
-    return [Lengths("References", TEXT, references), *rows], unit
-
-
-def draw_lengths(lengths: Sequence[Lengths], unit: str) -> Figure:
-    """Histograms of lengths, one below the other on the same axis; the last bin also holds all longer responses."""
-    longest = max(max(row.values) for row in lengths)
-    # the longest 1 % of one model's may be a hundred times longer than the rest: they share the last bin
-    edge = max(1, min(longest, int(1.5 * max(np.quantile(row.values, 0.99) for row in lengths)) + 1))
-    bins = np.linspace(0, edge + 1, min(40, edge + 2))
-    figure = Figure(figsize=(WIDTH, 0.55 + 0.72 * len(lengths)), layout="constrained")
-    panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, row in zip(panels, lengths, strict=True):
-        paint(axes)
-        axes.set_title(f"{row.label}: median {median(row.values):g}", loc="left", fontsize="medium", color=TEXT, pad=2)
-        weights = np.full(len(row.values), 1 / len(row.values))
-        axes.hist(np.minimum(row.values, edge), bins=bins, weights=weights, color=row.color)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    suffix = f" (last bar: {edge:,} and more)" if longest > edge else ""
-    panels[-1].set_xlabel(f"{unit} per response{suffix}")
     return figure

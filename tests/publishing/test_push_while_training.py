@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from huggingface_hub import constants
 from loopback_hub import WRITE_TOKEN, LoopbackHub
 from safetensors.torch import save_file
 from transformers import TrainerState, TrainingArguments
 
 from recipe.config import UserError
 from recipe.publishing.hub import files_to_push, open_repository
-from recipe.publishing.trainer_push import PushToHub, replace_trainer_push
+from recipe.publishing.push_while_training import PushToHub, replace_trainer_push
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -44,39 +43,36 @@ def saved(push: PushToHub, folder: Path, step: int) -> None:
     push.on_save(SimpleNamespace(output_dir=str(folder)), state, None)
 
 
-def test_a_checkpoint_is_pushed_behind_training_and_may_be_removed_meanwhile(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
+def test_a_checkpoint_is_pushed_behind_training(hub, folder, capsys):
+    push = PushToHub(open_repository("someone/model"), folder)
     hub.fail("POST", "/preupload/", "hold")
     start = time.perf_counter()
     saved(push, folder, 2)
     saved(push, folder, 3)  # skipped: the one before is still on its way
     assert capsys.readouterr().out == "  checkpoint-3: not pushed, an earlier push is still running\n"
     assert time.perf_counter() - start < 2
-    shutil.rmtree(folder / "checkpoint-2")
     threading.Timer(0.2, hub.released.set).start()
     push.finish()
     repository = hub.repositories["models/someone/model"]
     assert repository.messages == ["initial commit", "Training in progress, step 2", "End of training"]
     assert json.loads(list(repository.commits.values())[1]["config.json"].content)["step"] == 2
-    assert not (folder / ".push").exists()
 
 
-def test_always_skips_no_save(hub, api, folder):
-    push = PushToHub(open_repository("someone/model", api=api), folder, always=True, api=api)
+def test_a_checkpoint_that_is_removed_while_it_is_pushed(hub, folder, capsys):
+    push = PushToHub(open_repository("someone/model"), folder)
     hub.fail("POST", "/preupload/", "hold")
-    for step in (2, 4, 6):
-        saved(push, folder, step)
+    saved(push, folder, 2)
+    shutil.rmtree(folder / "checkpoint-2")
     hub.released.set()
-    push.finish()
-    repository = hub.repositories["models/someone/model"]
-    assert repository.messages[1:-1] == [f"Training in progress, step {step}" for step in (2, 4, 6)]
-    steps = [json.loads(files["config.json"].content)["step"] for files in list(repository.commits.values())[1:-1]]
-    assert steps == [2, 4, 6]
+    assert push.finish().sent
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("  checkpoint-2: not pushed: it was removed") and "--save_total_limit" in line
+    assert hub.repositories["models/someone/model"].messages == ["initial commit", "End of training"]
 
 
 @pytest.mark.parametrize("every_save", [False, True])
-def test_only_safetensors_and_text_go(hub, api, folder, every_save):
-    push = PushToHub(open_repository("someone/model", api=api), folder, every_save=every_save, api=api)
+def test_only_safetensors_and_text_go(hub, folder, every_save):
+    push = PushToHub(open_repository("someone/model"), folder, every_save=every_save)
     saved(push, folder, 2)
     push.finish()
     repository = hub.repositories["models/someone/model"]
@@ -85,48 +81,26 @@ def test_only_safetensors_and_text_go(hub, api, folder, every_save):
         assert not any("/" in path or path.endswith((".pt", ".pth", ".bin")) for path in files)
 
 
-def test_a_push_that_fails_while_training_is_reported(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
+def test_a_push_that_fails_while_training_is_reported(hub, folder, capsys):
+    push = PushToHub(open_repository("someone/model"), folder)
     hub.fail("POST", "/commit/", 403)
     saved(push, folder, 2)
     assert push.finish().sent
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("  checkpoint-2: not pushed: someone/model: the token may not write")
     repository = hub.repositories["models/someone/model"]
-    assert repository.messages == ["initial commit", "End of training"] and not (folder / ".push").exists()
+    assert repository.messages == ["initial commit", "End of training"]
     assert files_to_push(folder).keys() <= repository.files().keys()
-
-
-def test_a_save_that_cannot_be_staged_does_not_stop_training(hub, api, folder, capsys):
-    (folder / ".push").write_text("in the way")
-    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
-    saved(push, folder, 2)
-    assert capsys.readouterr().out.startswith("  checkpoint-2: not pushed: [Errno ")
-    assert push.finish().sent
-
-
-def test_saves_that_wait_are_not_pushed_when_training_fails(hub, api, folder, capsys):
-    push = PushToHub(open_repository("someone/model", api=api), folder, always=True, api=api)
-    hub.fail("POST", "/preupload/", "hold")
-    threading.Timer(0.5, hub.released.set).start()
-    with pytest.raises(ZeroDivisionError), push:
-        for step in (2, 4, 6):
-            saved(push, folder, step)
-        raise ZeroDivisionError
-    assert hub.repositories["models/someone/model"].messages == ["initial commit", "Training in progress, step 2"]
-    waiting, pushed = capsys.readouterr().out.splitlines()
-    assert waiting == "waiting for the push to someone/model that is still running"
-    assert pushed == "  checkpoint-2: pushed to someone/model" and not (folder / ".push").exists()
 
 
 def command_in(error: UserError) -> list[str]:
     return shlex.split(str(error).split("this pushes it later: ")[1])
 
 
-def test_a_last_push_that_fails_names_the_command_for_later(hub, api, folder):
+def test_a_last_push_that_fails_names_the_command_for_later(hub, folder):
     folder = folder.rename(folder.with_name("my run"))
-    repo_id = open_repository("someone/model", revision="next", api=api)
-    push = PushToHub(repo_id, folder, every_save=False, revision="next", api=api)
+    repo_id = open_repository("someone/model", revision="next")
+    push = PushToHub(repo_id, folder, every_save=False, revision="next")
     hub.fail("POST", "/commit/", 403)
     with pytest.raises(UserError, match="may not write there") as error:
         push.finish()
@@ -134,8 +108,8 @@ def test_a_last_push_that_fails_names_the_command_for_later(hub, api, folder):
     assert command_in(error.value) == wanted
 
 
-def test_an_interrupted_last_push_names_it_too(hub, api, folder):
-    push = PushToHub(open_repository("someone/model", api=api), folder, api=api)
+def test_an_interrupted_last_push_names_it_too(hub, folder):
+    push = PushToHub(open_repository("someone/model"), folder)
     hub.fail("POST", "/preupload/", "hold")
     saved(push, folder, 2)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -143,20 +117,16 @@ def test_an_interrupted_last_push_names_it_too(hub, api, folder):
         push.finish()
     assert command_in(error.value)[2:] == [str(folder), "--repo_id", "someone/model"]
     hub.released.set()
-    with pytest.raises(KeyboardInterrupt), push:  # let the thread end before the Hub does
-        raise KeyboardInterrupt
+    push.thread.join()  # before the Hub ends
 
 
-def test_the_stock_trainer_is_told_not_to_push(hub, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+def test_the_stock_trainer_is_told_not_to_push(hub, tmp_path):
     args = TrainingArguments(
-        str(tmp_path / "run"), push_to_hub=True, hub_strategy="end", hub_private_repo=True, hub_revision="next",
-        hub_always_push=True,
-    )  # fmt: skip
+        str(tmp_path / "run"), push_to_hub=True, hub_strategy="end", hub_private_repo=True, hub_revision="next"
+    )
     push = replace_trainer_push(args)
     assert args.push_to_hub is False
-    assert (push.repo_id, push.every_save, push.revision, push.always) == ("someone/run", False, "next", True)
+    assert (push.repo_id, push.every_save, push.revision) == ("someone/run", False, "next")
     repository = hub.repositories["models/someone/run"]
     assert repository.private and "next" in repository.branches
 
@@ -169,6 +139,13 @@ def test_strategies_that_push_pickles_are_refused(hub, tmp_path, strategy):
     ) as e:
         replace_trainer_push(args)
     assert "\n" not in str(e.value) and not hub.requests
+
+
+def test_pushing_always_is_refused(hub, tmp_path):
+    args = TrainingArguments(str(tmp_path / "run"), push_to_hub=True, hub_always_push=True)
+    with pytest.raises(UserError, match=r"--hub_always_push: .*leave the flag out"):
+        replace_trainer_push(args)
+    assert not hub.requests
 
 
 # --- the main job ---------------------------------------------------------------------------------------------------
@@ -201,14 +178,13 @@ def test_training_pushes_every_save_and_the_finished_run(cache, tmp_path):
     output_dir = tmp_path / "tuned"
     with LoopbackHub() as hub:
         done = train(
-            hub.endpoint, cache, "--output_dir", str(output_dir), "--hub_always_push", "true",
-            "--hub_private_repo", "true", "--hub_revision", "next",
-        )  # fmt: skip
+            hub.endpoint, cache, "--output_dir", str(output_dir), "--hub_private_repo", "true", "--hub_revision", "next"
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"Pushed: {hub.endpoint}/someone/tuned/tree/next" in done.stdout
         repository = hub.repositories["models/someone/tuned"]  # no --hub_model_id, no owner
-        steps = [f"Training in progress, step {step}" for step in (2, 4)]
-        assert repository.private and repository.messages == ["initial commit", *steps, "End of training"]
+        assert repository.private and repository.messages[-1] == "End of training"
+        assert repository.messages[:2] == ["initial commit", "Training in progress, step 2"]
         files = repository.files("next")
         assert {"README.md", "run.json", "loss.png", "model.safetensors", "chat_template.jinja"} <= files.keys()
         assert not any(path.endswith((".pt", ".pth", ".bin")) for path in files)
@@ -224,29 +200,27 @@ def test_training_pushes_every_save_and_the_finished_run(cache, tmp_path):
             assert not path.is_file() or WRITE_TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_ctrl_c_waits_for_the_push_that_is_under_way_and_no_other(cache, tmp_path):
+def test_ctrl_c_ends_the_push_that_is_running(cache, tmp_path):
     log = tmp_path / "log"
     with LoopbackHub() as hub, open(log, "w") as output:
         hub.fail("POST", "/preupload/", "hold")
         wanted = training(
             hub.endpoint, cache, "--output_dir", str(tmp_path / "run"), "--hub_model_id", "someone/tuned",
-            "--hub_always_push", "true", "--max_steps", "400",
+            "--max_steps", "400",
         )  # fmt: skip
         wanted["env"] |= {"PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(**wanted, stdout=output, stderr=subprocess.STDOUT)
         try:
-            until(lambda: len(list((tmp_path / "run" / ".push").glob("*"))) > 1)  # one is held, others wait
+            until(lambda: "checkpoint-4: not pushed, an earlier push is still running" in log.read_text())
             process.send_signal(signal.SIGINT)
-            until(lambda: "waiting for the push to someone/tuned that is still running" in log.read_text())
-            hub.released.set()
-            assert process.wait(timeout=60) == 1
+            assert process.wait(timeout=60) == 1  # though the Hub does not answer
         finally:
+            hub.released.set()
             process.kill()
             process.wait()
-    said = log.read_text()
-    assert hub.repositories["models/someone/tuned"].messages == ["initial commit", "Training in progress, step 2"]
-    assert said.splitlines()[-1].startswith("interrupted: --resume_from_checkpoint true goes on")
-    assert "checkpoint-2: pushed" in said and "Traceback" not in said and "after interpreter shutdown" not in said
+    assert hub.repositories["models/someone/tuned"].messages == ["initial commit"]
+    assert log.read_text().splitlines()[-1].startswith("interrupted: --resume_from_checkpoint true resumes")
+    assert "Traceback" not in log.read_text()
 
 
 def until(happened: Callable[[], bool], seconds: float = 120) -> None:
