@@ -89,9 +89,6 @@ def _outcomes(tuned: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -
     return outcomes
 
 
-# --- intervals ------------------------------------------------------------------------------------------------------
-
-
 def paired_scores(
     measures: Mapping[str, Measure],
     tuned: Mapping[str, np.ndarray],
@@ -174,9 +171,6 @@ def bootstrap_interval(scores: np.ndarray, resamples: int = RESAMPLES, seed: int
     means = resample_sums(np.asarray(scores, dtype=np.float64)[:, None], resamples, seed)[:, 0] / len(scores)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-# --- predictions ----------------------------------------------------------------------------------------------------
 
 
 def _statistics(

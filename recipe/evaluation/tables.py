@@ -79,9 +79,6 @@ def direction_word(score: Mapping[str, Any]) -> str:
     return "" if result == "neutral" else result
 
 
-# --- in the terminal --------------------------------------------------------------------------------------------------
-
-
 def print_scores(metrics: Mapping[str, Any]) -> None:
     """Print `metrics.json`: the scores of each split, base beside tuned, further models, and exact match by family.
 

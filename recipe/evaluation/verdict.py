@@ -124,9 +124,6 @@ def judged(score: Mapping[str, Any]) -> dict[str, Any]:
     return {**score, "better": "higher", "n": max(0, score["n"] - lacking)}
 
 
-# --- the verdict ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Verdict:
     """One sentence on the headline score, and its direction."""
@@ -200,9 +197,6 @@ def _differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Kind, str, Scale,
                 yield "family", str(family), scale(headline), split, entry["metrics"][headline]
     for prompt, score in ((metrics["judge"] or {}).get("scores") or {}).items():
         yield "score", f"Judge, {prompt}", judge_scale(score), next(iter(metrics["splits"])), judged(score)
-
-
-# --- what to be careful about ---------------------------------------------------------------------------------------
 
 
 def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str]:

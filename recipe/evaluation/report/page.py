@@ -121,9 +121,6 @@ def summarized_rows(
     return [row for row in summarized if row["id"] in ids]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
     """The tables of one split, as text."""
     part = metrics["splits"][split]
@@ -155,9 +152,6 @@ def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
         f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half. "
         f"In {pairs['flips']:,} of the {pairs['judged'] - pairs['decided']:,} pairs asked about, the order decided."
     )
-
-
-# --- rendering --------------------------------------------------------------------------------------------------------
 
 
 def render(**context: Any) -> str:

@@ -96,9 +96,6 @@ def draw_pictures(
     return {name: make_picture(draw, alt, output_dir / f"{name}.png") for name, (draw, alt) in drawings.items()}
 
 
-# --- differences ------------------------------------------------------------------------------------------------------
-
-
 def forest_groups(part: Mapping[str, Any]) -> dict[str, list[LabelledScore]]:
     """Differences with an interval, by group: all scores in percent, and the headline score by family."""
     scores = [(MEASURES[name].title, score) for name, score in part["metrics"].items() if scale(name) is PERCENT]
@@ -143,9 +140,6 @@ def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     return figure
-
-
-# --- outcomes ---------------------------------------------------------------------------------------------------------
 
 
 def outcome_counts(part: Mapping[str, Any], judge: Mapping[str, Any] | None) -> dict[str, tuple[int, int, int]]:
