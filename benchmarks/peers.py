@@ -144,7 +144,7 @@ def train_recipe(job: Job, rows: Rows, meter: Meter, batching: Literal["padded",
     from recipe.config import DataArguments, InstructionTrainingArguments
     from recipe.model import fuse_activations
     from recipe.trainer import InstructionTrainer
-    from recipe.training.batching import make_collator
+    from recipe.training.collator_choice import make_collator
 
     tokenizer = load_tokenizer(job)
     model = make_model(job, attention.NAME if batching == "shared_prefix" else None)

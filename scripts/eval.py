@@ -18,8 +18,8 @@ from recipe.console import visible
 from recipe.evaluation.answers import read_answers, read_metrics
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
+from recipe.evaluation.generate import EvalArguments, generate_predictions, model_kind, split_names
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
-from recipe.evaluation.predictions import EvalArguments, generate_predictions, model_kind, split_names
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
 from recipe.files import read_json, read_json_lines, write_json

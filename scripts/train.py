@@ -96,7 +96,7 @@ def prepare_model(model_args, data_args, training_args, tokenizer, template):
 def make_trainer(model, tokenizer, template, records, splits, data_args, training_args, push):
     """The trainer, with the callbacks that show sample answers and push."""
     from recipe.trainer import InstructionTrainer
-    from recipe.training.batching import make_collator
+    from recipe.training.collator_choice import make_collator
     from recipe.training.samples import SampleGenerations
 
     collator = make_collator(data_args, training_args, model, tokenizer)

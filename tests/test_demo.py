@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import DEMO
 
-from recipe.demo.records import build_records
+from recipe.demo.build_records import build_records
 from recipe.generation import generate_responses
 
 SPLITS = ("train", "validation", "test", "test_unseen")

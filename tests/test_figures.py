@@ -10,7 +10,7 @@ from evaluation_samples import LOG_HISTORY
 from matplotlib.colors import to_rgb
 
 from recipe import figures
-from recipe.evaluation.report.pictures import (
+from recipe.evaluation.report.figures import (
     DARK,
     draw_deltas,
     draw_outcomes,

@@ -68,8 +68,19 @@ def test_targets_of_the_makefile_are_the_commands():
 
 
 def test_the_demo_output_it_shows_names_real_families():
-    from recipe.demo.records import FAMILIES
+    from recipe.demo.build_records import FAMILIES
 
     [shown] = [block for block in blocks("text") if "exact_match" in block]
     named = set(re.findall(r"^│ (\w+) +│ +\d+ │", shown, flags=re.MULTILINE))
     assert len(named) >= 5 and named <= {family.name for family in FAMILIES}
+
+
+def test_the_tree_names_the_files_that_are_there():
+    [tree] = [block for block in blocks("text") if block.startswith("scripts/")]
+    shown = set(re.findall(r"\b(\w+\.py)\b", tree))
+    folders = [ROOT / "scripts", ROOT / "recipe"]
+    there = {path.name for folder in folders for path in folder.rglob("*.py") if "demo" not in path.parts}
+    assert len(shown) > 30 and shown <= there
+    at_the_top = {path.name for path in (ROOT / "recipe").glob("*.py")} - {"__init__.py"}
+    stages = {path.name for name in ("data", "training") for path in (ROOT / "recipe" / name).glob("*.py")}
+    assert at_the_top | stages - {"__init__.py"} <= shown

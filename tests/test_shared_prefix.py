@@ -19,7 +19,7 @@ from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
 from recipe.generation import generate_responses
 from recipe.trainer import InstructionTrainer
-from recipe.training.batching import make_collator
+from recipe.training.collator_choice import make_collator
 
 VOCABULARY = 97
 ARCHITECTURES = {

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from recipe.demo.records import FAMILIES, draw_clause, draw_statement
+from recipe.demo.build_records import FAMILIES, draw_clause, draw_statement
 from recipe.demo.words import SEEN, UNSEEN, Words, article, capitalise
 
 BASE_DIR = Path(__file__).parent / "base"

@@ -25,8 +25,8 @@ from recipe.config import InstructionTrainingArguments
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.templates import Template
+from recipe.training.length_batches import LengthGroupedBatchSampler, record_lengths
 from recipe.training.loss import linear_cross_entropy, token_losses
-from recipe.training.sampling import LengthGroupedBatchSampler, record_lengths
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 

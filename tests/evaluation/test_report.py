@@ -22,8 +22,8 @@ from recipe.console import visible
 from recipe.evaluation.comparison import example_scores
 from recipe.evaluation.judge.summary import summarize_pairs
 from recipe.evaluation.report.examples import embed_json
+from recipe.evaluation.report.figures import forest_groups
 from recipe.evaluation.report.page import write_report
-from recipe.evaluation.report.pictures import forest_groups
 from recipe.evaluation.verdict import direction
 
 CHROMIUM = Path("/usr/bin/chromium")

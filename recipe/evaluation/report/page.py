@@ -18,7 +18,7 @@ from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
-from recipe.evaluation.report.pictures import draw_pictures
+from recipe.evaluation.report.figures import draw_pictures
 from recipe.evaluation.tables import judge_table, score_row
 from recipe.evaluation.verdict import (
     ENOUGH_TO_JUDGE,

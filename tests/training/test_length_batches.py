@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForCausalLM
 
-import recipe.training.sampling
+import recipe.training.length_batches
 from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
 from recipe.trainer import InstructionTrainer
-from recipe.training.sampling import LengthGroupedBatchSampler, record_lengths
+from recipe.training.length_batches import LengthGroupedBatchSampler, record_lengths
 
 
 def make_lengths(count: int, seed: int = 0) -> np.ndarray:
@@ -48,7 +48,7 @@ def padded_cost(lengths: np.ndarray, batch: list[int]) -> int:
 
 
 def test_docstring():
-    assert doctest.testmod(recipe.training.sampling) == (0, 2)
+    assert doctest.testmod(recipe.training.length_batches) == (0, 2)
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ The four splits differ in what is new to a model that was fine-tuned on ``train`
 * ``test``          400 records: the same, drawn apart
 * ``test_unseen``   200 records: other words (``words.UNSEEN``) asked in other phrasings, none of them in ``train``
 
-``python -m recipe.demo.records`` writes them again, byte for byte.
+``python -m recipe.demo.build_records`` writes them again, byte for byte.
 """
 
 from __future__ import annotations
