@@ -4,8 +4,8 @@ Importing this module registers it with transformers. In batches of `DataCollato
 `attention="segments"`, each example attends to its group's prefix and to itself. All other batches (generation,
 padding, rows with a mask) are computed by SDPA.
 
-A rest is what an example has behind its prefix. Where FlashAttention runs (CUDA, half precision, no attention dropout),
-one call computes a whole row; elsewhere a call computes the prefix of a group, or a bundle of its rests, padded.
+A suffix is what follows the prefix in an example. Where FlashAttention runs (CUDA, half precision, no dropout), one call
+computes a whole row; elsewhere a call computes the prefix of a group, or a bundle of its suffixes, padded.
 
 Related work: Prefix Grouper (arXiv:2506.05433), Tree Training (arXiv:2511.00413).
 """
@@ -45,7 +45,7 @@ def shared_prefix_attention(
 
     Args:
         query: (1, heads, time, head size); key and value: (1, key heads, time, head size).
-        segments: for each group, in the order of the row, the length of its prefix and the lengths of its rests, in
+        segments: for each group, in the order of the row, the length of its prefix and the lengths of its suffixes, in
             tokens; None for any other batch.
 
     Returns:
@@ -60,11 +60,11 @@ def shared_prefix_attention(
     if dropout == 0 and _flash_runs(query, key, value):
         return _attend_varlen(rows, segments, scaling)[None], None
     outputs, start = [], 0
-    for prefix, rests in segments:
-        length = prefix + sum(rests)
+    for prefix, suffixes in segments:
+        length = prefix + sum(suffixes)
         group = [states[start : start + length] for states in rows] if len(segments) > 1 else rows
         start += length
-        outputs.append(_attend_group(group, prefix, rests, dropout, scaling))
+        outputs.append(_attend_group(group, prefix, suffixes, dropout, scaling))
     return torch.cat(outputs)[None], None
 
 
@@ -81,8 +81,8 @@ def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 def _attend_varlen(rows: list[torch.Tensor], segments: Segments, scaling: float | None) -> torch.Tensor:
     """All segments of the row in one call; query, key, value and result are (time, heads, head size) each.
 
-    The keys of a rest are those of its prefix and its own. Where there are more keys than queries, FlashAttention takes
-    the queries for the last positions, which is what a rest needs.
+    A suffix has the keys of its prefix and its own. Where there are more keys than queries, FlashAttention takes
+    the queries for the last positions, which is what a suffix needs.
     """
     query, key, value = rows
     gather, query_starts, key_starts, most_queries, most_keys = _packing(segments, query.device)
@@ -95,18 +95,18 @@ def _attend_varlen(rows: list[torch.Tensor], segments: Segments, scaling: float 
 
 
 def _attend_group(
-    group: list[torch.Tensor], prefix: int, rests: tuple[int, ...], dropout: float, scaling: float | None
+    group: list[torch.Tensor], prefix: int, suffixes: tuple[int, ...], dropout: float, scaling: float | None
 ) -> torch.Tensor:
-    """One group: the prefix attends to itself, each rest to the prefix and to itself. (time, heads, head size).
+    """One group: the prefix attends to itself, each suffix to the prefix and to itself. (time, heads, head size).
 
-    Rests are padded to the longest of their bundle. No real token attends to padding, because padding comes last.
+    Suffixes are padded to the longest of their bundle. No real token attends to padding, because padding comes last.
     """
-    if not any(rests):  # copies of one example
+    if not any(suffixes):  # copies of one example
         query, key, value = (states[None] for states in group)
         return _attend(query, key, value, dropout, scaling)[0]
-    sizes = [prefix, sum(rests)]
+    sizes = [prefix, sum(suffixes)]
     shared, own = zip(*(states.split(sizes) for states in group), strict=True)
-    gather, scatter, bundles = _padding(rests, prefix, group[0].device)
+    gather, scatter, bundles = _padding(suffixes, prefix, group[0].device)
     slots = [count * longest for count, longest in bundles]
     padded = (_Pad.apply(states, gather, scatter).split(slots) for states in own)
     outputs = []
@@ -163,7 +163,7 @@ class _Repeat(torch.autograd.Function):
 
 
 class _Pad(torch.autograd.Function):
-    """(time, ...) to (slots, ...): rests to padded bundles. Autograd's own backward pass would add row by row."""
+    """(time, ...) to (slots, ...): suffixes to padded bundles. Autograd's own backward pass would add row by row."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """(slots, ...) to (time, ...): padded bundles back to rests."""
+    """(slots, ...) to (time, ...): padded bundles back to suffixes."""
 
     @staticmethod
     def forward(ctx: Any, slots: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
@@ -201,9 +201,9 @@ def _packing(segments: Segments, device: torch.device) -> tuple[torch.Tensor, to
         (segments + 1,) int32 each; the most queries and the most keys of a segment.
     """
     gather, queries, keys, start = [], [0], [0], 0
-    for prefix, rests in segments:
+    for prefix, suffixes in segments:
         shared = torch.arange(start, start + prefix)
-        for length, before in ((prefix, shared[:0]), *((rest, shared) for rest in rests)):
+        for length, before in ((prefix, shared[:0]), *((suffix, shared) for suffix in suffixes)):
             if length:
                 gather += [before, torch.arange(start, start + length)]
                 queries.append(length)
@@ -219,11 +219,11 @@ def _packing(segments: Segments, device: torch.device) -> tuple[torch.Tensor, to
 def _padding(
     lengths: tuple[int, ...], prefix: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
-    """Rests of similar length in padded bundles; empty rests are left out.
+    """Suffixes of similar length in padded bundles; empty suffixes are left out.
 
     Returns:
-        The token in each slot, (slots,), for padding the first token of its rest; the slot of each token, (time,);
-        and for each bundle its number of rests and the length of the longest.
+        The token in each slot, (slots,), for padding the first token of its suffix; the slot of each token, (time,);
+        and for each bundle its number of suffixes and the length of the longest.
     """
     sizes = torch.tensor(lengths)
     first = sizes.cumsum(0) - sizes
@@ -231,7 +231,7 @@ def _padding(
     tokens, filled, bundles = [], [], []
     for members in order.split(bundle_sizes(sizes[order].tolist(), prefix)):
         slots = torch.arange(int(sizes[members[-1]]))
-        real = slots < sizes[members, None]  # (rests, slots)
+        real = slots < sizes[members, None]  # (suffixes, slots)
         filled.append(real.flatten())
         tokens.append((first[members, None] + slots.where(real, 0)).flatten())
         bundles.append((len(members), len(slots)))
@@ -241,7 +241,7 @@ def _padding(
 
 
 def bundle_sizes(lengths: list[int], prefix: int) -> list[int]:
-    """How many rests go into each bundle, for the least work; `lengths` in tokens, shortest first.
+    """How many suffixes go into each bundle, for the least work; `lengths` in tokens, shortest first.
 
     >>> bundle_sizes([10, 12, 14, 400, 410], prefix=24)
     [3, 2]

@@ -31,8 +31,8 @@ class DataCollatorForInstructionTuning:
     without `labels`, all of `input_ids` is learned. Other keys are dropped, except `row`, the number of a record.
 
     Returns a dict of int64 tensors, (batch, time) each: `input_ids`, `attention_mask`, `labels`, `shift_labels`. If the
-    features have a `row`: also `row` (batch,), and `supervised` (targets,), where the flattened labels are not -100,
-    so that nothing waits for a GPU to find out.
+    features have a `row`: also `row` (batch,), and `supervised` (targets,), the indices of the targets in the flattened
+    labels, computed here to avoid a GPU sync.
 
     Raises:
         ValueError: no features, or `labels` and `input_ids` of different lengths.
@@ -112,12 +112,12 @@ class DataCollatorWithSharedPrefix:
         attention: "mask" gives a boolean mask, for any model with SDPA attention; "segments" gives lengths instead,
             which is faster, for models loaded with `attn_implementation="shared_prefix"` (import `recipe.attention`).
         pad_to_multiple_of: round the length of the row and the number of targets up to multiples of this, so that
-            shapes repeat for `torch.compile`. No example attends to the padding, which is a group without examples;
-            targets are padded with -100, at position 0 of example 0.
+            shapes repeat for `torch.compile`. Padding tokens form a group of their own; padding targets are -100 and
+            point at position 0 of example 0.
 
     Returns a dict: `input_ids`, `position_ids` (1, time); `labels` and `shift_labels`, the same tensor of targets
     (1, targets), -100 only as padding; `logits_to_keep` (targets,), the position of each; and `attention_mask`
-    (1, 1, time, time) bool, or `segments`, a tuple of each group's prefix length and the tuple of its rests' lengths.
+    (1, 1, time, time) bool, or `segments`: for each group `(prefix length, (suffix lengths))`.
     If the features have a `row`: also `row` (examples,), `example` (targets,), the index of each target's example, and
     `lengths` (examples,) in tokens.
 
@@ -151,7 +151,7 @@ class DataCollatorWithSharedPrefix:
         pairs = [np.array([tokens[:-1], labels[1:]], dtype=np.int32).T for tokens, labels in rows]  # (length, 2) each
         groups = shared_prefixes(pairs)
 
-        # the segments of the row: each group's prefix, then the rests of its examples. A segment has pairs (length, 2),
+        # the segments of the row: each group's prefix, then its examples' suffixes. A segment has pairs (length, 2),
         # the position of its first token, and the examples whose targets it holds.
         segments: list[tuple[np.ndarray, int, list[int]]] = []
         for examples, prefix in groups:
@@ -190,8 +190,8 @@ class DataCollatorWithSharedPrefix:
         if self.attention == "mask":
             batch["attention_mask"] = torch.from_numpy(_mask(groups, lengths))[None, None]
         else:
-            rests = iter(lengths.tolist())
-            batch["segments"] = tuple((next(rests), tuple(next(rests) for _ in group.examples)) for group in groups)
+            left = iter(lengths.tolist())
+            batch["segments"] = tuple((next(left), tuple(next(left) for _ in group.examples)) for group in groups)
         if "row" in features[0]:
             batch["row"] = torch.tensor([feature["row"] for feature in features])
             batch["example"] = torch.from_numpy(np.pad(np.concatenate(example_of_kept), filling))

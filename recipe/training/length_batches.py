@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-BUCKET = 8  # input tokens: widths are rounded up to it, so that records can change batches and few shapes occur
+BUCKET = 8  # widths are rounded up to multiples of it: more records have equal width, and fewer shapes occur
 
 
 class LengthGroupedBatchSampler(Sampler[list[int]]):
@@ -18,8 +18,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     arguments and its number alone, so a resumed run sees the batches of a run that never stopped, and all processes see
     the same; transformers' `LengthGroupedSampler` draws from the global random state.
 
-    Every epoch has the same number of batches, a multiple of `num_processes`: the largest are halved until it is. No
-    record is repeated or left out. (Where every batch already holds one record, accelerate repeats some.)
+    Every epoch has the same number of batches, a multiple of `num_processes`: the largest ones are halved until it is.
+    No record is repeated or left out. (If no batch can be halved, accelerate repeats some.)
 
     `max_tokens` bounds rows times width of a padded batch, its width being the longest row rounded up to a multiple of
     `BUCKET`; a record of `length` tokens has `length - 1` inputs. The idea is that of fairseq's `--max-tokens`
@@ -57,11 +57,12 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.num_processes = num_processes
         self.epoch = 0
-        self.records = len(inputs)  # of an epoch
+        self.records_per_epoch = len(inputs)
         if batch_size is not None and max_tokens is None:
             if drop_last:
-                self.records -= self.records % (batch_size * num_processes)
-            sizes = [min(batch_size, self.records - start) for start in range(0, self.records, batch_size)]
+                self.records_per_epoch -= self.records_per_epoch % (batch_size * num_processes)
+            total = self.records_per_epoch
+            sizes = [min(batch_size, total - start) for start in range(0, total, batch_size)]
         elif max_tokens is not None and batch_size is None:
             if inputs.max() > max_tokens:
                 raise ValueError(
@@ -84,12 +85,12 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(len(self.widths))[: self.records]
+        order = generator.permutation(len(self.widths))[: self.records_per_epoch]
         order = order[np.argsort(-self.widths[order], kind="stable")]  # longest first, equal widths shuffled
         ends = np.cumsum(self.sizes)
         batches = [order[end - size : end].tolist() for end, size in zip(ends, self.sizes, strict=True)]
         steps = -(-len(batches) // self.num_processes)
-        for step in generator.permutation(steps):  # the batches of one step stay together: they cost alike
+        for step in generator.permutation(steps):  # the batches of one step stay together: they take equally long
             yield from batches[step * self.num_processes : (step + 1) * self.num_processes]
 
 
@@ -110,7 +111,9 @@ def _sizes_within(widths: np.ndarray, max_tokens: int) -> list[int]:
     """How many records each batch holds, longest first; `widths` are sorted, longest first."""
     sizes, start = [], 0
     while start < len(widths):
-        fitting = max_tokens // max(1, int(widths[start]))  # 0 if the longest row, rounded up, is over the budget
+        fitting = max_tokens // max(
+            1, int(widths[start])
+        )  # 0 if one row, rounded up, is over the budget; it gets a batch of its own
         sizes.append(min(max(1, fitting), len(widths) - start))
         start += sizes[-1]
     return sizes

@@ -12,7 +12,7 @@ from torch.nn import functional
 from recipe.collator import IGNORE_INDEX
 
 CHUNK = 2048  # positions whose logits are in memory at a time: 206 MB for GPT-2 in bfloat16
-# logits in float32 at a time: on a CPU as many as a cache holds, on a GPU as many as make a launch worthwhile
+# how many logits to convert to float32 at once: few enough for a CPU's cache, enough to keep a GPU busy
 SLICE = {"cpu": 2**20}
 SLICE_ON_ACCELERATORS = 2**26
 
@@ -20,12 +20,12 @@ SLICE_ON_ACCELERATORS = 2**26
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropies in nats, summed in float32 at least, of a linear layer's logits.
+    """The summed cross-entropy, in nats, of the logits `linear(hidden, weight, bias)`, in float32 or wider.
 
     Equal to `cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")`, which keeps three copies
     of all logits. Here each chunk of logits is overwritten by its own gradient. If there are several chunks, the
-    gradients of the arguments are computed with the loss, chunk by chunk, and only they are kept, as in Liger Kernel
-    (Hsu et al. 2024, arXiv:2410.10989). Under autocast the products are in its type. Good for one backward pass.
+    forward pass also computes the gradients of the arguments, and keeps these instead of the logits, as Liger Kernel
+    does (Hsu et al. 2024, arXiv:2410.10989). Under autocast, matrix products use its type. Call `backward` only once.
 
     `torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same, but returns a bfloat16 loss for bfloat16
     inputs, which is off by up to half a percent.

@@ -59,7 +59,7 @@ class SampleGenerations(TrainerCallback):
             write_json_lines(path, (row for row in read_json_lines(path) if row["step"] <= state.global_step))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # on every process, because a sharded model generates only if all take part
+        # on every process, because a sharded model needs all of them to generate
         responses = generate_responses(kwargs["model"], kwargs["processing_class"], self.prompts, self.max_new_tokens)
         if not state.is_world_process_zero:
             return

@@ -57,8 +57,8 @@ class InstructionTrainer(Trainer):
       on the device and fetched when something is logged, never in between.
     - Generation: each evaluation answers `generation_records` and adds `eval_exact_match`, `eval_chrf` and others,
       which `metric_for_best_model` may name.
-    - A loss, an evaluation loss or weights that are not finite raise `FloatingPointError` before anything is saved; a
-      loss at the next log or save, with the step and the rows of the first bad batch.
+    - It stops with `FloatingPointError`, before anything is saved, if a loss or a weight is NaN or infinite. A bad
+      training loss is reported at the next log or save, with its step and its rows.
 
     Takes the arguments of `transformers.Trainer` except `compute_metrics`, and three more: `generation_records` with
     `instruction`, `input` and `output`; the `template` of their prompts; and `max_new_tokens`, the longest response.
@@ -85,7 +85,9 @@ class InstructionTrainer(Trainer):
         args = args or InstructionTrainingArguments("tmp_trainer")
         loading: Any = args.accelerator_config  # transformers has made an AcceleratorConfig of it
         if loading.dispatch_batches:
-            raise ValueError("accelerator_config: dispatch_batches cuts every tensor of a batch by rows; leave it out")
+            raise ValueError(
+                "accelerator_config: dispatch_batches splits tensors by their first dimension; leave it out"
+            )
         loading.dispatch_batches = False  # accelerate's default would dispatch streamed data
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
         records = list(generation_records)
@@ -115,7 +117,9 @@ class InstructionTrainer(Trainer):
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator, **options)
         loader = self.accelerator.prepare(loader)
         loader.set_sampler(sampler)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
-        self._records_per_step = sampler.records / len(sampler) * args.gradient_accumulation_steps * args.world_size
+        self._records_per_step = (
+            sampler.records_per_epoch / len(sampler) * args.gradient_accumulation_steps * args.world_size
+        )
         return loader
 
     def length_sampler(self) -> LengthGroupedBatchSampler | None:
@@ -138,7 +142,7 @@ class InstructionTrainer(Trainer):
         )
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Records of an optimizer step, over all processes; with a token budget their mean, for samples per second."""
+        """Records of an optimizer step over all processes; with a token budget, their mean, for the log."""
         if self._max_tokens_per_batch is None:
             return super().get_total_train_batch_size(args)
         return round(self._records_per_step)
@@ -166,7 +170,7 @@ class InstructionTrainer(Trainer):
         Without `num_items_in_batch` it is the mean over this micro-batch alone.
         """
         targets, outputs = _targets(inputs), None  # (batch, time)
-        with self.accelerator.autocast():  # around both: the loss reuses the model's cast of the head
+        with self.accelerator.autocast():  # one block, so that the head is cast only once
             states = None if return_outputs else self._supervised_states(model, inputs, targets)
             if states is not None:
                 hidden, head, supervised = states
@@ -187,8 +191,8 @@ class InstructionTrainer(Trainer):
     ) -> tuple[torch.Tensor, nn.Linear, torch.Tensor] | None:
         """Hidden states (targets, hidden size), the head to apply to them, and targets (targets,).
 
-        None where the logits cannot be computed outside of the model: `_head_is_plain` lists why, and the model may
-        scale or cap them after its head.
+        None if `head(hidden)` is not the model's logits: see `_head_is_plain`, or the model changes the logits after
+        its head.
         """
         causal_model: Any = self.model
         if hasattr(causal_model, "get_base_model"):  # PEFT's
@@ -217,7 +221,7 @@ class InstructionTrainer(Trainer):
         return hidden, head, targets
 
     def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
-        """Not adapted (PEFT), not sharded, not in a compiled graph, and not in float16, which needs its loss scaled."""
+        """Whether we can apply the head ourselves: no PEFT, sharding, compiling, or float16 (which scales the loss)."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         plain = not (self.args.torch_compile or self.args.fp16)
         parameters = inspect.signature(type(causal_model).forward).parameters
@@ -228,7 +232,7 @@ class InstructionTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Per row instead of logits: (batch, 2) summed cross-entropy and correct predictions, and (batch, 1) targets.
+        """For each record its summed loss and correct predictions (batch, 2), and its targets (batch, 1); no logits.
 
         The stock loop gathers them over processes and leaves out the rows it repeated to fill the last batch.
         """
@@ -278,7 +282,7 @@ class InstructionTrainer(Trainer):
         output, prompts = super().evaluation_loop(*args, **kwargs), self._generation_prompts
         if not prompts or output.metrics is None or kwargs.get("metric_key_prefix") != "eval":
             return output
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # generates only if all take part in every prompt
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # then all processes must answer every prompt
         with PartialState().split_between_processes(prompts) as share, self.compute_loss_context_manager():
             responses = generate_responses(
                 self.model,  # type: ignore[arg-type]
