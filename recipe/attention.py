@@ -4,8 +4,8 @@ Importing this module registers it with transformers. In batches of `DataCollato
 `attention="segments"`, each example attends to its group's prefix and to itself. All other batches (generation,
 padding, rows with a mask) are computed by SDPA.
 
-A suffix is what follows the prefix in an example. Where FlashAttention runs (CUDA, half precision, no dropout), one call
-computes a whole row; elsewhere a call computes the prefix of a group, or a bundle of its suffixes, padded.
+A suffix is what follows the prefix in an example. Where FlashAttention runs (CUDA, half precision, no dropout), one
+call computes a whole row; elsewhere a call computes the prefix of a group, or a bundle of its suffixes, padded.
 
 Related work: Prefix Grouper (arXiv:2506.05433), Tree Training (arXiv:2511.00413).
 """

@@ -214,7 +214,7 @@ def test_arguments_of_transformers_alone_and_none_at_all_will_do(tmp_path, monke
 
 
 def test_batches_that_would_be_cut_by_rows_are_refused_and_streams_are_not_cut(tmp_path):
-    with pytest.raises(ValueError, match="dispatch_batches cuts every tensor of a batch by rows"):
+    with pytest.raises(ValueError, match="dispatch_batches splits tensors by their first dimension"):
         trainer_for(tiny_model("gpt2"), tmp_path, accelerator_config={"dispatch_batches": True})
     losses = []
     for rows in (ROWS, ROWS.to_iterable_dataset()):
