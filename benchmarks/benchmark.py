@@ -24,7 +24,7 @@ from datasets import disable_progress_bars
 from peers import TRAINERS
 from workloads import PARTS, Inputs, training_rows
 
-from recipe.config import DataArguments, ModelArguments, UserError, parse_arguments
+from recipe.config import DataArguments, ModelArguments, UserError, parse_arguments, setting
 from recipe.data import load_records
 from recipe.data.split import data_hash
 from recipe.files import read_json, write_whole
@@ -37,27 +37,23 @@ DEMO = ROOT / "recipe" / "demo"
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class BenchmarkArguments:
     """What is measured, how often, and where the results go."""
 
-    data: str = option("", "Records, as in training; default: the embedded demo records.")
-    template: str = option("alpaca", "alpaca, phi3 or the path of a Jinja chat template.")
-    output: str = option("outputs/benchmark/results.json", "Results file; what it has is not measured again.")
+    data: str = setting("", "Records, as in training; default: the embedded demo records.")
+    template: str = setting("alpaca", "alpaca, phi3 or the path of a Jinja chat template.")
+    output: str = setting("outputs/benchmark/results.json", "Results file; what it has is not measured again.")
     only: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": "Parts to measure; default: all.", "choices": PARTS}
     )
     contenders: list[str] = field(
         default_factory=lambda: list(TRAINERS), metadata={"help": "Who trains; default: all.", "choices": TRAINERS}
     )
-    rounds: int = option(3, "How often everything is measured.")
-    steps: int = option(8, "Timed optimizer steps.")
-    warmup: int = option(2, "Untimed optimizer steps before them; more on a GPU.")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the machine has it, else fp32.")
+    rounds: int = setting(3, "How often everything is measured.")
+    steps: int = setting(8, "Timed optimizer steps.")
+    warmup: int = setting(2, "Untimed optimizer steps before them; more on a GPU.")
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 where the machine has it, else fp32.")
 
     def __post_init__(self) -> None:
         if self.precision == "auto":
@@ -96,9 +92,9 @@ def prepare(args: BenchmarkArguments, model_args: ModelArguments, folder: Path) 
     tokenizer = load_tokenizer(model_args)
     torch.manual_seed(1)  # of random weights
     model, _ = load_model(model_args, tokenizer)
-    for setting, value in model.config.to_dict().items():
-        if setting.endswith(("pdrop", "dropout")) and isinstance(value, float):
-            setattr(model.config, setting, 0.0)
+    for key, value in model.config.to_dict().items():
+        if key.endswith(("pdrop", "dropout")) and isinstance(value, float):
+            setattr(model.config, key, 0.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     data = args.data or str(DEMO / "records" / "train.jsonl")

@@ -190,8 +190,8 @@ class DataCollatorWithSharedPrefix:
         if self.attention == "mask":
             batch["attention_mask"] = torch.from_numpy(_mask(groups, lengths))[None, None]
         else:
-            left = iter(lengths.tolist())
-            batch["segments"] = tuple((next(left), tuple(next(left) for _ in group.examples)) for group in groups)
+            length = iter(lengths.tolist()).__next__
+            batch["segments"] = tuple((length(), tuple(length() for _ in group.examples)) for group in groups)
         if "row" in features[0]:
             batch["row"] = torch.tensor([feature["row"] for feature in features])
             batch["example"] = torch.from_numpy(np.pad(np.concatenate(example_of_kept), filling))

@@ -23,8 +23,8 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str) -> Any:
-    """A dataclass field: its default, and its text in `--help`."""
-    return field(default=default, metadata={"help": help})
+    """A dataclass field: its default, or a function that makes it, and its text in `--help`."""
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": help})
 
 
 @dataclass
@@ -37,7 +37,7 @@ class ModelArguments:
     model_type: str | None = setting(None, "Start from random weights of this architecture (gpt2, llama, ...) instead.")
     config_overrides: str | None = setting(None, "Changes to the model's config: n_layer=2,resid_pdrop=0.0")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "Of the weights in memory. Use --bf16 true for mixed precision on top."
+        "float32", "Type of the weights in memory; --bf16 true adds mixed precision."
     )
     attn_implementation: str | None = setting(
         None, "sdpa, eager, flash_attention_2, ...; default: as --batching needs."
@@ -48,12 +48,10 @@ class ModelArguments:
 class DataArguments:
     """Which records, how they are split, and how a record becomes tokens."""
 
-    data: dict | str | list | None = field(
-        default=None,
-        metadata={
-            "help": "Records: a file (json, jsonl, csv, parquet), a glob, a folder or a Hub dataset id; or a mapping "
-            'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}.'
-        },
+    data: dict | str | list | None = setting(
+        None,
+        "Records: a file (json, jsonl, csv, parquet), a glob, a folder or a Hub dataset id; or a mapping "
+        'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}.',
     )
     instruction_column: str = setting("instruction", "Column of the instruction.")
     input_column: str = setting("input", "Column of the optional input.")
@@ -120,7 +118,7 @@ class InstructionTrainingArguments(TrainingArguments):
                 "`hf auth login` instead"
             )
         if self.label_smoothing_factor:
-            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: not supported; leave it at 0")
+            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it shifts labels again; use 0")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "generation_max_new_tokens", "max_tokens_per_batch"):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:

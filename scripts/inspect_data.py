@@ -6,25 +6,28 @@ python scripts/inspect_data.py configs/demo.yaml --output_dir outputs/data
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
+from recipe.config import (
+    DataArguments,
+    InstructionTrainingArguments,
+    ModelArguments,
+    UserError,
+    parse_arguments,
+    setting,
+)
 
 
 @dataclass
 class InspectionArguments(InstructionTrainingArguments):
     """The arguments of training, so that its YAML files and flags work here, and three more."""
 
-    limits: list[int] = field(
-        default_factory=lambda: [128, 256, 512, 1024],
-        metadata={"help": "Values of max_length to try, in tokens, beside the one that training would use."},
+    limits: list[int] = setting(
+        lambda: [128, 256, 512, 1024], "Values of max_length to try, in tokens, beside the one that training would use."
     )
-    near_duplicates: float = field(
-        default=0.8,
-        metadata={"help": "Lowest similarity of near-duplicates, from 0.5 to 1; 0 looks for none."},
-    )
-    show: int = field(default=5, metadata={"help": "How many examples to show of each finding."})
+    near_duplicates: float = setting(0.8, "Lowest similarity of near-duplicates, from 0.5 to 1; 0 looks for none.")
+    show: int = setting(5, "How many examples to show of each finding.")
 
     def __post_init__(self) -> None:
         # skips the checks of training, so that a laptop without a GPU can inspect the data of a run on a GPU

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.config import UserError, parse_arguments
+from recipe.config import UserError, parse_arguments, setting
 from recipe.console import print_table
 from recipe.files import write_whole
 from recipe.provenance import read_run
@@ -22,17 +22,17 @@ from recipe.publishing.hub import files_to_push, open_repository, push_files, re
 class PublishArguments:
     """What is pushed, and to where."""
 
-    model: str | None = field(default=None, metadata={"help": "Output folder of a run; may stand without the flag."})
-    repo_id: str | None = field(default=None, metadata={"help": "owner/name on the Hub; created if it is missing."})
-    evaluation: str | None = field(default=None, metadata={"help": "Output folder of scripts/eval.py, for the card."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to; created if it is missing."})
-    tag: str | None = field(default=None, metadata={"help": "A tag for the commit, such as v1; it is never moved."})
-    private: bool | None = field(default=None, metadata={"help": "Of a new repository; default: as its owner has set."})
-    message: str = field(default="Publish", metadata={"help": "Of the commit."})
-    card: bool = field(default=True, metadata={"help": "Write a new README.md; false pushes the one that is there."})
-    license: str | None = field(default=None, metadata={"help": "On the card: apache-2.0, mit, other, ..."})
-    language: list[str] = field(default_factory=list, metadata={"help": "On the card, as ISO 639 codes: en de"})
-    dry_run: bool = field(default=False, metadata={"help": "List the files; write nothing, ask and send nothing."})
+    model: str | None = setting(None, "Output folder of a run; the flag can be left out.")
+    repo_id: str | None = setting(None, "owner/name on the Hub; created if it is missing.")
+    evaluation: str | None = setting(None, "Output folder of scripts/eval.py, for the card.")
+    revision: str | None = setting(None, "Branch to push to; created if it is missing.")
+    tag: str | None = setting(None, "A tag for the commit, such as v1; it is never moved.")
+    private: bool | None = setting(None, "Make a new repository private; default: as its owner has set.")
+    message: str = setting("Publish", "Message of the commit.")
+    card: bool = setting(True, "Write a new README.md; false pushes the one that is there.")
+    license: str | None = setting(None, "On the card: apache-2.0, mit, other, ...")
+    language: list[str] = setting(list, "On the card, as ISO 639 codes: en de")
+    dry_run: bool = setting(False, "List the files; write nothing, ask and send nothing.")
 
 
 def main(argv: list[str]) -> None:
@@ -79,9 +79,10 @@ def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) ->
     run = read_run(folder) if args.card and not is_checkpoint else None
     if run is not None:
         return make_model_card(folder, run, scores, repo_id=args.repo_id, license=args.license, language=args.language)
+    reason = "--card false" if not args.card else "a checkpoint" if is_checkpoint else f"no run.json in {folder}"
     if args.license or args.language:
-        reason = f"{folder} has no run.json" if args.card else "--card false writes none"
-        raise UserError(f"--license and --language need a new card, and {reason}; leave them out")
+        raise UserError(f"--license and --language need a new card, and none is written ({reason}); leave them out")
+    print(f"No card is written ({reason})")
     return ""
 
 

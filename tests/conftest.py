@@ -10,6 +10,7 @@ os.environ["HF_TOKEN_PATH"] = os.path.join(os.path.dirname(__file__), "no-token"
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it; some tests send it
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipe" / "demo"

@@ -110,7 +110,7 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("validation_ratio: 1.5\n", "--validation_ratio 1.5, --test_ratio 0.1: give shares"),
         ("max_length: 1\n", "--max_length 1: a record needs at least 2 tokens"),
         ("hub_token: secret\n", "--hub_token would be saved in training_args.bin"),
-        ("label_smoothing_factor: 0.1\n", "leave it at 0"),
+        ("label_smoothing_factor: 0.1\n", "use 0"),
         ("warmup_steps: -5\n", "warmup_steps"),
         ("seed: 1\nseed: 2\n", "line 2: the key 'seed' is repeated"),
         ("data:\n  test: a.jsonl\n  train: [b.jsonl]\n  test: c.jsonl\n", "line 4: the key 'test' is repeated"),

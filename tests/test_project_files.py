@@ -55,8 +55,12 @@ def test_the_guide_names_commands_that_exist():
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\bmake ([\w-]+)", guide + (ROOT / ".github" / "pull_request_template.md").read_text()))
     assert {"setup", "test", "lint", "demo"} <= named <= TARGETS
-    files = re.findall(r"`((?:\.ci|docs|scripts|tests)/[\w./]+)`", guide)
-    assert len(files) >= 3 and all((ROOT / file).is_file() for file in files)
+    files = set(re.findall(r"`((?:\.ci|docs|scripts|tests|recipe|benchmarks)/[\w./]+)`", guide))
+    assert len(files) >= 12 and all((ROOT / file).exists() for file in files)
+    for name, file in re.findall(r"`(\w+)` (?:in|of) `((?:recipe|benchmarks)/[\w./]+\.py)`", guide):
+        assert re.search(rf"^(?:def |class )?{name}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+    assert not re.findall(r"\b[A-Z]+_(?:TABLE|ROW)\b", readme)
 
 
 def test_pre_commit_runs_the_lint_of_the_makefile():

@@ -237,6 +237,7 @@ def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Datas
                 "split": name,
                 "rows": len(split),
                 "tokens": len(supervised),
+                "mean": len(supervised) / len(split),
                 "longest": int(lengths.max()),
                 "preamble": preamble * len(split) / len(supervised),
                 "supervised": int(supervised.sum()) / len(supervised),

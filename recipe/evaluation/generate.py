@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,24 +34,19 @@ WRITTEN = (  # by an evaluation, without judge_cache.jsonl: its replies are vali
 class EvalArguments:
     """Which models answer which records, and what is made of the answers."""
 
-    model: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "The fine-tuned model, and further ones to compare. Each a folder or Hub id, an OpenAI-compatible "
-            "endpoint (http://localhost:8000/v1#name), a file of recorded answers, or `echo`."
-        },
+    model: list[str] = setting(
+        list,
+        "The fine-tuned model, and further ones to compare. Each a folder or Hub id, an OpenAI-compatible "
+        "endpoint (http://localhost:8000/v1#name), a file of recorded answers, or `echo`.",
     )
     baseline: str | None = setting(None, "What to compare with, in the same forms.")
-    split: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Splits to score, or `all` records as one. Default: test, and all of recorded answers."},
+    split: list[str] = setting(
+        list, "Splits to score, or `all` records as one. Default: test, and all of recorded answers."
     )
     output_dir: str = setting("", "Where answers, scores and report go.")
     overwrite_output_dir: bool = setting(False, "Start over in an output_dir that is in use.")
-    stages: list[str] = field(
-        default_factory=lambda: [*STAGES], metadata={"help": "Stages to run: generate score judge report."}
-    )
-    gate: list[str] = field(default_factory=list, metadata={"help": "Conditions for exit code 0: exact_match>=0.8 ..."})
+    stages: list[str] = setting(lambda: [*STAGES], "Stages to run: generate score judge report.")
+    gate: list[str] = setting(list, "Conditions for exit code 0: exact_match>=0.8 ...")
     max_new_tokens: int = setting(128, "Cap on each response, in tokens.")
     temperature: float = setting(0.0, "0 for greedy decoding; above, sampling.")
     top_p: float = setting(1.0, "Nucleus of the sampling.")

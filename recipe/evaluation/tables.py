@@ -10,16 +10,7 @@ from rich.text import Text
 
 from recipe.console import one_line, print_table
 from recipe.evaluation.measures import MEASURES
-from recipe.evaluation.verdict import (
-    ENOUGH_TO_JUDGE,
-    Scale,
-    direction,
-    judge_scale,
-    judged,
-    model_name,
-    role_of,
-    scale,
-)
+from recipe.evaluation.verdict import ENOUGH_TO_JUDGE, Scale, direction, judge_scale, judged, model_name, role_of, scale
 
 FURTHER_MODELS = 2  # in one table of the terminal: it then fits into 80 characters
 

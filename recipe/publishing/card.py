@@ -100,7 +100,7 @@ def card_metadata(
 ) -> ModelCardData:
     """What the Hub itself reads of the card; what is not on the Hub is not named there."""
     hub = run["hub"]
-    scores = eval_results(evaluation.metrics) if evaluation else []
+    scores = eval_results(evaluation.metrics, hub["data"]) if evaluation else []
     return ModelCardData(
         language=list(language) or None,
         license=license,
@@ -115,7 +115,7 @@ def card_metadata(
     )
 
 
-def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+def eval_results(metrics: Mapping[str, Any], hub_data: Sequence[str] = ()) -> list[EvalResult]:
     """The tuned model's scores on every split as `model-index` entries; with each, its interval, `n` and baseline.
 
     Example::
@@ -132,8 +132,8 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             task_name="Instruction following",
-            dataset_type=data if is_hub_id(data) else "instruction-records",
-            dataset_name=data if is_hub_id(data) else name or "instruction records",
+            dataset_type=data if data in hub_data else "instruction-records",
+            dataset_name=data if data in hub_data else name or "instruction records",
             dataset_split=split,
             metric_type=metric,
             metric_name=MEASURES[metric].title,
@@ -240,8 +240,8 @@ def evaluation_parts(evaluation: Evaluation) -> dict[str, Any]:
     from recipe.evaluation.verdict import cautions, findings, verdict
 
     metrics, predictions, _ = evaluation
-    first = next(iter(metrics["splits"]))
-    headline = [prediction for prediction in predictions if prediction["split"] == first]
+    held_out = [split for split in metrics["splits"] if split not in ("train", "all")] or list(metrics["splits"])
+    headline = [prediction for prediction in predictions if prediction["split"] == held_out[0]]
     return {
         **evaluation._asdict(),
         **metrics["provenance"]["models"],

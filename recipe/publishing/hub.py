@@ -7,6 +7,7 @@ print(push_files(files, repo_id, message="Publish", tag="v1").url)
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -263,7 +264,8 @@ def with_retries(attempt: Callable[[], Result], repo_id: str) -> Result:
 def is_temporary(fault: BaseException) -> bool:
     if isinstance(fault, HfHubHTTPError):
         return fault.response.status_code in TEMPORARY
-    return not isinstance(fault, ValueError | OfflineModeIsEnabled)  # else it is a fault of the connection
+    # an answer that was cut is no JSON; what is neither of the others is a fault of the connection
+    return isinstance(fault, json.JSONDecodeError) or not isinstance(fault, ValueError | OfflineModeIsEnabled)
 
 
 def explained(fault: BaseException) -> str:

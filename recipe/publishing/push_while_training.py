@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -39,6 +40,12 @@ class PushToHub(TrainerCallback):
     every_save: bool = True  # else the finished run only
     revision: str | None = None
     thread: Thread | None = field(default=None, init=False)  # of the last push that was begun
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        disable_progress_bars()  # the Hub's bars would break the Trainer's own
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        enable_progress_bars()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to push the model of the checkpoint that was just saved."""
@@ -80,7 +87,7 @@ class PushToHub(TrainerCallback):
             tqdm.write(f"  {checkpoint.name}: pushed to {self.repo_id}")
         except Exception as error:  # whatever it is, training goes on
             reason = " ".join(str(error).split()) or repr(error)
-            if not checkpoint.is_dir():
+            if not all(file.is_file() for file in files.values()):
                 reason = "it was removed before it was on the Hub; a larger --save_total_limit keeps it longer"
             tqdm.write(f"  {checkpoint.name}: not pushed: {reason}")
 

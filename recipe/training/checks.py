@@ -69,7 +69,7 @@ def print_model(origin: str, model: PreTrainedModel, args: InstructionTrainingAr
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     if args.device.type == "cpu" and threads * args.world_size < cores:
         print_once(
-            f"{threads} thread(s) a process on {cores} cores: OMP_NUM_THREADS={cores // args.world_size} uses all"
+            f"{threads} thread(s) a process on {cores} cores: set OMP_NUM_THREADS={cores // args.world_size} to use all"
         )
     if args.device.type == "cpu" and args.bf16 and not has_bfloat16_instructions():
         print_once("This CPU has no instructions for bfloat16: --bf16 false is faster")
@@ -80,4 +80,4 @@ def has_bfloat16_instructions() -> bool:
     if not hasattr(torch.cpu, "get_capabilities"):  # not in every torch that is supported
         return True
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    return not capabilities or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

@@ -111,9 +111,8 @@ def _sizes_within(widths: np.ndarray, max_tokens: int) -> list[int]:
     """How many records each batch holds, longest first; `widths` are sorted, longest first."""
     sizes, start = [], 0
     while start < len(widths):
-        fitting = max_tokens // max(
-            1, int(widths[start])
-        )  # 0 if one row, rounded up, is over the budget; it gets a batch of its own
+        # 0 if one row, rounded up, is over the budget: it gets a batch of its own
+        fitting = max_tokens // max(1, int(widths[start]))
         sizes.append(min(max(1, fitting), len(widths) - start))
         start += sizes[-1]
     return sizes

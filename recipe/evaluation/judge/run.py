@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,13 @@ class JudgeArguments:
     judge: str | None = setting(
         None, "OpenAI-compatible endpoint, http://host:port/v1#model, its key in OPENAI_API_KEY. Default: none."
     )
-    judge_prompts: list[str] = field(
-        default_factory=lambda: ["score_0_100"],
-        metadata={"help": "score_0_100, rubric_1_5, pairwise, or the path of a .jinja file that scores; several may."},
+    judge_prompts: list[str] = setting(
+        lambda: ["score_0_100"],
+        "score_0_100, rubric_1_5, pairwise, or the path of a .jinja file that scores; several may.",
     )
     judge_concurrency: int = setting(4, "Requests to the judge at the same time.")
     judge_timeout: float = setting(60.0, "Seconds until a request is given up or repeated.")
-    judge_warmup_timeout: float = setting(300.0, "The same while the model may still load.")
+    judge_warmup_timeout: float = setting(300.0, "Seconds for the first request, while the model may still load.")
     judge_allow_missing: bool = setting(False, "Give means although scores are missing.")
 
     def __post_init__(self) -> None:

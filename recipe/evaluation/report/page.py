@@ -93,7 +93,8 @@ def write_report(
         pairs=pairs_sentence(judge and judge["pairwise"]),
         examples=example_columns(predictions, labels, judge_rows, judge or {}),
         provenance=metrics["provenance"],
-        files={name: content for name, content in FILES.items() if (output_dir / name).is_file()},
+        # without a judgement, judge.jsonl is of earlier answers
+        files={f: FILES[f] for f in FILES if (output_dir / f).is_file() and (judge or f != "judge.jsonl")},
     )
     write_whole(output_dir / "report.html", page)
 
@@ -145,13 +146,14 @@ def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
     """The judge's result on both responses side by side."""
     if not pairs:
         return None
-    interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
-    return (
-        f"Side by side, in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, "
-        f"ties {pairs['tie']:,} and loses {pairs['loss']:,}. "
-        f"Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half. "
-        f"In {pairs['flips']:,} of the {pairs['judged'] - pairs['decided']:,} pairs asked about, the order decided."
-    )
+    text = f"Side by side, in both orders: of {pairs['judged']:,} pairs, tuned wins {pairs['win']:,}, "
+    text += f"ties {pairs['tie']:,} and loses {pairs['loss']:,}."
+    if pairs["win_rate"] is not None:
+        interval = f" (95 % interval {' to '.join(map(PERCENT.value, pairs['ci95']))})" if pairs["ci95"] else ""
+        text += f" Win rate {PERCENT.value(pairs['win_rate'])}{interval}, where a tie counts half."
+    if asked := pairs["judged"] - pairs["decided"]:
+        text += f" In {pairs['flips']:,} of the {asked:,} pairs asked about, the order decided."
+    return text
 
 
 def render(**context: Any) -> str:
