@@ -247,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{name.removeprefix('models/')}"
         if name in self.hub.repositories:
             raise RefusedError(409, "", "You already created this model repo", url=url)
-        self.hub.add(name, private=wanted.get("visibility") == "private")
+        self.hub.add(name, private="private" in (wanted.get("visibility"), wanted.get("private") and "private"))
         return {"url": url}
 
     def validate_card(self, content: str) -> dict[str, list]:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from conftest import DEMO
 from datasets import Dataset
+from packaging.version import Version
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer
 
@@ -65,8 +67,8 @@ def test_layers_of_transformers_caches():
     assert cache.layers[0].keys.shape == (1, 3, 5, 4)
 
 
-@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 20.00 MiB.", "MPS backend out of memory"])
-def test_accelerate_knows_when_memory_ran_out(text):
+def test_accelerate_knows_when_memory_ran_out():
+    text = "CUDA out of memory. Tried to allocate 20.00 MiB."
     assert should_reduce_batch_size(RuntimeError(text)) and not should_reduce_batch_size(RuntimeError("a shape"))
 
 
@@ -107,7 +109,8 @@ def test_the_last_hidden_states_can_be_had_alone(architecture):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)).eval()
     outputs = model(input_ids=torch.arange(8)[None], **LAST_HIDDEN_STATES)
     *others, last = outputs.hidden_states
-    assert others == [None, None]
+    if Version(transformers.__version__) >= Version("5.23"):  # 5.17 keeps the hidden states of all layers
+        assert others == [None, None]
     assert torch.equal(model.get_output_embeddings()(last), outputs.logits)
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.utils import send_to_device
 from conftest import DEMO, ROOT
 from datasets import Dataset
+from packaging.version import Version
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForCausalLM
@@ -367,6 +369,8 @@ def test_two_processes_with_a_token_budget_see_each_record_once_an_epoch_and_res
     )  # fmt: skip
     folder = tmp_path / "two"
     whole = launch(folder, 2, *flags)
+    if Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers 5.17 cannot resume several processes on a CPU: it loads the optimizer to 'cpu:0'")
     resumed = launch(folder, 2, *flags, "--resume_from_checkpoint", str(folder / f"checkpoint-{steps + 2}"))
     seen, again = ([entry for entry in log if "num_input_tokens_seen" in entry] for log in (whole, resumed))
     assert len(seen) == len(again) == 2 * steps and steps > 4

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import yaml
 from conftest import DEMO, ROOT
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugin_util import markdown_to_safe_html
 
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
@@ -24,6 +22,7 @@ from recipe.templates import load_template
 from recipe.trainer import InstructionTrainer
 from recipe.training.samples import COLUMNS, SampleGenerations
 
+OPTIONAL = "an optional client: make test-all installs it"
 RECORDS = [  # what a page could take for its own markup
     {"instruction": "Name **two** <b>colours</b> | one_of_them_red.", "input": "", "output": "`Red` & [blue](http://x.y)"},
     {"instruction": "# 1. Repeat\nboth lines", "input": "a\\|b &lt; c~d", "output": "<script>alert(1)</script>\n\nx"},
@@ -65,8 +64,10 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data.strip("\n")
 
 
-def read_events(output_dir: Path) -> EventAccumulator:
+def read_events(output_dir: Path):
     """The only run that TensorBoard finds in a folder, or the last of several."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(max((output_dir / "runs").iterdir(), key=os.path.getmtime)), {"tensors": 0})
     return events.Reload()
 
@@ -107,7 +108,9 @@ def train(folder: Path, *flags: str, processes: str) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Four steps in two processes, reported to TensorBoard, and to trackio where it is installed."""
+    """Four steps in two processes, reported to TensorBoard and to trackio."""
+    for name in ("tensorboard", "trackio"):
+        pytest.importorskip(name, reason=OPTIONAL)
     folder = tmp_path_factory.mktemp("trackers")
     (folder / "watch").mkdir()
     (folder / "watch" / "sitecustomize.py").write_text(WATCH)
@@ -145,6 +148,8 @@ def test_tensorboard_has_every_number_of_the_log(trained):
 
 def test_tensorboard_shows_the_samples_as_they_are(trained):
     """As its own page renders them: no character of a record becomes markup."""
+    from tensorboard.plugin_util import markdown_to_safe_html
+
     samples = read_samples(trained / "run")
     assert samples.keys() == {2, 4}
     for rows in samples.values():
@@ -197,7 +202,7 @@ def demo_rows(demo_tokenizer):
 
 def test_wandb_has_the_last_numbers_and_every_table(demo_model, demo_tokenizer, demo_rows, tmp_path, monkeypatch):
     """In its offline mode: the summary of the run, and the tables as it keeps them for a later upload."""
-    import wandb  # here: half a second
+    wandb = pytest.importorskip("wandb", reason=OPTIONAL)
 
     for name, value in {
         "MODE": "offline",
@@ -269,6 +274,7 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_is_written(tracker
 
 
 def test_wandb_without_a_key_is_told_before_anything_is_written(tmp_path):
+    pytest.importorskip("wandb", reason=OPTIONAL)
     """In a process of its own, because W&B remembers how it was first asked."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     done = subprocess.run(
