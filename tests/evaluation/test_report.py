@@ -23,7 +23,7 @@ from recipe.evaluation.comparison import example_scores
 from recipe.evaluation.judge.summary import summarize_pairs
 from recipe.evaluation.report.examples import embed_json
 from recipe.evaluation.report.figures import forest_groups
-from recipe.evaluation.report.page import write_report
+from recipe.evaluation.report.page import pairs_sentence, write_report
 from recipe.evaluation.verdict import direction
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -976,3 +976,23 @@ def test_what_is_embedded_cannot_end_its_element():
         assert json.loads(text) == {payload: payload}
     with pytest.raises(ValueError, match="not JSON compliant"):
         embed_json([float("nan")])
+
+
+def test_the_file_of_an_earlier_judge_is_not_linked(browser, tmp_path):
+    """Answers have changed since: metrics.json holds no judgement any more."""
+    predictions = make_predictions(30)
+    (tmp_path / "judge.jsonl").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "metrics.json").write_text("{}\n", encoding="utf-8")
+    write_report(tmp_path, predictions, make_metrics(predictions))
+    with opened(browser, tmp_path / "report.html") as page:
+        links = page.locator(".files a").all_text_contents()
+        assert "metrics.json" in links and "judge.jsonl" not in links
+
+
+def test_pairs_without_a_win_rate_or_a_question_say_nothing_of_them():
+    pairs = {"judged": 0, "win": 0, "tie": 0, "loss": 0, "win_rate": None, "ci95": None, "flips": 0, "decided": 0}
+    assert pairs_sentence(pairs).endswith("loses 0.")
+    pairs |= {"judged": 4, "win": 3, "tie": 1, "win_rate": 0.875, "decided": 2, "flips": 1}
+    assert pairs_sentence(pairs).endswith(
+        "Win rate 87.5 %, where a tie counts half. In 1 of the 2 pairs asked about, the order decided."
+    )

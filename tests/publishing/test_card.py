@@ -611,3 +611,11 @@ def test_the_commit_of_a_base_on_the_hub_is_found_in_the_cache(tmp_path, monkeyp
 def test_doctests():
     failed, tried = doctest.testmod(recipe.publishing.card)
     assert failed == 0 and tried > 0
+
+
+def test_settings_that_are_off_are_left_out(folder, run):
+    off = changed_by(run, config__training__max_grad_norm=0.0, config__training__warmup_steps=0.05)
+    card = card_of(folder, off)
+    assert "gradients clipped" not in card and "warm-up over the first 5 % of the steps |" in card
+    on = card_of(folder, changed_by(run, config__training__max_grad_norm=1.0, config__training__warmup_steps=100))
+    assert "gradients clipped at 1 |" in on and "warm-up over 100 steps |" in on

@@ -9,12 +9,13 @@ import torch
 from conftest import DEMO
 from hub_fixtures import CARD
 from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HFValidationError
 from loopback_hub import READ_TOKEN, WRITE_TOKEN
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError
-from recipe.publishing.hub import files_to_push, open_repository, push_files, refuse_secrets
+from recipe.publishing.hub import files_to_push, is_temporary, open_repository, push_files, refuse_secrets
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -209,6 +210,11 @@ def test_private_is_private(hub, folder):
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_was_cut_is_asked_for_again_and_a_wrong_name_is_not():
+    assert is_temporary(json.JSONDecodeError("Expecting value", "", 0))
+    assert not is_temporary(HFValidationError("a name with blanks"))
 
 
 @pytest.mark.parametrize(
