@@ -9,6 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from conftest import DEMO
 from datasets import Dataset
 from packaging.version import Version
+from sacrebleu.metrics.helpers import extract_all_char_ngrams
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer
 
@@ -46,6 +47,12 @@ def test_datasets_names_its_records_by_a_fingerprint():
 
 
 # --- recipe.evaluation ----------------------------------------------------------------------------------------------
+
+
+def test_sacrebleu_counts_the_n_grams_of_characters():
+    """`extract_all_char_ngrams` has no page in sacrebleu's documentation: one count for each order, blanks left out."""
+    assert extract_all_char_ngrams("aa b", 2, False) == [{"a": 2, "b": 1}, {"aa": 1, "ab": 1}]
+
 
 # --- recipe.generation ----------------------------------------------------------------------------------------------
 
