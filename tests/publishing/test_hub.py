@@ -88,7 +88,7 @@ def test_addresses_and_handles_are_no_secrets(folder):
     text = "see https://example.com/@someone, git@github.com:a/b, ssh://git@host/a, a@b.org, http://host:8000/v1?x=a@b"
     text += ", https://example.com?mail=a@b.org, postgresql://host#a:b@c"
     (folder / "run.json").write_text(text)
-    refuse_secrets(files_to_push(folder))
+    assert refuse_secrets(files_to_push(folder)) is None  # raises for a secret
 
 
 def test_weights_that_are_not_whole_or_not_safetensors_are_refused(folder, tmp_path):
