@@ -68,6 +68,9 @@ class DataArguments:
         "Layout of a batch: rows padded to the longest, or one row in which a shared beginning of prompts is stored "
         "once (same losses and gradients, faster).",
     )
+    bad_records: Literal["error", "drop"] = setting(
+        "error", "Refuse data with bad records, or leave these out, count them, and write them to bad_records.jsonl."
+    )
     num_proc: int | None = setting(None, "Processes that tokenize; default: this one.")
 
     def __post_init__(self) -> None:

@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
     if model_args.model_name_or_path or model_args.model_type:  # a tokenizer is enough to inspect data
         fit_max_length(data_args, model_args, tokenizer)
     data_args.max_length = resolve_max_length(data_args, tokenizer)
-    given = split_by_content(read_records(data_args), data_args)
+    read, left_out = read_records(data_args)
+    given = split_by_content(read, data_args)
     records, dropped = drop_cross_split_duplicates(given)
 
     # inspect

@@ -25,7 +25,7 @@ from recipe.config import DataArguments
 from recipe.console import UNSEEN
 from recipe.data.duplicates import Record, flatten
 from recipe.data.encode import cut_lengths, encode_records
-from recipe.data.records import FIELDS
+from recipe.data.readers import FIELDS
 from recipe.figures import STYLE, TEXT, paint, save_png
 
 ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # a decoder writes U+FFFD for bytes that it cannot read

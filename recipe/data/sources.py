@@ -1,43 +1,52 @@
-"""Reads files, globs, folders and Hub datasets; reports what cannot be read, and why.
-
-Rows in messages count from 0, as `dataset[i]` does.
-"""
+"""Which files hold the records of which split: files, globs, folders, Hub datasets, folders of `save_to_disk`."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import difflib
 import glob
-import json
 import os
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
 
-import pyarrow as pa
-from datasets import Dataset, Features, Value, load_dataset, load_dataset_builder
+from datasets import Dataset, DatasetDict, DownloadManager, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from recipe.config import UserError
-from recipe.console import shorten
+from recipe.data.readers import Columns, read_dataset, read_file
 
-# by file name extension; a value must be the name of a `datasets` builder
+# by file name extension, in any case; the reader of each is in recipe/data/readers.py
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
-NO_RECORDS = "holds no records; give it at least one"
+# data too, but not read: they are named when a folder has them
+OTHER_DATA = {".tsv", ".txt", ".xlsx", ".xls", ".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".feather", ".pkl"}
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tests"),
+}
+ALIASES = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-.*)?")  # how the Hub names the files of a split
 
-LoadedSplits = dict[str, list[tuple[str, Dataset]]]  # by split: each file's name and its records
+Read = Callable[[Columns], Dataset]  # the records with the columns that are needed
+Source = dict[str, list[tuple[str, Read]]]  # by split: the name of each file, and how it is read
 
 
-def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
-    """Read a source; return its splits by name, and append to `problems` what cannot be read."""
+def find_source(source: str | list[str], notes: list[str]) -> Source:
+    """The files of a source by split, not yet read; appends to `notes` what is left out.
+
+    Raises:
+        UserError: no such file, folder or dataset, or a format that is not known.
+    """
     patterns = [source] if isinstance(source, str) else source
     name = patterns[0]
     if all(Path(pattern).is_dir() for pattern in patterns):
-        return _load_files(_files_by_split(patterns), problems)
-    if len(patterns) > 1 or Path(name).is_file() or Path(name).suffix in FORMATS or glob.escape(name) != name:
-        return _load_files({"train": [file for pattern in patterns for file in _expand(pattern)]}, problems)
+        if saved := [pattern for pattern in patterns if _is_saved_to_disk(Path(pattern))]:
+            return _saved_to_disk(saved[0]) if len(patterns) == 1 else _one_saved_only(saved[0])
+        return _as_source(_files_by_split(patterns, notes))
+    if len(patterns) > 1 or Path(name).is_file() or _kind(name) or glob.escape(name) != name:
+        return _as_source({"train": [file for pattern in patterns for file in _expand(pattern)]})
     try:
-        return {split: [(f"{name} {split}", dataset)] for split, dataset in load_dataset(name).items()}
+        return _on_the_hub(name, notes)
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UserError(
             f"data {name!r}: not a file here, and no dataset that datasets can load ({error}); check the name, "
@@ -45,19 +54,36 @@ def load_source(source: str | list[str], problems: list[str]) -> LoadedSplits:
         ) from error
 
 
-def _files_by_split(folders: list[str]) -> dict[str, list[str]]:
-    """The files of folders by the split that their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
-    files: dict[str, list[str]] = {}
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError):  # an empty folder
-            # used only to list files by split; the builder name does not matter
-            for split, paths in load_dataset_builder("json", data_dir=folder).config.data_files.items():
-                for path in paths:
-                    if Path(path).suffix in FORMATS:
-                        files.setdefault(str(split), []).append(path)
-    if not files:
-        raise UserError(f"data {', '.join(folders)}: no files in a known format; give one of {', '.join(FORMATS)}")
-    return files
+def split_name(name: str) -> str:
+    """The split that a name means: `val`, `dev` and `validation_sft` are `validation`; other names stay.
+
+    >>> [split_name(name) for name in ("Valid", "train_sft", "test_unseen")]
+    ['validation', 'train', 'test_unseen']
+
+    Raises:
+        UserError: it is close to one of the names, but none of them.
+    """
+    plain = name.lower().removesuffix("_sft")
+    if plain in ALIASES:
+        return ALIASES[plain]
+    near = difflib.get_close_matches(plain, ALIASES, n=1, cutoff=0.8)
+    near = near or [alias for alias in ALIASES if sorted(alias) == sorted(plain)]
+    if near and not plain.startswith(near[0]):
+        raise UserError(f"data, split {name!r}: did you mean {near[0]!r}? a split of its own needs a name of its own")
+    return name
+
+
+def _as_source(files_by_split: Mapping[str, list[str]]) -> Source:
+    return {split: [_local_file(file) for file in files] for split, files in files_by_split.items()}
+
+
+def _local_file(file: str) -> tuple[str, Read]:
+    kind = _kind(file)
+    return file, lambda columns: read_file(file, kind, columns)
+
+
+def _kind(name: str) -> str:
+    return FORMATS.get(PurePosixPath(name).suffix.lower(), "")
 
 
 def _expand(pattern: str) -> list[str]:
@@ -70,103 +96,123 @@ def _expand(pattern: str) -> list[str]:
         hint = f"; did you mean {str(folder / near[0])!r}?" if near else ""
         raise UserError(f"data {pattern!r}: no such file{hint}")
     for file in files:
-        if Path(file).suffix not in FORMATS:
-            raise UserError(f"data {file!r}: unknown format; give one of {', '.join(FORMATS)}")
+        if not _kind(file):
+            hint = "; save it with commas, as .csv" if file.lower().endswith(".tsv") else ""
+            raise UserError(f"data {file!r}: unknown format; give one of {', '.join(FORMATS)}{hint}")
+        if _is_saved_to_disk(Path(file).parent):
+            raise UserError(f"data {file!r}: part of a folder of save_to_disk; give the folder {Path(file).parent}")
     return files
 
 
-def _load_files(files_by_split: dict[str, list[str]], problems: list[str]) -> LoadedSplits:
-    """Load one file at a time, so that messages can name the row in its file; datasets caches each file."""
-    loaded: LoadedSplits = {}
-    for split, files in files_by_split.items():
-        parts = [(file, _load_file(file, problems)) for file in files]
-        loaded[split] = [(file, dataset) for file, dataset in parts if dataset is not None]
-    return loaded
+def _files_by_split(folders: list[str], notes: list[str]) -> dict[str, list[str]]:
+    """The files of folders by the split that their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
+    found: dict[str | None, list[str]] = {}
+    others = []
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*")):
+            inner = path.relative_to(folder)
+            if not path.is_file() or any(part.startswith((".", "__")) for part in inner.parts):
+                continue
+            if _kind(path.name):
+                found.setdefault(_split_of_file(inner), []).append(str(path))
+            elif path.suffix.lower() in OTHER_DATA:
+                others.append(str(path))
+    if not found:
+        raise UserError(f"data {', '.join(folders)}: no files in a known format; give one of {', '.join(FORMATS)}")
+    unnamed = found.pop(None, [])
+    if not found:
+        found, unnamed = {"train": unnamed}, []
+    if left_out := [*unnamed, *others]:
+        notes.append(f"not read: {', '.join(left_out)} (no split in the name, or another format)")
+    order = dict.fromkeys([*SPLITS, *filter(None, found)])
+    return {split: found[split] for split in order if split in found}
 
 
-def _load_file(file: str, problems: list[str]) -> Dataset | None:
-    """The records of a file; or None if it cannot be read, and the reason in `problems`."""
-    kind = FORMATS[Path(file).suffix]
-    options: dict[str, Any] = {}
+def _split_of_file(path: Path) -> str | None:
+    """The split that a file's name gives, or else that of its folder; None if neither does."""
+    for part in (path.stem, *reversed(path.parts[:-1])):
+        if shard := SHARD.fullmatch(part):
+            return split_name(shard[1])
+        words = re.split(r"[^a-z]+", part.lower())
+        for word in words:
+            if word in ALIASES:
+                return ALIASES[word]
+    return None
+
+
+# --- Hub and save_to_disk -------------------------------------------------------------------------------------------
+
+
+def _on_the_hub(name: str, notes: list[str]) -> Source:
+    """The files of a Hub dataset, downloaded; what no reader of ours knows is loaded by `datasets`."""
+    builder = load_dataset_builder(name)
+    data_files = builder.config.data_files or {}
+    urls = {str(split): list(map(str, files)) for split, files in data_files.items()}
+    if not urls or not all(_kind(url) for files in urls.values() for url in files):
+        return {
+            split: [_loaded(f"{name} {split}", dataset)]
+            for split, dataset in _by_meaning(load_dataset(name), name, notes).items()
+        }
+    urls = _by_meaning(urls, name, notes)
+    manager = DownloadManager(dataset_name=name)
+    return {
+        split: [
+            _downloaded(f"{name} {PurePosixPath(url).name}", path, _kind(url))
+            for url, path in zip(files, manager.download(files), strict=True)
+        ]
+        for split, files in urls.items()
+    }
+
+
+def _by_meaning(by_split: Mapping, name: str, notes: list[str]) -> dict:
+    """The splits under the names they mean; beside `train_sft`, others such as `train_gen` are left out."""
+    if any(str(split).lower() == "train_sft" for split in by_split):
+        others = [str(split) for split in by_split if not str(split).lower().endswith("_sft")]
+        if others:
+            notes.append(f"{name}: splits for other ways of training are not read: {', '.join(others)}")
+        by_split = {split: value for split, value in by_split.items() if str(split) not in others}
+    return merge_splits({str(split): value for split, value in by_split.items()}, name)
+
+
+def merge_splits(by_split: Mapping, subject: str) -> dict:
+    """Splits under the names they mean.
+
+    Raises:
+        UserError: two names mean the same split.
+    """
+    named: dict[str, str] = {}
+    for name in by_split:
+        meaning = split_name(name)
+        if meaning in named:
+            raise UserError(f"{subject}: {named[meaning]!r} and {name!r} both mean the {meaning} split; keep one")
+        named[meaning] = name
+    return {meaning: by_split[name] for meaning, name in named.items()}
+
+
+def _downloaded(name: str, path: str, kind: str) -> tuple[str, Read]:
+    return name, lambda columns: read_file(path, kind, columns)
+
+
+def _loaded(name: str, dataset: Dataset) -> tuple[str, Read]:
+    return name, lambda columns: read_dataset(dataset, columns)
+
+
+def _is_saved_to_disk(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def _saved_to_disk(folder: str) -> Source:
     try:
-        if kind == "csv":
-            header, reasons = _check_csv(file)
-            if reasons:
-                problems += [f"{file} {reason}" for reason in reasons]
-                return None
-            # text stays text: "007" is not 7, and "None" or an empty cell is not null
-            options = {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
-        if kind == "json" and not _starts_like_records(file):
-            raise ValueError("it does not begin with an object or an array")
-        dataset = load_dataset(kind, data_files=glob.escape(file), split="train", **options)
-        if kind == "json" and dataset.column_names == ["text"]:  # datasets reads an array of plain values so
-            raise ValueError("its only field is 'text'; a record has an instruction and a response")
-        if kind == "json" and any(pa.types.is_temporal(column) for column in dataset.data.schema.types):
-            # datasets turns a column of date-like texts into dates; then read the file with `json` instead
-            dataset = Dataset.from_list([json.loads(text) for _, text in _json_texts(file)])
-        return dataset
-    except (DatasetGenerationError, ValueError, TypeError, OSError, csv.Error) as error:
-        reasons = _json_problems(file) if kind == "json" and not isinstance(error, OSError) else []
-        reasons = reasons or [_error_in_words(error.__cause__ or error, kind)]
-        problems += [f"{file} {reason}" for reason in reasons]
-        return None
+        loaded = load_from_disk(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data {folder!r}: a folder of save_to_disk that cannot be loaded ({error})") from error
+    if not isinstance(loaded, DatasetDict):
+        return {"train": [_loaded(folder, loaded)]}
+    splits: Iterable[tuple[str, Dataset]] = merge_splits(loaded, f"data {folder!r}").items()
+    return {split: [_loaded(f"{folder} {split}", dataset)] for split, dataset in splits}
 
 
-def _error_in_words(error: BaseException, kind: str) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 text (at byte {error.start}); save it as UTF-8"
-    if isinstance(error, json.JSONDecodeError):
-        return f"line {error.lineno} column {error.colno}: broken JSON ({error.msg}); fix it there"
-    return f"cannot be read as {kind}: {error}"
-
-
-def _starts_like_records(file: str) -> bool:
-    """Whether the file begins with an object or an array: datasets crashes the process if it starts with `null`."""
-    with open(file, "rb") as content:
-        return content.read(100_000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
-
-
-def _check_csv(file: str) -> tuple[list[str], list[str]]:
-    """The names of the columns, and the problems that datasets hides: it fills short rows and shifts long ones."""
-    with open(file, encoding="utf-8-sig", newline="") as text:
-        lines = (fields for fields in csv.reader(text) if fields)
-        header = next(lines, [])
-        sizes = [len(fields) for fields in lines]
-    names = ", ".join(header)
-    problems = [
-        f"row {row}: {size} fields, but the header has {len(header)} ({names}); "
-        "put text with commas or quotes in double quotes"
-        for row, size in enumerate(sizes)
-        if size != len(header)
-    ]
-    if not sizes:
-        problems.append(NO_RECORDS)
-    if len(set(header)) < len(header) or not all(header):
-        problems.append(f"has a column without a name, or one name twice, in its header ({names}); give each its own")
-    return header, problems
-
-
-def _json_problems(file: str) -> list[str]:
-    """The first error of a broken JSON array, or every row that is broken or not an object."""
-    try:
-        texts = _json_texts(file)
-    except ValueError as error:  # not UTF-8, or a broken array
-        return [_error_in_words(error, "json")]
-    problems = [] if texts else [NO_RECORDS]
-    for place, text in texts:
-        try:
-            if not isinstance(json.loads(text), dict):
-                problems.append(f"{place}: {shorten(text)} is not an object with named fields")
-        except json.JSONDecodeError as error:
-            reason = f"broken JSON at column {error.colno} ({error.msg})"
-            problems.append(f"{place}: {reason}: {shorten(text)}; fix the line or remove it")
-    return problems
-
-
-def _json_texts(file: str) -> list[tuple[str, str]]:
-    """The row in words and the JSON text of each element of an array, or of each line."""
-    text = Path(file).read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return [(f"row {row}", json.dumps(element)) for row, element in enumerate(json.loads(text))]
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [(f"row {row} (line {number})", line) for row, (number, line) in enumerate(lines)]
+def _one_saved_only(folder: str) -> Source:
+    raise UserError(f"data {folder!r}: a folder of save_to_disk; give it alone, or save the data as Parquet")

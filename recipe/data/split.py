@@ -10,22 +10,26 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from recipe.config import DataArguments, UserError
-from recipe.data.records import FIELDS, read_records
+from recipe.data.readers import FIELDS
+from recipe.data.records import LeftOut, read_records
 
 
-def load_records(config: DataArguments) -> tuple[DatasetDict, int]:
+def load_records(config: DataArguments) -> tuple[DatasetDict, LeftOut]:
     """Validated records in splits, not yet tokenized: see `recipe.data.records.read_records` for the columns.
 
     Splits that the data names are kept. A missing `validation` or `test` is taken from `train`, by `validation_ratio`
     and `test_ratio`; the choice depends on their content and `split_seed` alone. No two splits share a record.
 
     Returns:
-        the splits, and how many records of `train` and `validation` were dropped because a later split has them too.
+        the splits, and what was left out: how many `duplicates` of `train` and `validation` because a later split has
+        them too, and with `bad_records` "drop" the `bad` records, with file, row and reason.
 
     Raises:
         UserError: bad data (see `read_records`), too few records to split, a split whose records are all in later ones.
     """
-    return drop_cross_split_duplicates(split_by_content(read_records(config), config))
+    read, left_out = read_records(config)
+    splits, left_out.duplicates = drop_cross_split_duplicates(split_by_content(read, config))
+    return splits, left_out
 
 
 def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:

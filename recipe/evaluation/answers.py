@@ -140,7 +140,7 @@ def is_answer_file(name: str) -> bool:
     """Whether a model's name is a file of recorded answers."""
     from recipe.data.sources import FORMATS  # here: datasets takes a second, and --help needs none of it
 
-    return Path(name).suffix in FORMATS and Path(name).is_file()
+    return Path(name).suffix.lower() in FORMATS and Path(name).is_file()
 
 
 def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list[dict[str, Any]]]:
@@ -154,20 +154,24 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     """
     from recipe.data.records import read_records  # here: datasets takes a second, and --help needs none of it
 
-    splits = read_records(DataArguments(data=path))
+    splits, _ = read_records(DataArguments(data=path), extra=("model_response", "tuned", "id", "split"))
     if len(splits) != 1:
         raise UserError(f"--model {path}: {len(splits)} splits; name one file")
     [dataset] = splits.values()
-    column = next((name for name in ("model_response", "tuned") if name in dataset.column_names), None)
+    others = [json.loads(extra) for extra in dataset["extra"][:]]
+    found = set().union(*others)
+    column = next((name for name in ("model_response", "tuned") if name in found), None)
     if column is None:
-        raise UserError(f"{path}: neither a 'model_response' nor a 'tuned' column; found {dataset.column_names}")
-    has_ids = column == "tuned" and {"id", "split"} <= set(dataset.column_names)
+        raise UserError(f"{path}: neither a 'model_response' nor a 'tuned' column with the answers")
+    has_ids = column == "tuned" and {"id", "split"} <= found
     predictions: dict[str, dict[str, Any]] = {}
     answers = []
-    for row in dataset:
-        names = {"id": row["id"], "split": row["split"]} if has_ids else {"id": f"all/{row['row']}", "split": "all"}
+    for row, other in zip(dataset, others, strict=True):
+        names = {"id": other.get("id"), "split": other.get("split")}
+        names = names if has_ids else {"id": f"all/{row['row']}", "split": "all"}
         where = f"{path} row {row['row']}"
-        answer = row[column] if isinstance(row[column], dict) else {"text": row[column]}
+        answer = other.get(column)
+        answer = answer if isinstance(answer, dict) else {"text": answer}
         check_prediction({**names, column: answer}, where)
         if names["id"] in predictions:
             raise UserError(f"{where}: the id {names['id']!r} is in a row above, too; remove one")

@@ -178,7 +178,7 @@ def is_hub_id(source: Any) -> bool:
         validate_repo_id(source or "")
     except HFValidationError:
         return False
-    return Path(source).suffix not in FORMATS and not Path(source).exists()
+    return Path(source).suffix.lower() not in FORMATS and not Path(source).exists()
 
 
 def sources(data: Any) -> Iterator[tuple[str | None, str]]:
@@ -220,7 +220,7 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
     if name == ECHO:
         raise UserError(f"evaluation {folder} is of {ECHO!r}, which repeats the input; evaluate {output_dir}")
     # of an endpoint None is recorded, of a model of the Hub its commit, of recorded answers the hash of their file
-    checked = str(weights).startswith("sha256:") and Path(name).suffix not in FORMATS
+    checked = str(weights).startswith("sha256:") and Path(name).suffix.lower() not in FORMATS
     expected = weights_hash(str(output_dir))
     if checked and weights != expected:
         raise UserError(

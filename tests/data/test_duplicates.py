@@ -150,7 +150,7 @@ def test_repeated_records_are_found_within_and_across_splits(repeated_files):
         (found["records_of"], found["found_in"]): tuple(found[key] for key in ("exact", "same_prompt", "near"))
         for found in report["splits"]
     }
-    assert leaked == 1 and list(counts)[:2] == [("validation", "train"), ("test", "train")]
+    assert leaked.duplicates == 1 and list(counts)[:2] == [("validation", "train"), ("test", "train")]
     assert counts == {
         ("validation", "train"): (0, 1, 0),
         ("test", "train"): (1, 1, 1),

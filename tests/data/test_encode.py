@@ -31,7 +31,7 @@ def instructions(splits) -> dict[str, list[str]]:
 def test_default_split_is_85_5_10_and_keeps_every_record_once(tmp_path):
     splits, leaked = load_records(DataArguments(data=write(tmp_path / "a.json", records(200))))
     assert {name: len(split) for name, split in splits.items()} == {"train": 170, "validation": 10, "test": 20}
-    assert leaked == 0
+    assert leaked.duplicates == 0
     rows = sorted(row for split in splits.values() for row in split["row"])
     assert rows == list(range(200))
     for split in splits.values():
@@ -64,7 +64,7 @@ def test_given_splits_are_kept_and_leaked_records_leave_train(tmp_path):
         "extra": write(tmp_path / "extra.jsonl", records(30)[28:]),
     }
     splits, leaked = load_records(DataArguments(data=data))
-    assert leaked == 3  # two of train and one of validation are also in test
+    assert leaked.duplicates == 3  # two of train and one of validation are also in test
     assert {name: len(split) for name, split in splits.items()} == {"train": 18, "validation": 2, "test": 7, "extra": 2}
     assert splits["train"]["row"][:] == list(range(18))
 
@@ -287,7 +287,7 @@ def test_preamble_and_response_header_of_the_real_tokenizer(gpt2_tokenizer):
 def test_demo_records_load_as_they_are():
     data = {name: str(DEMO / "records" / f"{name}.jsonl") for name in ("train", "validation", "test", "test_unseen")}
     splits, leaked = load_records(DataArguments(data=data))
-    assert leaked == 0
+    assert leaked.duplicates == 0
     assert {name: len(split) for name, split in splits.items()} == {
         "train": 3200, "validation": 200, "test": 400, "test_unseen": 200,
     }  # fmt: skip
