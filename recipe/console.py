@@ -73,17 +73,23 @@ def print_table(
     unlimited.print(table)
 
 
-def print_token_statistics(statistics: Sequence[Mapping], leaked: int) -> None:
-    """Print `recipe.data.token_statistics` as a table, and below it how many records were cut or left out."""
+def print_token_statistics(
+    statistics: Sequence[Mapping], leaked: int, bad: Mapping[str, int], notes: Sequence[str] = ()
+) -> None:
+    """Print `recipe.data.token_statistics` as a table, and below it how many records were cut or left out.
+
+    `bad` counts bad records by reason; `notes` say which files were not read.
+    """
     headings = ["split", "rows", "tokens", "longest", "% preamble", "% supervised"]
     rows = []
     for split in statistics:
         counts = [f"{split[name]:,}" for name in ("rows", "tokens", "longest")]
         rows.append([split["split"], *counts, f"{split['preamble']:.0%}", f"{split['supervised']:.0%}"])
-    notes = {
+    notes_of = {
         "cut to max_length": sum(split["truncated"] for split in statistics),
         "left out because they are too long": sum(split["dropped"] for split in statistics),
         "left out because a later split holds them too": leaked,
+        **{f"left out as bad: {reason}": count for reason, count in bad.items()},
     }
-    caption = "; ".join(f"{count:,} records {note}" for note, count in notes.items() if count)
+    caption = "\n".join([*(f"{count:,} records {note}" for note, count in notes_of.items() if count), *notes])
     print_table("Records in tokens", headings, rows, caption=caption)

@@ -83,14 +83,17 @@ def main(argv: list[str]) -> None:
             "batch_size": args.per_device_train_batch_size,
         },
         "left_out_of_train_as_duplicates": dropped,
+        "bad_records": left_out.reasons,
         "splits": inspect_lengths(lengths, data_args, limits, args.per_device_train_batch_size, overhead),
         "repetition": repetition,
         **inspect_records(records, lengths, args.show),
     }
 
     # show
-    print_report(report)
+    print_report(report, left_out.notes)
     write_json(output_dir / "inspection.json", report)
+    if left_out.bad:
+        write_json_lines(output_dir / "bad_records.jsonl", left_out.bad)
     write_json_lines(output_dir / "near_duplicates.jsonl", pairs)
     plot_lengths(lengths, data_args.max_length, output_dir / "lengths.png")
     print(f"\nAll figures: {output_dir / 'inspection.json'}   Lengths drawn: {output_dir / 'lengths.png'}")

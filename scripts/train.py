@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
+from recipe.files import write_json_lines
 from recipe.training.checks import check_splits, check_trackers, fit_max_length, print_model
 from recipe.training.output_dir import clear_output_dir, explain_full_disk, find_checkpoint
 
@@ -33,11 +34,13 @@ def main(argv: list[str]) -> None:
         push = replace_trainer_push(training_args)
     set_seed(training_args.seed)
 
-    tokenizer, template, records, splits, about_data = prepare_data(model_args, data_args, training_args)
+    tokenizer, template, records, splits, bad_records, about_data = prepare_data(model_args, data_args, training_args)
     model, about_model = prepare_model(model_args, data_args, training_args, tokenizer, template)
     trainer = make_trainer(model, tokenizer, template, records, splits, data_args, training_args, push)
 
     clear_output_dir(training_args, checkpoint)
+    if bad_records and trainer.is_world_process_zero():
+        write_json_lines(Path(training_args.output_dir) / "bad_records.jsonl", bad_records)
     with explain_full_disk(Path(training_args.output_dir), model):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
@@ -62,20 +65,21 @@ def prepare_data(model_args, data_args, training_args):
     template = load_template(data_args.template, tokenizer)
     fit_max_length(data_args, model_args, tokenizer)
     with training_args.main_process_first(desc="data"):  # the others read its cache
-        records, duplicates = load_records(data_args)
+        records, left_out = load_records(data_args)
         splits = encode_records(records, tokenizer, data_args)
     check_splits(splits, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
     statistics = token_statistics(records, splits, preamble)
     if training_args.should_log:
-        print_token_statistics(statistics, duplicates)
+        print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
     rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
     about = {
         "data_hash": data_hash(records),  # by which the test split is found again
         "splits": {row["split"]: row for row in statistics},
-        "rows": rows | {"left_out_of_train_as_duplicates": duplicates},
+        "rows": rows | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)},
+        "bad_records": left_out.reasons,
     }
-    return tokenizer, template, records, splits, about
+    return tokenizer, template, records, splits, left_out.bad, about
 
 
 def prepare_model(model_args, data_args, training_args, tokenizer, template):

@@ -42,7 +42,7 @@ def test_names_are_shown_as_they_are_everywhere(capsys, text, shown):
     print_table(text, [text, "n"], [[text, "1"]])
     table = capsys.readouterr().out
     counts = dict.fromkeys(("rows", "tokens", "longest", "preamble", "supervised", "truncated", "dropped"), 1)
-    print_token_statistics([{"split": text, **counts}], leaked=0)
+    print_token_statistics([{"split": text, **counts}], leaked=0, bad={})
     statistics = capsys.readouterr().out
     assert f"“{shown}”" in scores and f"│ {shown} " in scores and f"│ {shown} (30) " in scores
     assert examples.count(shown) == 12  # of three examples instruction, input, reference and tuned response

@@ -12,8 +12,13 @@ from rich.text import Text
 from recipe.console import one_line, print_table
 
 
-def print_report(report: Mapping[str, Any]) -> None:
-    """Print the report as tables, leaks first, each with its examples."""
+def print_report(report: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
+    """Print what was not read, then the report as tables, leaks first, each with its examples."""
+    for note in [
+        *notes,
+        *(f"{count:,} bad records left out: {reason}" for reason, count in report["bad_records"].items()),
+    ]:
+        print(one_line(note))
     print_duplicates(report["repetition"], report["left_out_of_train_as_duplicates"])
     print_lengths(report["splits"])
     print_costs(report["splits"], report["settings"])

@@ -15,7 +15,7 @@ BOM = b"\xef\xbb\xbf"
 LONGEST_INT = 4000  # digits; Python refuses to convert more than 4,300
 
 
-class BrokenJSON(ValueError):
+class BrokenJSONError(ValueError):
     """Text that is not JSON, with its place and the reason."""
 
 
@@ -27,18 +27,18 @@ DECODER = json.JSONDecoder(parse_int=_integer, strict=False)
 
 
 def json_values(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The values of a file, each with its line in words. A broken line gives a `BrokenJSON`, and the next is read.
+    """The values of a file, each with its line in words. A broken line gives a `BrokenJSONError`, and the next is read.
 
     A byte that is not UTF-8 becomes a surrogate (`surrogateescape`), because it may stand where nobody looks.
 
     Raises:
-        BrokenJSON: an array that is broken, or a file that is no JSON at all.
+        BrokenJSONError: an array that is broken, or a file that is no JSON at all.
     """
     start = file.read(BLOCK).removeprefix(BOM)
     while start and not start.strip():
         start = file.read(BLOCK)
     if start[:4] in (b"PAR1", b"\x1f\x8b\x08\x00") or start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
-        raise BrokenJSON("is not UTF-8 text (at byte 0); save it as UTF-8")
+        raise BrokenJSONError("is not UTF-8 text (at byte 0); save it as UTF-8")
     if not start.strip():
         return
     if start.lstrip()[:1] == b"[":
@@ -50,7 +50,7 @@ def json_values(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 def _lines(file: BinaryIO, start: bytes) -> Iterator[tuple[str, Any]]:
     first = start.lstrip().split(b"\n", 1)[0].strip()
     if first == b"{":
-        raise BrokenJSON(
+        raise BrokenJSONError(
             "has objects over several lines; write each object on one line, or put them into an array: [{...}, {...}]"
         )
     rest = b""
@@ -71,16 +71,16 @@ def _parse_line(line: bytes) -> Any:
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as error:
-        return BrokenJSON(f"broken JSON at column {error.colno} ({error.msg}): {shorten(text)}")
+        return BrokenJSONError(f"broken JSON at column {error.colno} ({error.msg}): {shorten(text)}")
     except RecursionError:
-        return BrokenJSON(f"values nested too deeply to be read: {shorten(text)}")
+        return BrokenJSONError(f"values nested too deeply to be read: {shorten(text)}")
 
 
 def _array_elements(file: BinaryIO, start: bytes) -> Iterator[Any]:
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     text, line, column = decode(start), 1, 0  # of the beginning of `text`
     position = text.index("[") + 1
-    ended, expected = False, ("value", "]")
+    ended, expected = False, {"value", "]"}
     while True:
         position = _skip_space(text, position)
         if position == len(text) and not ended:
@@ -95,7 +95,7 @@ def _array_elements(file: BinaryIO, start: bytes) -> Iterator[Any]:
                 raise _broken(text, position + 1, line, column, "Extra data after the array")
             return
         if character == "," and "," in expected:
-            position, expected = position + 1, ("value",)
+            position, expected = position + 1, {"value"}
             continue
         if "value" not in expected:
             raise _broken(text, position, line, column, "Expecting ',' delimiter")
@@ -111,7 +111,7 @@ def _array_elements(file: BinaryIO, start: bytes) -> Iterator[Any]:
             text, position, ended = text[position:] + decode(block, final=not block), 0, not block
             continue
         yield value
-        position, expected = end, (",", "]")
+        position, expected = end, {",", "]"}
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -125,6 +125,6 @@ def _advance(text: str, end: int, line: int, column: int) -> tuple[int, int]:
     return line + newlines, end - (text.rfind("\n", 0, end) + 1) + (0 if newlines else column)
 
 
-def _broken(text: str, position: int, line: int, column: int, message: str) -> BrokenJSON:
+def _broken(text: str, position: int, line: int, column: int, message: str) -> BrokenJSONError:
     line, column = _advance(text, position, line, column)
-    return BrokenJSON(f"line {line} column {column + 1}: broken JSON ({message}); fix it there")
+    return BrokenJSONError(f"line {line} column {column + 1}: broken JSON ({message}); fix it there")

@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.table import MemoryMappedTable
 
 from recipe.console import shorten
-from recipe.data.json_values import BrokenJSON, json_values
+from recipe.data.json_values import BrokenJSONError, json_values
 
 FIELDS = ("instruction", "input", "output")
 OPTIONAL = ("input", "family")
+TEXT_TYPES = ("string", "large_string", "string_view", "null")
 BATCH = 10_000  # records in memory at a time
 NO_RECORDS = "holds no records; give it at least one"
 SCHEMA = pa.schema(
@@ -60,7 +63,7 @@ class Columns(NamedTuple):
     extra: tuple[str, ...] = ()
 
 
-class UnreadableFile(Exception):
+class UnreadableFileError(Exception):
     """A file that cannot be read as records, in words that follow its name; each line is a problem of its own."""
 
 
@@ -71,13 +74,15 @@ def read_file(path: str, kind: str, columns: Columns) -> Dataset:
     """The records of a file, good and bad, with the columns of `SCHEMA`; `kind` is `json`, `csv` or `parquet`.
 
     Raises:
-        UnreadableFile: it is broken, has no such columns, or no records.
+        UnreadableFileError: it is broken, has no such columns, or no records.
         OSError: it cannot be opened.
     """
     with open(path, "rb") as file:
         key = cache_key(hashlib.file_digest(file, "blake2b").hexdigest(), kind, columns)
-    rows = {"json": json_rows, "csv": csv_rows, "parquet": parquet_rows}[kind]
-    return cached(key, lambda: rows(path, columns), columns)
+    if kind == "parquet":
+        return cached(key, parquet_rows(path, columns), columns)
+    rows = json_rows(path) if kind == "json" else csv_rows(path, columns)
+    return cached(key, iter(lambda: list(itertools.islice(rows, BATCH)), []), columns)
 
 
 def read_dataset(dataset: Dataset, columns: Columns) -> Dataset:
@@ -86,7 +91,8 @@ def read_dataset(dataset: Dataset, columns: Columns) -> Dataset:
     key = cache_key(dataset._fingerprint, "dataset", columns)
     wanted = _wanted(dataset.column_names, columns, lambda: dataset.with_format(None)[:1])
     tables = dataset.select_columns(wanted).with_format("arrow").iter(batch_size=BATCH)
-    return cached(key, lambda: itertools.chain.from_iterable(map(_table_rows, tables)), columns)
+    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+    return cached(key, batches, columns)
 
 
 def cache_key(content: str, kind: str, columns: Columns) -> str:
@@ -96,7 +102,7 @@ def cache_key(content: str, kind: str, columns: Columns) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def cached(key: str, make_rows: Any, columns: Columns) -> Dataset:
+def cached(key: str, parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> Dataset:
     """The records under this key, read into the cache unless they are there; whole or not at all."""
     path = Path(datasets.config.HF_DATASETS_CACHE) / "instruction_records" / f"{key}.arrow"
     if not path.is_file():
@@ -104,7 +110,7 @@ def cached(key: str, make_rows: Any, columns: Columns) -> Dataset:
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-                for batch in _batches(make_rows(), columns):
+                for batch in _batches(parts, columns):
                     writer.write_batch(batch)
             draft.replace(path)
         finally:
@@ -112,44 +118,114 @@ def cached(key: str, make_rows: Any, columns: Columns) -> Dataset:
     return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
 
 
-def _batches(rows: Iterable[Row], columns: Columns) -> Iterator[pa.RecordBatch]:
-    count, seen, names = 0, set(), dict.fromkeys(())
-    numbered = enumerate(rows)
-    while part := list(itertools.islice(numbered, BATCH)):
-        if count == 0:
-            _refuse_conversations([values for _, values in part[:100]], columns)
-        for _, values in part:
-            if isinstance(values, dict):
-                seen.update(field for field, column in columns.fields.items() if column in values)
-                if len(names) < 100:
-                    names |= dict.fromkeys(values)
-        checked = [_checked(row, values, columns) for row, values in part]
-        yield pa.RecordBatch.from_pylist(checked, schema=SCHEMA)
-        count += len(part)
-    if count == 0:
-        raise UnreadableFile(f" {NO_RECORDS}")
+def _batches(parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> Iterator[pa.RecordBatch]:
+    """The lines of the Arrow file.
+
+    Raises:
+        UnreadableFileError: there are no records, they are conversations, or a column is in none of them.
+    """
+    start, seen = 0, set[str]()  # fields that a record has
+    names: dict[str, None] = {}  # of columns, in order
+    for part in parts:
+        if isinstance(part, list):
+            records = [row for row in part if isinstance(row, dict)]
+            if start == 0:
+                _refuse_conversations(records[:100], columns)
+            for record in records[:100] if len(names) < 100 else []:
+                names |= dict.fromkeys(record)
+            absent = [field for field in columns.fields if field not in seen]
+            seen |= {f for f in absent if any(columns.fields[f] in record for record in records)}
+        yield _checked(start, part, columns)
+        start += len(part)
+    if start == 0:
+        raise UnreadableFileError(f" {NO_RECORDS}")
     if names:
         missing_columns(list(names), columns, seen)
 
 
-def _checked(row: int, values: Row, columns: Columns) -> dict[str, Any]:
-    """A line of the Arrow file: the fields of a good record, or the problems of a bad one."""
-    if isinstance(values, Problem):
-        return {"row": row, "reason": values.reason, "problem": values.text, "record": "{}"}
-    fields = {field: values.get(column) for field, column in columns.fields.items()}
-    if columns.fields["input"] not in values:
-        fields["input"] = ""
-    problems = [problem for field in FIELDS if (problem := value_problem(field, fields[field])) is not None]
-    if problems:
-        shown = json.dumps({name: fields[name] for name in FIELDS}, default=str)
-        text = "\n".join(f": {problem.text}" for problem in problems)
-        return {"row": row, "reason": problems[0].reason, "problem": text, "record": shown}
-    family = fields.get("family")
-    if family is not None:
-        family = str(family).encode("utf-8", "replace").decode()
-    extra = {name: values[name] for name in columns.extra if name in values}
-    others = {"family": family, "extra": json.dumps(extra, default=str) if columns.extra else None}
-    return {"row": row, **{name: fields[name] for name in FIELDS}, **others}
+def _checked(start: int, part: list[Row] | pa.RecordBatch, columns: Columns) -> pa.RecordBatch:
+    """Lines of the Arrow file: the fields of good records, and the problems of bad ones.
+
+    Texts are checked all at once; only suspicious ones are looked at one by one.
+    """
+    unread = {} if isinstance(part, pa.RecordBatch) else {i: row for i, row in enumerate(part) if type(row) is Problem}
+    rows = [{} if type(row) is Problem else row for row in part] if unread else part
+    fields = {
+        field: _column(rows, column, "" if field == "input" else None) for field, column in columns.fields.items()
+    }
+    suspects = set().union(*(_suspects(field, fields[field]) for field in FIELDS)) - unread.keys()
+    bad = {index: (row.reason, row.text, "{}") for index, row in unread.items()}
+    for index in sorted(suspects):
+        values = {field: _python_value(fields[field][index]) for field in FIELDS}
+        problems = [problem for field in FIELDS if (problem := value_problem(field, values[field])) is not None]
+        if problems:
+            text = "\n".join(f": {problem.text}" for problem in problems)
+            bad[index] = (problems[0].reason, text, json.dumps(values, default=str))
+    nothing = [None] * len(part)
+    about = (
+        list(zip(*(bad.get(index, (None,) * 3) for index in range(len(part))), strict=True)) if bad else [nothing] * 3
+    )
+    arrays = [_without(fields[field], bad) for field in FIELDS]
+    arrays += [_families(fields["family"]), pa.array(range(start, start + len(part)), pa.int64())]
+    arrays += [pa.array(texts, pa.string()) for texts in (_extra(rows, columns) if columns.extra else nothing, *about)]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _python_value(value: Any) -> Any:
+    return value.as_py() if isinstance(value, pa.Scalar) else value
+
+
+def _column(rows: list[dict[str, Any]] | pa.RecordBatch, name: str, default: Any) -> list[Any] | pa.Array:
+    """The values of a column; as an Arrow array if all of them are text or null, and UTF-8."""
+    if isinstance(rows, list):
+        values = [row.get(name, default) for row in rows]
+    elif name not in rows.schema.names:
+        values = [default] * len(rows)
+    else:
+        array = rows.column(name)
+        try:
+            if str(array.type) in TEXT_TYPES:
+                array.validate(full=True)
+                return array.cast(pa.string())
+        except pa.ArrowInvalid:
+            texts = array.cast(pa.binary()).to_pylist()
+            return [text and text.decode("utf-8", "surrogateescape") for text in texts]
+        values = array.to_pylist()
+    if set(map(type, values)) <= {str, type(None)}:
+        with contextlib.suppress(UnicodeEncodeError):  # half a character
+            return pa.array(values, pa.string())
+    return values
+
+
+def _suspects(field: str, values: list[Any] | pa.Array) -> Iterable[int]:
+    """The rows to look at one by one: null and blank texts, or all if there is more than text."""
+    if isinstance(values, list):
+        return range(len(values))
+    if field in OPTIONAL:  # it may be null or blank
+        return ()
+    blank = pc.or_(pc.equal(pc.binary_length(values), 0), pc.utf8_is_space(values))
+    return np.flatnonzero(pc.fill_null(blank, True)).tolist()
+
+
+def _without(values: list[Any] | pa.Array, bad: Mapping[int, Any]) -> pa.Array:
+    """The texts of the good records, null for the bad ones."""
+    if not bad:
+        return values if isinstance(values, pa.Array) else pa.array(values, pa.string())
+    texts = values if isinstance(values, list) else values.to_pylist()
+    return pa.array([None if index in bad else text for index, text in enumerate(texts)], pa.string())
+
+
+def _families(values: list[Any] | pa.Array) -> pa.Array:
+    """As text whatever they are: they only name groups."""
+    if isinstance(values, pa.Array):
+        return values
+    texts = [None if value is None else str(value).encode("utf-8", "replace").decode() for value in values]
+    return pa.array(texts, pa.string())
+
+
+def _extra(rows: list[dict[str, Any]] | pa.RecordBatch, columns: Columns) -> list[str]:
+    records = rows if isinstance(rows, list) else rows.to_pylist()
+    return [json.dumps({name: r[name] for name in columns.extra if name in r}, default=str) for r in records]
 
 
 def value_problem(field: str, value: Any) -> Problem | None:
@@ -190,20 +266,20 @@ def _half_character(text: str) -> tuple[str, str] | None:
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
-def json_rows(path: str, columns: Columns) -> Iterator[Row]:
+def json_rows(path: str) -> Iterator[Row]:
     """The objects of a JSON array, or of JSON lines."""
     with open(path, "rb") as file:
         try:
             for place, value in json_values(file):
-                if isinstance(value, BrokenJSON):
+                if isinstance(value, BrokenJSONError):
                     yield Problem("broken JSON", f"{place}: {value}; fix the line or remove it")
                 elif isinstance(value, dict):
                     yield value
                 else:
                     shown = shorten(json.dumps(value, default=str))
                     yield Problem("not an object", f"{place}: {shown} is not an object with named fields")
-        except BrokenJSON as error:
-            raise UnreadableFile(f" {error}") from error
+        except BrokenJSONError as error:
+            raise UnreadableFileError(f" {error}") from error
 
 
 def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
@@ -211,7 +287,7 @@ def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
     with _csv_reader(path) as reader:
         lines = (fields for fields in reader if fields)
         try:
-            header = next(lines, [])
+            header: list[str] = next(lines, [])
             if not header:
                 return
             _check_header(header, columns)
@@ -225,37 +301,22 @@ def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
                     )
                     yield Problem("another number of fields than the header", f": {text}")
         except csv.Error as error:
-            raise UnreadableFile(
+            raise UnreadableFileError(
                 f' line {reader.line_num}: broken quotes ({error}); a quote in a text is written twice: "" and not \\"'
             ) from error
     _refuse_backslash_quotes(path, header)
 
 
-def parquet_rows(path: str, columns: Columns) -> Iterator[Row]:
+def parquet_rows(path: str, columns: Columns) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             wanted = _wanted(names, columns, lambda: next(file.iter_batches(1), pa.table({})).to_pydict())
-            for batch in file.iter_batches(BATCH, columns=wanted):
-                yield from _table_rows(batch)
+            yield from file.iter_batches(BATCH, columns=wanted)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise UnreadableFile(f" cannot be read as parquet: {error}") from error
-
-
-def _table_rows(table: pa.Table | pa.RecordBatch) -> Iterator[Row]:
-    names = table.schema.names
-    for values in zip(*(_python_values(table.column(name)) for name in names), strict=True):
-        yield dict(zip(names, values, strict=True))
-
-
-def _python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    try:
-        return array.to_pylist()
-    except UnicodeDecodeError:
-        texts = array.cast(pa.large_binary()).to_pylist()
-        return [text and text.decode("utf-8", "surrogateescape") for text in texts]
+        raise UnreadableFileError(f" cannot be read as parquet: {error}") from error
 
 
 @contextlib.contextmanager
@@ -271,11 +332,11 @@ def _csv_reader(path: str, **options: Any) -> Iterator[Any]:
 def _check_header(header: list[str], columns: Columns) -> None:
     for column in columns.fields.values():
         if header.count(column) > 1:
-            raise UnreadableFile(f" has the column {column!r} twice in its header; give each its own name")
+            raise UnreadableFileError(f" has the column {column!r} twice in its header; give each its own name")
     if len(header) == 1:
         for delimiter, name in DELIMITERS.items():
             if columns.fields["instruction"] in header[0].split(delimiter):
-                raise UnreadableFile(f" separates its columns by {name} ({delimiter!r}); save it with commas")
+                raise UnreadableFileError(f" separates its columns by {name} ({delimiter!r}); save it with commas")
     missing_columns(header, columns, {field for field, column in columns.fields.items() if column in header})
 
 
@@ -294,7 +355,7 @@ def _refuse_backslash_quotes(path: str, header: list[str]) -> None:
     except csv.Error:
         return
     if quotes:
-        raise UnreadableFile(r' writes quotes in texts as \" instead of ""; save it with doubled quotes')
+        raise UnreadableFileError(r' writes quotes in texts as \" instead of ""; save it with doubled quotes')
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
@@ -313,7 +374,7 @@ def missing_columns(names: list[str], columns: Columns, present: set[str]) -> No
     """Refuse a file without a column that is needed; an `input` of that very name may be absent.
 
     Raises:
-        UnreadableFile: each missing column, with the one that is meant, probably.
+        UnreadableFileError: each missing column, with the one that is meant, probably.
     """
     unused = sorted(set(names) - set(columns.fields.values()))
     missing = []
@@ -328,10 +389,10 @@ def missing_columns(names: list[str], columns: Columns, present: set[str]) -> No
             f"name the column of the {field} with --{field}_column {near[0] if near else 'NAME'}"
         )
     if missing:
-        raise UnreadableFile("\n".join(missing))
+        raise UnreadableFileError("\n".join(missing))
 
 
-def _refuse_conversations(rows: list[Row], columns: Columns) -> None:
+def _refuse_conversations(rows: Iterable[Row], columns: Columns) -> None:
     """Refuse chat records with one line that is true: no column of them is an instruction."""
     for values in rows:
         if not isinstance(values, dict):
@@ -344,7 +405,7 @@ def _refuse_conversations(rows: list[Row], columns: Columns) -> None:
                 for turn in turns
             )
             if is_chat and not complete:
-                raise UnreadableFile(
+                raise UnreadableFileError(
                     f": its records are conversations (the turns are in {name!r}), and this recipe learns from records "
                     "of instruction, input and output: write one for each conversation, its first question as "
                     "instruction and the answer to it as output"

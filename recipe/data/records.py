@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from recipe.config import DataArguments, UserError
-from recipe.data.readers import FIELDS, Columns, UnreadableFile
+from recipe.data.readers import FIELDS, Columns, UnreadableFileError
 from recipe.data.sources import Source, find_source, merge_splits
 
 LONGEST_REPORT = 100  # problems listed in one report; the rest are counted
@@ -63,7 +63,7 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
         for name, read in files:
             try:
                 records = read(columns)
-            except UnreadableFile as error:
+            except UnreadableFileError as error:
                 problems += [f"{name}{line}" for line in str(error).split("\n")]
                 continue
             good, bad = _good_and_bad(records, start)

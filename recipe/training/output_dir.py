@@ -58,7 +58,7 @@ def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None)
         for folder in output_dir.glob("checkpoint-*"):
             shutil.rmtree(folder)
         weights = output_dir.glob("model*.safetensors*")
-        reports = ("samples.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
+        reports = ("samples.jsonl", "bad_records.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
         for path in (*weights, *(output_dir / name for name in reports)):
             path.unlink(missing_ok=True)
 

@@ -105,7 +105,7 @@ def test_swapped_columns(tmp_path):
         data=path, instruction_column="output", output_column="instruction", validation_ratio=0, test_ratio=0
     )
     [row] = load_records(config)[0]["train"]
-    assert row == {"instruction": "Why?", "output": "Because.", "input": "", "id": 7, "row": 0}
+    assert row == {"instruction": "Why?", "output": "Because.", "input": "", "family": None, "row": 0}
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet", "glob", "folder"])
@@ -145,7 +145,7 @@ def test_columns_are_mapped_and_a_missing_input_is_empty(tmp_path):
         data=path, instruction_column="question", output_column="answer", validation_ratio=0, test_ratio=0
     )
     [row, _] = load_records(config)[0]["train"]
-    assert row == {"instruction": "Why?", "input": "", "output": "Because.", "row": 0}
+    assert row == {"instruction": "Why?", "input": "", "output": "Because.", "family": None, "row": 0}
 
 
 def test_encoded_record_by_hand(tmp_path, demo_tokenizer):

@@ -125,8 +125,9 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     ]
     path.write_text("instruction,output,output\na,b,c\n")
     assert refuse(path) == f"{path} has the column 'output' twice in its header; give each its own name"
-    path.write_text("instruction,output,\na,b,c\n")
-    assert "a column without a name" in refuse(path)
+    path.write_text("instruction,output,,x,x\na,b,c,1,2\nd,e,f,3,4\n")  # columns that nobody needs
+    config = DataArguments(data=str(path), validation_ratio=0, test_ratio=0)
+    assert load_records(config)[0]["train"]["output"][:] == ["b", "e"]
     path.write_text("instruction,input,output\n")
     assert refuse(path) == f"{path} holds no records; give it at least one"
 
@@ -175,7 +176,7 @@ def test_rows_are_counted_in_their_own_file(tmp_path):
 
 
 def test_files_that_do_not_go_together(tmp_path):
-    first = write(tmp_path / "part-0.jsonl", [GOOD])
+    write(tmp_path / "part-0.jsonl", [GOOD])
     second = write(tmp_path / "part-1.jsonl", [{**GOOD, "output": 3}])
     assert refuse(tmp_path / "part-*.jsonl").startswith(f"{second} row 0: 'output' is 3 (int), not text")
 
