@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
-from recipe.data.readers import FIELDS
+from recipe.data.columns import FIELDS
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 128  # hash functions of a MinHash

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments
 from recipe.console import UNSEEN
+from recipe.data.columns import FIELDS
 from recipe.data.duplicates import Record, flatten
 from recipe.data.encode import cut_lengths, encode_records
-from recipe.data.readers import FIELDS
 from recipe.figures import STYLE, TEXT, paint, save_png
 
 ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # a decoder writes U+FFFD for bytes that it cannot read

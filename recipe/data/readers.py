@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import hashlib
 import importlib.metadata
 import itertools
@@ -29,10 +28,17 @@ from datasets import Dataset
 from datasets.table import MemoryMappedTable
 
 from recipe.console import shorten
+from recipe.data.columns import (
+    FIELDS,
+    OPTIONAL,
+    Columns,
+    UnreadableFileError,
+    missing_columns,
+    refuse_conversations,
+    wanted_columns,
+)
 from recipe.data.json_values import BrokenJSONError, json_values
 
-FIELDS = ("instruction", "input", "output")
-OPTIONAL = ("input", "family")
 TEXT_TYPES = ("string", "large_string", "string_view", "null")
 BATCH = 10_000  # records in memory at a time
 NO_RECORDS = "holds no records; give it at least one"
@@ -51,20 +57,6 @@ class Problem(NamedTuple):
 
     reason: str
     text: str
-
-
-class Columns(NamedTuple):
-    """What is read: the column of each field (`instruction`, `input`, `output`, `family`), and others by their names.
-
-    The others may hold anything; they come as one JSON text in the column `extra`.
-    """
-
-    fields: Mapping[str, str]
-    extra: tuple[str, ...] = ()
-
-
-class UnreadableFileError(Exception):
-    """A file that cannot be read as records, in words that follow its name; each line is a problem of its own."""
 
 
 Row = dict[str, Any] | Problem  # the values of a record by column, or why there are none
@@ -89,7 +81,7 @@ def read_dataset(dataset: Dataset, columns: Columns) -> Dataset:
     """`read_file` for a dataset that was loaded by other means."""
     # datasets shows `_fingerprint` in its guide to caching, and has no public name for it
     key = cache_key(dataset._fingerprint, "dataset", columns)
-    wanted = _wanted(dataset.column_names, columns, lambda: dataset.with_format(None)[:1])
+    wanted = wanted_columns(dataset.column_names, columns, lambda: dataset.with_format(None)[:1])
     tables = dataset.select_columns(wanted).with_format("arrow").iter(batch_size=BATCH)
     batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
     return cached(key, batches, columns)
@@ -97,7 +89,10 @@ def read_dataset(dataset: Dataset, columns: Columns) -> Dataset:
 
 def cache_key(content: str, kind: str, columns: Columns) -> str:
     """Identifies records by what decides them: the content, the columns, the code that reads, and its libraries."""
-    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("readers.py", "json_values.py")]
+    code = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("columns.py", "readers.py", "json_values.py")
+    ]
     parts = [content, kind, json.dumps(columns, sort_keys=True), *code, importlib.metadata.version("pyarrow")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -130,7 +125,7 @@ def _batches(parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> I
         if isinstance(part, list):
             records = [row for row in part if isinstance(row, dict)]
             if start == 0:
-                _refuse_conversations(records[:100], columns)
+                refuse_conversations(records[:100], columns)
             for record in records[:100] if len(names) < 100 else []:
                 names |= dict.fromkeys(record)
             absent = [field for field in columns.fields if field not in seen]
@@ -311,7 +306,7 @@ def parquet_rows(path: str, columns: Columns) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = _wanted(names, columns, lambda: next(file.iter_batches(1), pa.table({})).to_pydict())
+            wanted = wanted_columns(names, columns, lambda: next(file.iter_batches(1), pa.table({})).to_pydict())
             yield from file.iter_batches(BATCH, columns=wanted)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
@@ -356,57 +351,3 @@ def _refuse_backslash_quotes(path: str, header: list[str]) -> None:
         return
     if quotes:
         raise UnreadableFileError(r' writes quotes in texts as \" instead of ""; save it with doubled quotes')
-
-
-# --- columns --------------------------------------------------------------------------------------------------------
-
-
-def _wanted(names: list[str], columns: Columns, first: Any) -> list[str]:
-    present = {field for field, column in columns.fields.items() if column in names}
-    if not set(FIELDS) - set(OPTIONAL) <= present:
-        _refuse_conversations([{name: values[0] for name, values in first().items() if len(values)}], columns)
-    missing_columns(names, columns, present)
-    wanted = [column for field, column in columns.fields.items() if field in present]
-    return wanted + [name for name in columns.extra if name in names and name not in wanted]
-
-
-def missing_columns(names: list[str], columns: Columns, present: set[str]) -> None:
-    """Refuse a file without a column that is needed; an `input` of that very name may be absent.
-
-    Raises:
-        UnreadableFileError: each missing column, with the one that is meant, probably.
-    """
-    unused = sorted(set(names) - set(columns.fields.values()))
-    missing = []
-    for field in FIELDS:
-        column = columns.fields[field]
-        near = difflib.get_close_matches(column, unused, n=1, cutoff=0.7)
-        if field in present or (field == column == "input" and not near):  # many data sets have no inputs
-            continue
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        missing.append(
-            f": no column {column!r} among {', '.join(map(repr, names))}; {hint}"
-            f"name the column of the {field} with --{field}_column {near[0] if near else 'NAME'}"
-        )
-    if missing:
-        raise UnreadableFileError("\n".join(missing))
-
-
-def _refuse_conversations(rows: Iterable[Row], columns: Columns) -> None:
-    """Refuse chat records with one line that is true: no column of them is an instruction."""
-    for values in rows:
-        if not isinstance(values, dict):
-            continue
-        complete = all(isinstance(values.get(columns.fields[field]), str) for field in ("instruction", "output"))
-        for name, value in values.items():
-            turns = value if isinstance(value, list) else []
-            is_chat = bool(turns) and all(
-                isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
-                for turn in turns
-            )
-            if is_chat and not complete:
-                raise UnreadableFileError(
-                    f": its records are conversations (the turns are in {name!r}), and this recipe learns from records "
-                    "of instruction, input and output: write one for each conversation, its first question as "
-                    "instruction and the answer to it as output"
-                )

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from recipe.config import DataArguments, UserError
-from recipe.data.readers import FIELDS, Columns, UnreadableFileError
+from recipe.data.columns import FIELDS, Columns, UnreadableFileError
 from recipe.data.sources import Source, find_source, merge_splits
 
 LONGEST_REPORT = 100  # problems listed in one report; the rest are counted

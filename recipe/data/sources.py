@@ -13,7 +13,8 @@ from datasets import Dataset, DatasetDict, DownloadManager, load_dataset, load_d
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from recipe.config import UserError
-from recipe.data.readers import Columns, read_dataset, read_file
+from recipe.data.columns import Columns
+from recipe.data.readers import read_dataset, read_file
 
 # by file name extension, in any case; the reader of each is in recipe/data/readers.py
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}

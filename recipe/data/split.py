@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from recipe.config import DataArguments, UserError
-from recipe.data.readers import FIELDS
+from recipe.data.columns import FIELDS
 from recipe.data.records import LeftOut, read_records
 
 
