@@ -35,7 +35,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """`write_whole` for JSON lines, one a row."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(
+        path, text.encode("utf-8", "backslashreplace")
+    )  # half a character becomes the escape that JSON has for it
 
 
 def read_json(path: Path) -> Any:

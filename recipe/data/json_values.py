@@ -22,7 +22,11 @@ PARTS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
 class BrokenJSONError(ValueError):
-    """Text that is not JSON, with its place and the reason."""
+    """Text that is not JSON, with its place and the reason; `text` is the whole line, if one is broken."""
+
+    def __init__(self, message: str, text: str = "") -> None:
+        super().__init__(message)
+        self.text = text
 
 
 def _integer(digits: str) -> int | Decimal:
@@ -81,7 +85,7 @@ def _parse_line(line: bytes, names: Collection[str]) -> Any:
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
-        return BrokenJSONError(f"broken JSON at column {error.colno} ({error.msg}): {shorten(text)}")
+        return BrokenJSONError(f"broken JSON at column {error.colno} ({error.msg}): {shorten(text)}", text)
     return _without_repeated(names, value, text)
 
 
@@ -136,7 +140,7 @@ def _without_repeated(names: Collection[str], value: Any, text: str) -> Any:
         present = [name for name, _ in objects[-1]]
         for name in names:
             if present.count(name) > 1:
-                return BrokenJSONError(f"{name!r} stands twice in one record: {shorten(text)}")
+                return BrokenJSONError(f"{name!r} stands twice in one record: {shorten(text)}", text)
     return value
 
 

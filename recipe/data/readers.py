@@ -59,6 +59,7 @@ class Problem(NamedTuple):
 
     reason: str
     text: str
+    values: dict[str, Any] | None = None  # what the row holds instead of a record
 
 
 Row = dict[str, Any] | Problem  # the values of a record by column, or why there are none
@@ -151,13 +152,17 @@ def _checked(start: int, part: list[Row] | pa.RecordBatch, columns: Columns) -> 
         field: _column(rows, column, "" if field == "input" else None) for field, column in columns.fields.items()
     }
     suspects = set().union(*(_suspects(field, fields[field]) for field in FIELDS)) - unread.keys()
-    bad = {index: (row.reason, row.text, "{}") for index, row in unread.items()}
+    bad = {
+        # the text may show bytes that are not UTF-8
+        index: (row.reason, row.text.encode("utf-8", "backslashreplace").decode(), _as_json(row.values or {}))
+        for index, row in unread.items()
+    }
     for index in sorted(suspects):
         values = {field: _python_value(fields[field][index]) for field in FIELDS}
         problems = [problem for field in FIELDS if (problem := value_problem(field, values[field])) is not None]
         if problems:
             text = "\n".join(f": {problem.text}" for problem in problems)
-            bad[index] = (problems[0].reason, text, json.dumps(values, default=str))
+            bad[index] = (problems[0].reason, text, _as_json(values))
     nothing = [None] * len(part)
     about = (
         list(zip(*(bad.get(index, (None,) * 3) for index in range(len(part))), strict=True)) if bad else [nothing] * 3
@@ -166,6 +171,14 @@ def _checked(start: int, part: list[Row] | pa.RecordBatch, columns: Columns) -> 
     arrays += [_families(fields["family"]), pa.array(range(start, start + len(part)), pa.int64())]
     arrays += [pa.array(texts, pa.string()) for texts in (_extra(rows, columns) if columns.extra else nothing, *about)]
     return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    """JSON that every reader takes: NaN, which JSON does not have, as text."""
+    try:
+        return json.dumps(values, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps({name: json.dumps(value, default=str) for name, value in values.items()})
 
 
 def _python_value(value: Any) -> Any:
@@ -273,12 +286,14 @@ def json_rows(path: str, columns: Columns) -> Iterator[Row]:
         try:
             for place, value in json_values(file, columns.fields.values()):
                 if isinstance(value, BrokenJSONError):
-                    yield Problem("broken JSON", f"{place}: {value}; fix the line or remove it")
+                    yield Problem("broken JSON", f"{place}: {value}; fix the line or remove it", {"text": value.text})
                 elif isinstance(value, dict):
                     yield value
                 else:
                     shown = shorten(json.dumps(value, default=str))
-                    yield Problem("not an object", f"{place}: {shown} is not an object with named fields")
+                    yield Problem(
+                        "not an object", f"{place}: {shown} is not an object with named fields", {"value": value}
+                    )
         except BrokenJSONError as error:
             raise UnreadableFileError(f" {error}") from error
 
@@ -296,7 +311,8 @@ def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
             for fields in lines:
                 if _has_backslash_quote(row_lines):
                     reason = 'a quote written as \\"'
-                    yield Problem(reason, f': {reason}; write it twice, as "", in a text in double quotes')
+                    text = f': {reason}; write it twice, as "", in a text in double quotes'
+                    yield Problem(reason, text, {"fields": fields})
                 elif len(fields) == len(header):
                     yield dict(zip(header, fields, strict=True))
                 else:
@@ -304,7 +320,7 @@ def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
                         f"{len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); put text with "
                         "commas or quotes in double quotes"
                     )
-                    yield Problem("another number of fields than the header", f": {text}")
+                    yield Problem("another number of fields than the header", f": {text}", {"fields": fields})
                 row_lines.clear()
         except csv.Error as error:
             raise UnreadableFileError(

@@ -18,7 +18,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from recipe.config import DataArguments, UserError
 from recipe.data.columns import FIELDS, Columns, UnreadableFileError
-from recipe.data.sources import Source, find_source, merge_splits
+from recipe.data.sources import Source, find_source
+from recipe.data.split_names import by_meaning
 
 LONGEST_REPORT = 100  # problems listed in one report; the rest are counted
 
@@ -106,7 +107,7 @@ def _files_by_split(data: dict | str | list, notes: list[str]) -> Source:
     if not isinstance(data, dict):
         return find_source(_names(data, "data"), notes)
     by_split: Source = {}
-    for split, source in merge_splits(data, "data").items():
+    for split, source in by_meaning(data, "data", notes).items():
         found = find_source(_names(source, f"data, split {split!r}"), notes)
         if len(found) > 1 and split not in found:  # a folder or Hub id that names splits itself
             names = ", ".join(found)
