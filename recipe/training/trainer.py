@@ -25,8 +25,8 @@ from recipe.config import InstructionTrainingArguments
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.templates import Template
-from recipe.training.length_batches import LengthGroupedBatchSampler, record_lengths
 from recipe.training.loss import linear_cross_entropy, token_losses
+from recipe.training.sampling import Batches, check_accelerator_config, loader_of, plan_batches
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
@@ -34,9 +34,6 @@ NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "sup
 # Keeps the last hidden states alone. transformers documents only true and false: 5.23 also takes the index of a layer,
 # 5.17 reads it as true and keeps the hidden states of all layers.
 LAST_HIDDEN_STATES = {"output_hidden_states": -1}
-LOADER_OPTIONS = (
-    "num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order",
-)  # fmt: skip
 ADVICE = (
     "Training stopped; nothing has been saved since the last checkpoint. Look at the rows, lower --learning_rate, or "
     "use --bf16 or float32 in place of --fp16."
@@ -83,12 +80,8 @@ class InstructionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or InstructionTrainingArguments("tmp_trainer")
-        loading: Any = args.accelerator_config  # transformers has made an AcceleratorConfig of it
-        if loading.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: dispatch_batches splits tensors by their first dimension; leave it out"
-            )
-        loading.dispatch_batches = False  # accelerate's default would dispatch streamed data
+        check_accelerator_config(args.accelerator_config)
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # the default dispatches streams
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
         records = list(generation_records)
         self._generation_prompts = template.prompts(records) if template else []
@@ -108,38 +101,26 @@ class InstructionTrainer(Trainer):
     # --- batches ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """`Trainer.get_train_dataloader`, or the batches of `length_sampler`."""
-        args, sampler = self.args, self.length_sampler()
-        if sampler is None:
-            return super().get_train_dataloader()
-        dataset: Any = self.train_dataset
-        options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS}
-        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator, **options)
-        loader = self.accelerator.prepare(loader)
-        loader.set_sampler(sampler)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
+        """`Trainer.get_train_dataloader`, with the batches of `train_batches`."""
+        args, batches = self.args, self.train_batches()
+        loader = super().get_train_dataloader()
+        if batches is None:
+            return loader
+        loader = self.accelerator.prepare_data_loader(loader_of(batches, loader))
+        loader.set_sampler(batches)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
         self._records_per_step = (
-            sampler.records_per_epoch / len(sampler) * args.gradient_accumulation_steps * args.world_size
+            batches.records_per_epoch / len(batches) * args.gradient_accumulation_steps * args.world_size
         )
         return loader
 
-    def length_sampler(self) -> LengthGroupedBatchSampler | None:
-        """With a token budget or `group_by_length`, batches of records of similar length; else None.
+    def train_batches(self) -> Batches | None:
+        """The batches of an epoch, with each record in one; None for streamed data, which keeps the stock loader.
 
         Raises:
-            ValueError: the training data has no column of lengths, or a record is longer than `max_tokens_per_batch`.
+            ValueError: see `recipe.training.sampling.plan_batches`.
         """
-        args, max_tokens = self.args, self._max_tokens_per_batch
-        if max_tokens is None and args.train_sampling_strategy != "group_by_length":
-            return None
-        return LengthGroupedBatchSampler(
-            record_lengths(self.train_dataset, args.length_column_name),
-            # private in transformers: the batch size after auto_find_batch_size has lowered it
-            batch_size=None if max_tokens else self._train_batch_size,
-            max_tokens=max_tokens,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            num_processes=args.world_size,
-            drop_last=args.dataloader_drop_last,
-        )
+        # private in transformers: the batch size after auto_find_batch_size has lowered it, and the order of records
+        return plan_batches(self.train_dataset, self.args, self._train_batch_size, self._get_train_sampler)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Records of an optimizer step over all processes; with a token budget, their mean, for the log."""
