@@ -69,7 +69,10 @@ class DealtBatches(Sampler[list[int]]):
         count = len(records)  # type: ignore[arg-type]
         self.records_per_epoch = count - count % self.dealt_at_once if drop_last else count
         if not self.records_per_epoch:
-            raise ValueError(f"{count} records fill no batch of {batch_size} on {num_processes} process(es)")
+            raise ValueError(
+                f"{count} records fill no batch of {batch_size} on {num_processes} process(es); leave out "
+                "dataloader_drop_last, or lower per_device_train_batch_size"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -253,6 +256,9 @@ def loader_of(batches: Batches, stock: DataLoader) -> DataLoader:
         "prefetch_factor", "in_order",
     )  # fmt: skip
     options: dict[str, Any] = {name: getattr(stock, name) for name in names}
+    if stock.persistent_workers:
+        # they are seeded once a run, a resumed run's again: from the global state, that would change its dropout
+        options["generator"] = torch.Generator().manual_seed(batches.seed)
     collate = CollateShare(stock.collate_fn, stock.dataset)
     return DataLoader(stock.dataset, batch_sampler=batches, collate_fn=collate, **options)
 

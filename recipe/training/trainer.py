@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,7 +25,7 @@ from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.templates import Template
 from recipe.training.loss import linear_cross_entropy, token_losses
-from recipe.training.sampling import Batches, check_accelerator_config, loader_of, plan_batches
+from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
@@ -48,6 +47,8 @@ class InstructionTrainer(Trainer):
 
     - Loss: the mean cross-entropy over the supervised targets of all micro-batches and processes of an optimizer step.
       So 8 x 1 and 1 x 8 accumulated give the same gradients, as do one process and two.
+    - Batches: each record once an epoch. One process and several take the same steps if their steps hold equally many
+      records, also the last of an epoch (`recipe.training.sampling`); streamed data keeps the stock loader.
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
       tokens: none depends on the batch size, and no logits are kept.
     - Log: `tokens_per_second`, `padding`, `shared`, `supervised` and `num_input_tokens_seen` (docs/trackers.md), summed
@@ -112,6 +113,14 @@ class InstructionTrainer(Trainer):
             batches.records_per_epoch / len(batches) * args.gradient_accumulation_steps * args.world_size
         )
         return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """`Trainer.get_eval_dataloader`, of all records: `dataloader_drop_last` is for training."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def train_batches(self) -> Batches | None:
         """The batches of an epoch, with each record in one; None for streamed data, which keeps the stock loader.
@@ -247,7 +256,9 @@ class InstructionTrainer(Trainer):
             FloatingPointError: the loss, or the perplexity, is not finite.
         """
         start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        # persistent workers draw a seed in the first evaluation alone, a resumed run's in another one
+        with torch.random.fork_rng(devices=(), enabled=self.args.dataloader_persistent_workers):
+            metrics = super().evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if name.endswith(("_loss", "_perplexity")) and not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after step {self.state.global_step}. {ADVICE}")
@@ -264,7 +275,8 @@ class InstructionTrainer(Trainer):
         if not prompts or output.metrics is None or kwargs.get("metric_key_prefix") != "eval":
             return output
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # then all processes must answer every prompt
-        with PartialState().split_between_processes(prompts) as share, self.compute_loss_context_manager():
+        share = deal(prompts, self.args.world_size)[self.args.process_index]
+        with self.compute_loss_context_manager():
             responses = generate_responses(
                 self.model,  # type: ignore[arg-type]
                 self.processing_class,  # type: ignore[arg-type]
@@ -326,8 +338,10 @@ class InstructionTrainer(Trainer):
             self._stop_on_bad_loss(finite.tolist())
         self._unchecked, self._real_tokens, self._computed_tokens, self._supervised_tokens = [], 0, 0, 0
         self._window_tokens = [before + new for before, new in zip(self._window_tokens, tokens, strict=True)]
-        if self.args.include_num_input_tokens_seen == "no":  # else the stock Trainer counts
-            self.state.num_input_tokens_seen += tokens[0]
+        self.state.num_input_tokens_seen += tokens[self.args.include_num_input_tokens_seen == "all"]  # with padding
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Nothing: the stock Trainer would count a shared row by its mask, and wait for the device at each batch."""
 
     def _stop_on_bad_loss(self, finite: list[bool]) -> None:
         first_bad = []  # of this process
