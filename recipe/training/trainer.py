@@ -115,12 +115,17 @@ class InstructionTrainer(Trainer):
         return loader
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """`Trainer.get_eval_dataloader`, of all records: `dataloader_drop_last` is for training."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        """`Trainer.get_eval_dataloader`, with all records of the dataset it is asked for.
+
+        `dataloader_drop_last` is for training. With `dataloader_persistent_workers`, transformers would keep the loader
+        of the first dataset for all others, and a resumed run would draw the workers' seed at another evaluation.
+        """
+        kept = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
+        self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = kept
 
     def train_batches(self) -> Batches | None:
         """The batches of an epoch, with each record in one; None for streamed data, which keeps the stock loader.
@@ -256,9 +261,7 @@ class InstructionTrainer(Trainer):
             FloatingPointError: the loss, or the perplexity, is not finite.
         """
         start = time.perf_counter()
-        # persistent workers draw a seed in the first evaluation alone, a resumed run's in another one
-        with torch.random.fork_rng(devices=(), enabled=self.args.dataloader_persistent_workers):
-            metrics = super().evaluate(*args, **kwargs)
+        metrics = super().evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if name.endswith(("_loss", "_perplexity")) and not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after step {self.state.global_step}. {ADVICE}")

@@ -164,6 +164,15 @@ def test_evaluation_is_weighted_by_tokens_and_does_not_depend_on_the_batch_size(
     assert results[0]["eval_next_token_accuracy"] == pytest.approx(hits / count)
 
 
+def test_with_persistent_workers_each_dataset_is_evaluated_by_itself(demo_model, demo_tokenizer, rows, tmp_path):
+    args = arguments(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    trainer = trainer_for(demo_model, demo_tokenizer, rows, args)
+    for part in (rows, rows.select(range(5)), rows.select([7])):
+        total, count = loss_by_hand(demo_model.eval(), part)
+        assert trainer.evaluate(part)["eval_loss"] == pytest.approx(total / count, rel=1e-6)
+    assert trainer.args.dataloader_persistent_workers
+
+
 def test_log_tells_padding_tokens_and_learning_rate(demo_model, demo_tokenizer, rows, tmp_path):
     args = arguments(tmp_path, max_steps=2, logging_steps=2)
     trainer = trainer_for(demo_model, demo_tokenizer, rows, args)
