@@ -116,7 +116,7 @@ def make_trainer(model, tokenizer, template, records, splits, data_args, trainin
             template=template,
             max_new_tokens=training_args.generation_max_new_tokens,
         )
-        trainer.length_sampler()  # names a record longer than max_tokens_per_batch before the folder is touched
+        trainer.train_batches()  # names a record longer than max_tokens_per_batch before the folder is touched
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, flags that clash
         raise UserError(str(error)) from error
     if "validation" in splits and training_args.num_sample_generations:

@@ -50,6 +50,8 @@ def _why_not_one_row(model: PreTrainedModel, args: InstructionTrainingArguments)
         return f"a row cannot be cut into parts for {args.n_gpu} GPUs of one process; start one process for each GPU"
     if attention_of(model) not in ("sdpa", attention.NAME):
         return f"--attn_implementation {attention_of(model)} does not take a boolean mask"
+    if args.neftune_noise_alpha:
+        return "the noise of --neftune_noise_alpha depends on the length of a row, which would hold many examples"
     return None
 
 
