@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -225,6 +226,9 @@ class InstructionTrainingArguments(TrainingArguments):
                 raise UserError(
                     f"--max_tokens_per_batch decides what forms a batch: leave out --{', --'.join(clashing)}"
                 )
+        compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()  # of the accelerate file
+        if compiler != "no" and not self.torch_compile:  # so that all that asks whether we compile is told
+            self.torch_compile, self.torch_compile_backend = True, compiler
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if torch.cuda.is_available() and self.dataloader_pin_memory and self.accelerator_config is None:
@@ -270,8 +274,10 @@ def parse_arguments(
         _check_flags(rest, known)
     try:
         return parser.parse_dict(vars(values))
-    except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks that its fields go together
-        raise UserError(f"{config_path or 'command line'}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # TrainingArguments checks that its fields go together, and starts the device
+        raise UserError(f"{config_path or 'command line'}: {' '.join(str(error).split())}") from error
 
 
 def _check_flags(rest: list[str], known: Collection[str]) -> None:

@@ -60,12 +60,13 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
     args, data_args, judge_args = parse_arguments(types, argv, description)
-    from recipe.model import check_folder  # here: models take two seconds, and --help needs none
+    from recipe.model import check_folder, check_weights  # here: models take two seconds, and --help needs none
 
     run, defaults = None, {}
     for name in args.model:
         if model_kind(name) == "weights":
             check_folder(name)
+            check_weights(name)
             run = run or read_run(name)
             saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
             defaults = defaults or ({"template": str(saved)} if saved.is_file() else {})

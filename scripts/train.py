@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     )
     settings = Settings(model_args, data_args, training_args)
     checkpoint = find_checkpoint(training_args)
-    check_settings(data_args, training_args)
+    check_settings(model_args, data_args, training_args)
     check_trackers(training_args)
     push = None
     if training_args.push_to_hub:  # asks for access now: a wrong token must not cost a training run
@@ -133,9 +133,10 @@ def save_reports(trainer, model_args, data_args, about, push):
     from recipe.files import write_json, write_whole
     from recipe.provenance import describe_run
     from recipe.publishing.card import make_model_card
+    from recipe.training.collator_choice import attention_of
 
     output_dir = Path(trainer.args.output_dir)
-    run = describe_run(model_args, data_args, trainer) | about
+    run = describe_run(model_args, data_args, trainer, attention_of(trainer.model)) | about
     run["config"]["training"]["push_to_hub"] = push is not None  # replace_trainer_push has turned it off
     write_json(output_dir / "run.json", run)
     plot_loss(trainer.state.log_history, output_dir / "loss.png")

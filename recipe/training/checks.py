@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from recipe.config import (
     LOWER_IS_BETTER,
@@ -29,13 +29,21 @@ OF_ANSWERS = {"predictions", "references", "stop_reasons"}  # what --eval_genera
 OF_TIME = ("runtime", "samples_per_second", "steps_per_second")
 
 
-def check_settings(data_args: DataArguments, args: InstructionTrainingArguments) -> None:
-    """Refuse settings that do not fit together, as far as that needs neither data nor model."""
+def check_settings(model_args: ModelArguments, data_args: DataArguments, args: InstructionTrainingArguments) -> None:
+    """Refuse settings that do not fit together, as far as that needs neither data nor weights."""
+    from recipe.model import check_weights  # here, as below: --help needs none of it
+
+    check_weights(model_args.model_name_or_path or "")
     check_best_metric(args)
     if args.neftune_noise_alpha is not None and data_args.batching == "shared_prefix":
         raise UserError(
             f"--neftune_noise_alpha {args.neftune_noise_alpha} makes noise by the length of a row, which --batching "
             "shared_prefix changes; use --batching padded"
+        )
+    if args.optim_args and args.optim in ("adamw_torch", "adamw_torch_fused", "adafactor"):
+        raise UserError(
+            f"--optim_args {args.optim_args} has no effect on --optim {OptimizerNames(args.optim).value}; use "
+            "--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay and --learning_rate, or leave it out"
         )
     accumulated = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # of the accelerate file
     if accumulated.isdigit() and int(accumulated) not in (1, args.gradient_accumulation_steps):
@@ -47,11 +55,14 @@ def check_settings(data_args: DataArguments, args: InstructionTrainingArguments)
 
 def check_best_metric(args: InstructionTrainingArguments) -> None:
     """Refuse a metric_for_best_model that no evaluation will have, or that is compared the wrong way round."""
-    if args.load_best_model_at_end and args.eval_strategy == "no":
-        raise UserError("--load_best_model_at_end compares evaluations: add --eval_strategy epoch or steps")
+    compares = "--load_best_model_at_end" if args.load_best_model_at_end else "--save_strategy best"
+    if (args.load_best_model_at_end or args.save_strategy == "best") and args.eval_strategy == "no":
+        raise UserError(f"{compares} compares evaluations: add --eval_strategy epoch or steps")
+    if args.save_strategy == "best" and args.metric_for_best_model is None:
+        raise UserError("--save_strategy best: name what is compared, for example --metric_for_best_model loss")
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
-    from recipe.evaluation.measures import MEASURES  # here: --help needs none of it
+    from recipe.evaluation.measures import MEASURES
 
     flag, name = (
         f"--metric_for_best_model {args.metric_for_best_model}",
@@ -72,9 +83,19 @@ def check_best_metric(args: InstructionTrainingArguments) -> None:
 
 
 def check_trackers(args: InstructionTrainingArguments) -> None:
-    """Let W&B look for its key now and not at the first step."""
-    if "wandb" not in (args.report_to or ()) or args.process_index != 0 or find_spec("wandb") is None:
-        return  # if it is not installed, the Trainer says how to install it
+    """Refuse trackers that are unknown or not installed, and let W&B look for its key now and not at the first step."""
+    if not args.report_to:
+        return
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    for name in set(args.report_to).difference(get_available_reporting_integrations()):
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:  # it lists what is supported
+            raise UserError(f"--report_to {name}: {error}") from error
+        raise UserError(f"--report_to {name}: its library is not installed; install it, or leave {name} out")
+    if "wandb" not in args.report_to or args.process_index != 0:
+        return
     import wandb
 
     try:
@@ -117,8 +138,8 @@ def check_evaluations(args: InstructionTrainingArguments, state: TrainerState) -
     if last == 0 or last < args.eval_delay:
         flags = (f"--eval_steps {every}, " if by_steps else "") + f"--eval_delay {args.eval_delay:g}"
         raise UserError(
-            f"{flags}: the run ends after {end:,} {'steps' if by_steps else 'epochs'}, before its first evaluation, so "
-            "there is no best model; evaluate earlier"
+            f"{flags}: the run ends after {end:,} {'steps' if by_steps else 'epoch(s)'}, before its first evaluation, "
+            "so there is no best model; evaluate earlier"
         )
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from recipe.generation import generate_responses
 from recipe.training.checks import check_evaluations, check_schedule
 from recipe.training.errors import Settings, explain_error
 from recipe.training.output_dir import check_disk, clear_output_dir
-from recipe.training.trainer import token_weighted_metrics
 
 ENOUGH_TOKENS = 2  # of a tried answer: the second is computed from the cache
 
@@ -46,9 +45,13 @@ class FirstStep(TrainerCallback):
         self.tried = self.taken = False
 
     def watch(self, trainer: Trainer, prompts: list[str]) -> None:
-        """Join the trainer's callbacks, before those that write; `prompts` are some that evaluations will answer."""
+        """Become the first of the trainer's callbacks, before those that write.
+
+        Args:
+            prompts: some of those that evaluations will answer.
+        """
         self.trainer, self.prompts = trainer, prompts
-        trainer.add_callback(self)
+        trainer.callback_handler.callbacks.insert(0, self)
 
     @contextmanager
     def errors_explained(self) -> Iterator[None]:
@@ -89,19 +92,15 @@ class FirstStep(TrainerCallback):
 
 
 def try_evaluation(trainer: Trainer) -> None:
-    """Evaluate one record, as each evaluation will."""
-    if trainer.eval_dataset is None:
-        return
-    model: Any = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    was_training = model.training
-    model.eval()
+    """Evaluate one record on each process, as each evaluation will."""
+    dataset: Any = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    few = dataset.select(range(min(len(dataset), trainer.args.world_size)))
+    handler = trainer.callback_handler
+    callbacks, handler.callbacks = handler.callbacks, []  # it shows no bar and is no evaluation to anyone
     try:
-        collate: Any = trainer.data_collator
-        batch = collate([trainer.eval_dataset[0]])  # type: ignore[index]
-        _, sums, targets = trainer.prediction_step(model, batch, prediction_loss_only=False)
-        token_weighted_metrics(EvalPrediction(sums.cpu().numpy(), targets.cpu().numpy()))
+        trainer.evaluation_loop(trainer.get_test_dataloader(few), "Trial", metric_key_prefix="trial")
     finally:
-        model.train(was_training)
+        handler.callbacks = callbacks
 
 
 def try_answer(trainer: Trainer, prompts: list[str]) -> None:
