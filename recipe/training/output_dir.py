@@ -39,7 +39,7 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
             f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; name a checkpoint-N "
             "folder, or leave the flag out to start a new run"
         )
-    if checkpoint is not None and not any(Path(checkpoint).glob(name) for name in OPTIMIZER_FILES):
+    if checkpoint is not None and not any(file for name in OPTIMIZER_FILES for file in Path(checkpoint).glob(name)):
         raise UserError(
             f"{checkpoint} holds no optimizer, because it was saved with --save_only_model true: learning rate and "
             f"optimizer would start over; start a new run from its weights with --model_name_or_path {checkpoint} and "
