@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -65,11 +66,11 @@ def run_script(
 
 def _reader_has_left() -> bool:
     """Whether nobody reads our output any more, as after `| head`: no error to report."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    if not hasattr(select, "poll"):  # on Windows
         return True
-    return False
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    return bool(pipe.poll(0))
 
 
 def _exit(message: str) -> NoReturn:

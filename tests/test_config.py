@@ -159,7 +159,7 @@ def test_old_names_are_told_the_new_ones():
 
 
 def test_what_is_better_is_known_of_every_metric():
-    """The directions of transformers' default, which knows only names that end in "loss", beside those of the scores."""
+    """transformers knows it only of names that end in "loss"."""
     lower = {name for name, measure in MEASURES.items() if measure.better == "lower"} - {"reference_loss"}
     assert set(LOWER_IS_BETTER) == lower | {"loss", "perplexity"}
     best = ("--load_best_model_at_end", "true", "--eval_strategy", "epoch", "--save_strategy", "epoch")
