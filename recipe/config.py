@@ -5,21 +5,19 @@ Every field of transformers' `TrainingArguments` is a YAML key and a flag too.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-INFINITY = float("inf")
+from recipe.setting_checks import json_problem, range_problem, type_problem, what_instead
 
 
 class UserError(Exception):
@@ -31,88 +29,18 @@ def setting(default: Any, help: str) -> Any:
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": help})
 
 
-# The lowest value of settings that have one. Libraries would take a lower one without a word, or fail in the middle.
-LOWEST: dict[str, float] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "generation_max_new_tokens", "max_tokens_per_batch", "eval_accumulation_steps",
-                     "torch_empty_cache_steps", "save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb",
-                     "ddp_timeout", "num_proc"), 1),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-                     "warmup_steps", "eval_delay", "num_sample_generations", "dataloader_num_workers",
-                     "neftune_noise_alpha", "seed", "data_seed"), 0),
-}  # fmt: skip
-ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")  # below 1 the last three are shares
-HIGHEST = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32 - 1, "data_seed": 2**32 - 1}  # as numpy takes seeds
-# What took the place of settings that transformers 4 had, or that other trainers have.
-REPLACED = {
-    "evaluation_strategy": "eval_strategy",
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "warmup_ratio": "warmup_steps; a number below 1 is a share of all steps",
-    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "no_cuda": "use_cpu",
-    "use_mps_device": "nothing: an accelerator is used if there is one",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "adafactor": "optim: adafactor",
-    "half_precision_backend": "bf16 or fp16 alone",
-    "fp16_backend": "bf16 or fp16 alone",
-    "fp16_opt_level": "bf16 or fp16 alone",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_organization": "hub_model_id: owner/name",
-    "push_to_hub_token": "the environment variable HF_TOKEN",
-    "torchdynamo": "torch_compile_backend",
-    "save_safetensors": "nothing: weights are always saved as safetensors",
-    "include_inputs_for_metrics": "include_for_metrics",
-    "include_tokens_per_second": "nothing: tokens_per_second is always logged",
-    "dispatch_batches": "accelerator_config",
-    "split_batches": "accelerator_config",
-    "fsdp_min_num_params": "fsdp_config",
-    "fsdp_transformer_layer_cls_to_wrap": "fsdp_config",
-    "torch_dtype": "dtype",
-    "max_seq_length": "max_length",
-    "model_max_length": "max_length",
-    "dataset_name": "data",
-    "train_file": "data",
-}
 LOWER_IS_BETTER = ("loss", "perplexity", "repeated_4grams", "empty_rate")  # of the metrics of an evaluation
 
 
-def check_ranges(settings: Any) -> None:
-    """Refuse numbers outside their range, NaN, and infinity, among the fields of a dataclass.
+def check_values(settings: Any) -> None:
+    """Refuse values that no setting of this name can have.
 
     Raises:
         UserError: names the flag, its value and what is allowed.
     """
-    for setting_field in fields(settings):
-        name, value = setting_field.name, getattr(settings, setting_field.name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        if value != value or (value in (INFINITY, -INFINITY) and name != "max_grad_norm"):
-            raise UserError(f"--{name} {value}: give a finite number")
-        if value < LOWEST.get(name, -INFINITY) or value > HIGHEST.get(name, INFINITY):
-            highest = f", at most {HIGHEST[name]}" if name in HIGHEST else ""
-            raise UserError(f"--{name} {value}: give at least {LOWEST[name]}{highest}")
-        counts = getattr(settings, name.replace("_steps", "_strategy"), None) == "steps" or name == "num_train_epochs"
-        if name in ABOVE_ZERO and counts and value <= 0:
-            raise UserError(f"--{name} {value}: give a number above 0")
-
-
-# Mappings, on the command line as JSON; the last three can also name a file.
-JSON_SETTINGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
-                 "accelerator_config", "fsdp_config", "deepspeed")  # fmt: skip
-
-
-def _check_json(name: str, value: Any) -> None:
-    """Refuse a text that is neither a mapping in JSON nor, where that is allowed, a file."""
-    if not isinstance(value, str) or (name in JSON_SETTINGS[-3:] and Path(value).is_file()):
-        return
-    try:
-        content, problem = json.loads(value), "not a mapping"
-    except ValueError as error:
-        content, problem = None, f"not valid JSON ({error})"
-    if not isinstance(content, dict):
-        or_file = " or the path of a file" if name in JSON_SETTINGS[-3:] else ""
-        raise UserError(f"--{name} {value}: {problem}; give a mapping such as '{{\"name\": 1}}'{or_file}")
+    for name, value in vars(settings).items():
+        if problem := range_problem(name, value, settings) or json_problem(name, value):
+            raise UserError(f"--{name} {value}: {problem}")
 
 
 @dataclass
@@ -164,7 +92,7 @@ class DataArguments:
                 self.data = json.loads(self.data)
             except json.JSONDecodeError as error:
                 raise UserError(f"--data {self.data}: not valid JSON ({error})") from error
-        check_ranges(self)
+        check_values(self)
         validation, test = self.validation_ratio, self.test_ratio
         if min(validation, test) < 0 or validation + test >= 1:
             raise UserError(
@@ -208,9 +136,7 @@ class InstructionTrainingArguments(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it shifts labels again; use 0")
-        check_ranges(self)
-        for name in JSON_SETTINGS:
-            _check_json(name, getattr(self, name))
+        check_values(self)
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps {self.max_steps}: give at least 1, or leave it out for --num_train_epochs")
         if (
@@ -283,7 +209,7 @@ def parse_arguments(
 def _check_flags(rest: list[str], known: Collection[str]) -> None:
     """Refuse what the parser has left of the command line; without values, which may be secrets."""
     unknown = [word.split("=")[0] for word in rest if word.startswith("--")]
-    problems = [f"unknown flag {flag}{_what_instead(flag.strip('-').replace('-', '_'), known)}" for flag in unknown]
+    problems = [f"unknown flag {flag}{what_instead(flag.strip('-').replace('-', '_'), known)}" for flag in unknown]
     if rest:
         problems = problems or [f"unexpected {rest[0]!r}; write --flag value"]
         raise UserError("\n".join(f"command line: {problem}" for problem in problems))
@@ -319,7 +245,7 @@ def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> No
     problems = []
     for key, value in content.items():
         if key not in known:
-            problems.append(f"{path}: unknown key {key!r}{_what_instead(str(key), known)}")
+            problems.append(f"{path}: unknown key {key!r}{what_instead(str(key), known)}")
         elif value is None and known[key] is not None:
             problems.append(f"{path}: {key!r} is null; give a value, or leave the key out for {known[key]!r}")
     if problems:
@@ -329,59 +255,12 @@ def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> No
 def _check_types(content: dict[str, Any], dataclass_types: list[type], path: str) -> None:
     """Refuse lists and mappings where a setting takes none; scalars are checked as flags are."""
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    values = {key: value for key, value in content.items() if isinstance(value, list | dict)}
     problems = [
-        f"{path}: {key}: {json.dumps(value, default=str)} is {_kind(value)}; give {_wanted(hints[key])}"
-        for key, value in content.items()
-        if isinstance(value, list | dict) and not _fits(value, hints[key])
+        f"{path}: {problem}" for key, value in values.items() if (problem := type_problem(key, value, hints[key]))
     ]
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file is what a type hint says, with the values of a list, but not of a mapping.
-
-    >>> _fits([1], int | None), _fits([1, 2], list[int]), _fits(["a"], list[int] | None), _fits({"a": 1}, dict | str)
-    (False, True, False, True)
-    """
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, arm) for arm in get_args(hint))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(element, get_args(hint)[0]) for element in value)
-    plain = get_origin(hint) or hint
-    if plain in (int, float):
-        return isinstance(value, plain | int) and not isinstance(value, bool)
-    return plain is Any or (isinstance(plain, type) and isinstance(value, plain))
-
-
-def _kind(value: Any) -> str:
-    names = {type(element).__name__ for element in value} if isinstance(value, list) else ()
-    return f"a list of {' and '.join(sorted(names)) or 'nothing'}" if isinstance(value, list) else "a mapping"
-
-
-def _wanted(hint: Any) -> str:
-    """A type hint in words: `int | None` is "one whole number or null"."""
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_wanted, get_args(hint))))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    if get_origin(hint) is list:
-        return f"a list, each {_wanted(get_args(hint)[0])}"
-    words = {int: "one whole number", float: "one number", bool: "true or false", str: "one text", dict: "a mapping",
-             list: "a list", NoneType: "null"}  # fmt: skip
-    plain = get_origin(hint) or hint
-    return words.get(plain, "one text")
-
-
-def _what_instead(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown setting: what took its place, or the nearest known name."""
-    return f"; use {REPLACED[name]}" if name in REPLACED else did_you_mean(name, known)
-
-
-def did_you_mean(name: str, known: Collection[str], otherwise: str = "; see --help for all names") -> str:
-    """The end of a message about an unknown name: the nearest known one."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else otherwise
 
 
 def _drop_replaced_model(content: dict[str, Any], flags: list[str]) -> None:

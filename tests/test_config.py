@@ -1,5 +1,6 @@
 """Flags and YAML: what is shipped loads, and what is wrong is named."""
 
+import doctest
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -8,9 +9,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import recipe.setting_checks
+import recipe.training.errors
 from recipe.config import (
     LOWER_IS_BETTER,
-    REPLACED,
     DataArguments,
     InstructionTrainingArguments,
     ModelArguments,
@@ -18,6 +20,7 @@ from recipe.config import (
     parse_arguments,
 )
 from recipe.evaluation.measures import MEASURES
+from recipe.setting_checks import REPLACED
 
 TYPES = [ModelArguments, DataArguments, InstructionTrainingArguments]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -172,6 +175,10 @@ def test_the_compiler_of_accelerates_file_counts_as_ours(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     training = parse()[2]
     assert (training.torch_compile, training.torch_compile_backend) == (True, "eager")
+
+
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(recipe.setting_checks).failed == doctest.testmod(recipe.training.errors).failed == 0
 
 
 def test_missing_config_file_and_stray_words():

@@ -17,8 +17,8 @@ from recipe.config import (
     InstructionTrainingArguments,
     ModelArguments,
     UserError,
-    did_you_mean,
 )
+from recipe.setting_checks import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

@@ -213,16 +213,17 @@ def test_a_checkpoint_of_another_shape_is_not_resumed(refused, work):
     assert f"--resume_from_checkpoint {checkpoint}: " in message and "size mismatch" in message
 
 
-def test_a_yaml_file_with_a_list_in_the_place_of_a_number(refused, work):
-    (work / "run.yaml").write_text("max_length: [64]\nseed: {a: 1}\n", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "scripts/train.py", str(work / "run.yaml")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        f"error: {work / 'run.yaml'}: max_length: [64] is a list of int; give one whole number or null",
-        f'{work / "run.yaml"}: seed: {{"a": 1}} is a mapping; give one whole number',
+def test_a_yaml_file_with_lists_in_the_place_of_numbers(work):
+    path = work / "run.yaml"
+    path.write_text("max_length: [64]\nseed: {a: 1}\n", encoding="utf-8")
+    before = content(work / "run")
+    with pytest.raises(UserError) as error:
+        main_of_training()([str(path), *arguments(work)])
+    assert str(error.value).splitlines() == [
+        f"{path}: max_length: [64] is a list of int; give one whole number or null",
+        f'{path}: seed: {{"a": 1}} is a mapping; give one whole number',
     ]
+    assert content(work / "run") == before
 
 
 def test_in_a_process_of_its_own_as_a_user_sees_it(work):
