@@ -5,7 +5,6 @@ python scripts/inspect_data.py configs/demo.yaml --output_dir outputs/data
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from recipe.config import (
     parse_arguments,
     setting,
 )
+from recipe.console import run_script
 
 
 @dataclass
@@ -115,9 +115,4 @@ def results_folder(argv: list[str], args: InspectionArguments) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was changed; run it again")
+    run_script(main, interrupted="nothing was changed; run it again")

@@ -5,13 +5,12 @@ python scripts/publish.py outputs/demo --repo_id someone/demo --evaluation outpu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipe.config import UserError, parse_arguments, setting
-from recipe.console import print_table
+from recipe.console import print_table, run_script
 from recipe.files import write_whole
 from recipe.provenance import read_run
 from recipe.publishing.card import make_model_card, read_evaluation
@@ -96,9 +95,4 @@ def print_files(files: Mapping[str, Path], card: str, title: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the Hub has the commit whole or not at all; run the same command again")
+    run_script(main, interrupted="the Hub has the commit whole or not at all; run the same command again")

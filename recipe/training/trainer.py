@@ -218,7 +218,7 @@ class InstructionTrainer(Trainer):
     def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
         """Whether we can apply the head ourselves: no PEFT, sharding, compiling, or float16 (which scales the loss)."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        plain = not (self.args.torch_compile or self.args.fp16)
+        plain = not self.args.torch_compile and self.accelerator.mixed_precision != "fp16"  # wherever it was set
         parameters = inspect.signature(type(causal_model).forward).parameters
         return type(head) is nn.Linear and "logits_to_keep" in parameters and whole and plain
 
