@@ -54,6 +54,7 @@ def prepare_data(model_args, data_args, training_args):
     """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
     from recipe.console import print_token_statistics
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
+    from recipe.data.special_text import count_special_text, find_special_text, special_text_note
     from recipe.data.split import data_hash
     from recipe.model import load_tokenizer
     from recipe.templates import load_template
@@ -66,14 +67,16 @@ def prepare_data(model_args, data_args, training_args):
         splits = encode_records(records, tokenizer, data_args)
     check_splits(splits, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
-    statistics = token_statistics(records, splits, preamble)
+    statistics, special_text = token_statistics(records, splits, preamble), find_special_text(records, tokenizer)
     if training_args.should_log:
         print_token_statistics(statistics, duplicates)
+        if note := special_text_note(special_text, tokenizer):
+            print(note)
     rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
     about = {
         "data_hash": data_hash(records),  # by which the test split is found again
         "splits": {row["split"]: row for row in statistics},
-        "rows": rows | {"left_out_of_train_as_duplicates": duplicates},
+        "rows": rows | {"left_out_of_train_as_duplicates": duplicates} | count_special_text(special_text),
     }
     return tokenizer, template, records, splits, about
 
