@@ -170,7 +170,7 @@ def _flags(config: ModelArguments) -> list[str]:
 
 def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     """Set what the saved folder needs to answer as trained: template, left padding, greedy decoding, special tokens."""
-    tokenizer.chat_template = template.chat_template
+    tokenizer.chat_template = template.for_tokenizer(tokenizer).chat_template
     pad_left(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -58,6 +58,7 @@ def prepare_data(model_args, data_args, training_args):
     """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
     from recipe.console import print_token_statistics
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
+    from recipe.data.special_text import count_special_text, find_special_text, special_text_note
     from recipe.data.split import data_hash
     from recipe.model import load_tokenizer
     from recipe.templates import load_template
@@ -70,14 +71,18 @@ def prepare_data(model_args, data_args, training_args):
         splits = encode_records(records, tokenizer, data_args)
     check_splits(splits, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
-    statistics = token_statistics(records, splits, preamble)
+    statistics, special_text = token_statistics(records, splits, preamble), find_special_text(records, tokenizer)
     if training_args.should_log:
         print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
+        if note := special_text_note(special_text, tokenizer):
+            print(note)
     rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
     about = {
         "data_hash": data_hash(records),  # by which the test split is found again
         "splits": {row["split"]: row for row in statistics},
-        "rows": rows | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)},
+        "rows": rows
+        | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)}
+        | count_special_text(special_text),
         "bad_records": left_out.reasons,
     }
     return tokenizer, template, records, splits, left_out.bad, about
@@ -100,6 +105,7 @@ def prepare_model(model_args, data_args, training_args, tokenizer, template):
 
 def make_trainer(model, tokenizer, template, records, splits, settings, first_step, push):
     """The trainer, with the callbacks that wait for the first step, show sample answers and push."""
+    from recipe.tokens import prompt_ids
     from recipe.trainer import InstructionTrainer
     from recipe.training.collator_choice import make_collator
     from recipe.training.samples import SampleGenerations
@@ -120,7 +126,7 @@ def make_trainer(model, tokenizer, template, records, splits, settings, first_st
     validation = records["validation"] if "validation" in splits else ()
     samples = list(islice(validation, training_args.num_sample_generations))
     answered = samples or list(islice(validation, training_args.eval_generate))
-    first_step.watch(trainer, template.prompts(answered))
+    first_step.watch(trainer, prompt_ids(template, tokenizer, answered))
     if samples:
         trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:

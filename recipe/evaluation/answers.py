@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -180,8 +180,10 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     return splits, list(predictions.values()), answers
 
 
-def pair_answers(path: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The recorded answer to each prediction's record, found by the texts of the record.
+def pair_answers(
+    path: str, predictions: Sequence[Mapping[str, Any]], clean: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> list[dict[str, Any]]:
+    """The recorded answer to each prediction's record, found by the texts of the record, after `clean`.
 
     Raises:
         UserError: records without an answer, or two different answers to one record.
@@ -189,7 +191,7 @@ def pair_answers(path: str, predictions: Sequence[Mapping[str, Any]]) -> list[di
     _, rows, answers = read_answer_file(path)
     recorded: dict[tuple, dict[str, Any]] = {}
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        first = recorded.setdefault(_texts(row), answer)
+        first = recorded.setdefault(_texts(clean(row)), answer)
         if first["text"] != answer["text"]:
             raise UserError(f"{path} row {number}: the same record has another answer above; remove one of them")
     missing = [prediction for prediction in predictions if _texts(prediction) not in recorded]

@@ -45,7 +45,7 @@ class FirstStep(TrainerCallback):
         self.settings, self.checkpoint, self.bad_records = settings, checkpoint, bad_records
         self.tried = self.taken = False
 
-    def watch(self, trainer: Trainer, prompts: list[str]) -> None:
+    def watch(self, trainer: Trainer, prompts: list[list[int]]) -> None:
         """Become the first of the trainer's callbacks, before those that write.
 
         Args:
@@ -107,7 +107,7 @@ def try_evaluation(trainer: Trainer) -> None:
         handler.callbacks = callbacks
 
 
-def try_answer(trainer: Trainer, prompts: list[str]) -> None:
+def try_answer(trainer: Trainer, prompts: list[list[int]]) -> None:
     """Generate two tokens, on all processes: a sharded model needs them all."""
     if prompts:
         with trainer.compute_loss_context_manager():

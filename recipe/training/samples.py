@@ -17,6 +17,7 @@ from recipe.console import one_line, visible
 from recipe.files import read_json_lines, write_json_lines, write_whole
 from recipe.generation import generate_responses
 from recipe.templates import Template
+from recipe.tokens import prompt_ids
 
 COLUMNS = ("instruction", "input", "output", "response", "stop_reason")  # `output` is the reference
 MARKUP = re.compile(r"[\\`*_\[\]<>&|]")  # of Markdown and HTML, inside a line
@@ -45,7 +46,7 @@ class SampleGenerations(TrainerCallback):
         trackers: Iterable[TrainerCallback] = (),
     ) -> None:
         self.records = records
-        self.prompts = template.prompts(records)
+        self.template = template
         self.max_new_tokens = max_new_tokens
         kinds = (TensorBoardCallback, TrackioCallback, WandbCallback)
         self.trackers = [callback for callback in trackers if isinstance(callback, kinds)]
@@ -59,7 +60,9 @@ class SampleGenerations(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._resume(args, state)
         # on every process, because a sharded model needs all of them to generate
-        responses = generate_responses(kwargs["model"], kwargs["processing_class"], self.prompts, self.max_new_tokens)
+        tokenizer = kwargs["processing_class"]
+        prompts = prompt_ids(self.template, tokenizer, self.records)
+        responses = generate_responses(kwargs["model"], tokenizer, prompts, self.max_new_tokens)
         if not state.is_world_process_zero:
             return
         rows = [

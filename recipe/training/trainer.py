@@ -24,6 +24,7 @@ from recipe.config import InstructionTrainingArguments
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.templates import Template
+from recipe.tokens import prompt_ids, without_end
 from recipe.training.loss import linear_cross_entropy, token_losses
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 
@@ -85,8 +86,9 @@ class InstructionTrainer(Trainer):
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # the default dispatches streams
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
         records = list(generation_records)
-        self._generation_prompts = template.prompts(records) if template else []
-        self._generation_references = [record["output"] for record in records]
+        tokenizer: Any = self.processing_class
+        self._generation_prompts = prompt_ids(template, tokenizer, records) if template else []
+        self._generation_references = [without_end(record["output"], tokenizer.eos_token) for record in records]
         self._max_new_tokens = max_new_tokens
         self._max_tokens_per_batch = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
         self.model_accepts_loss_kwargs = True  # whatever the model's forward takes: compute_loss takes the step's count
