@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
+# no letter or digit before it, unless they belong to an escape: "\\nhf_", "%3Dhf_", "\\u003dhf_"
+TOKEN_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4}))"
+HUB_TOKEN = re.compile(TOKEN_START + r"(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
 SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(
     r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|(?<![A-Z])PASS|(?<![A-Z])CREDENTIAL)S?(?![A-Z])", re.IGNORECASE
