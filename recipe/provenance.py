@@ -19,12 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import DataArguments, ModelArguments, UserError
 from recipe.files import file_hash, read_json
+from recipe.redaction import HUB_TOKEN, SECRET_FLAG
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
-SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
 
 
@@ -71,7 +70,7 @@ def command_line() -> str:
         elif secret and not word.startswith("--"):
             word = secret
         secret = None if equals else placeholder
-        words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(https?://)[^/@]*@", r"\1", word)))
+        words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(\w://)[^/@\s]*@", r"\1", word)))
     return shlex.join([Path(sys.executable).name, *words])
 
 

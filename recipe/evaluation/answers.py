@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, UserError
 from recipe.files import read_json, write_json_lines
+from recipe.redaction import redact
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -99,14 +100,14 @@ def append_answers(
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON lines in one write, so that several processes may append to one file.
+    """Append JSON lines without secrets in one write, so that several processes may append to one file.
 
     Raises:
         OSError: the disk is full.
     """
     # the newline in front ends the incomplete line that a killed run may have left
     text = "\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    content = text.encode("utf-8", "replace")  # UTF-8 cannot hold half a surrogate pair
+    content = redact(text).encode("utf-8", "replace")  # UTF-8 cannot hold half a surrogate pair
     with open(path, "ab", buffering=0) as file:
         if file.write(content) != len(content):
             raise OSError(errno.ENOSPC, "the disk is full; free some space and run the same command again", str(path))

@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from recipe.console import one_line, visible
 from recipe.files import read_json_lines, write_json_lines, write_whole
 from recipe.generation import generate_responses
+from recipe.redaction import redact
 from recipe.templates import Template
 from recipe.tokens import prompt_ids
 
@@ -66,7 +67,10 @@ class SampleGenerations(TrainerCallback):
         if not state.is_world_process_zero:
             return
         rows = [
-            (record["instruction"], record["input"], record["output"], response.text, response.stop_reason)
+            (
+                *map(redact, (record["instruction"], record["input"], record["output"], response.text)),
+                response.stop_reason,
+            )
             for record, response in zip(self.records, responses, strict=True)
         ]
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
