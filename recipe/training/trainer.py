@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from recipe.collator import IGNORE_INDEX
+from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.templates import Template
+from recipe.training.layout_check import why_not
 from recipe.training.length_batches import LengthGroupedBatchSampler, record_lengths
 from recipe.training.loss import linear_cross_entropy, token_losses
 
@@ -90,6 +91,10 @@ class InstructionTrainer(Trainer):
             )
         loading.dispatch_batches = False  # accelerate's default would dispatch streamed data
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        if isinstance(self.data_collator, DataCollatorWithSharedPrefix):
+            assert self.model is not None
+            if reason := why_not(self.model, self.data_collator.attention):
+                raise ValueError(f"DataCollatorWithSharedPrefix: {reason}; use DataCollatorForInstructionTuning")
         records = list(generation_records)
         self._generation_prompts = template.prompts(records) if template else []
         self._generation_references = [record["output"] for record in records]
