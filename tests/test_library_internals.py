@@ -29,7 +29,8 @@ from recipe.generation import BlockwiseLayer
 from recipe.model import pad_left
 from recipe.templates import load_template, to_messages
 from recipe.trainer import InstructionTrainer
-from recipe.training.collator_choice import attention_of, takes_boolean_mask
+from recipe.training.collator_choice import attention_of
+from recipe.training.layout_check import takes_boolean_mask
 from recipe.training.trainer import LAST_HIDDEN_STATES
 
 # --- recipe.attention -----------------------------------------------------------------------------------------------

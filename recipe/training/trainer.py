@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from recipe.collator import IGNORE_INDEX
+from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
+from recipe.training.layout_check import why_not
 from recipe.training.loss import linear_cross_entropy, token_losses
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 
@@ -85,6 +86,10 @@ class InstructionTrainer(Trainer):
         check_accelerator_config(args.accelerator_config)
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # the default dispatches streams
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        if isinstance(self.data_collator, DataCollatorWithSharedPrefix):
+            assert self.model is not None
+            if reason := why_not(self.model, self.data_collator.attention):
+                raise ValueError(f"DataCollatorWithSharedPrefix: {reason}; use DataCollatorForInstructionTuning")
         records = list(generation_records)
         tokenizer: Any = self.processing_class
         self._generation_prompts = prompt_ids(template, tokenizer, records) if template else []
