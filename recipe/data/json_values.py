@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from decimal import Decimal
 from typing import Any, BinaryIO
 
@@ -13,6 +14,11 @@ from recipe.console import shorten
 BLOCK = 2**20  # bytes read at a time
 BOM = b"\xef\xbb\xbf"
 LONGEST_INT = 4000  # digits; Python refuses to convert more than 4,300
+
+
+TOO_DEEP = "(nested too deeply to show)"
+# a string, or a bracket outside of strings
+PARTS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
 class BrokenJSONError(ValueError):
@@ -26,8 +32,10 @@ def _integer(digits: str) -> int | Decimal:
 DECODER = json.JSONDecoder(parse_int=_integer, strict=False)
 
 
-def json_values(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The values of a file, each with its line in words. A broken line gives a `BrokenJSONError`, and the next is read.
+def json_values(file: BinaryIO, names: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """The values of a file, each with its line in words.
+
+    A broken line gives a `BrokenJSONError`, and so does an object that has one of `names` twice; then the next is read.
 
     A byte that is not UTF-8 becomes a surrogate (`surrogateescape`), because it may stand where nobody looks.
 
@@ -42,12 +50,12 @@ def json_values(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     if not start.strip():
         return
     if start.lstrip()[:1] == b"[":
-        yield from (("", value) for value in _array_elements(file, start))
+        yield from (("", value) for value in _array_elements(file, start, names))
     else:
-        yield from _lines(file, start)
+        yield from _lines(file, start, names)
 
 
-def _lines(file: BinaryIO, start: bytes) -> Iterator[tuple[str, Any]]:
+def _lines(file: BinaryIO, start: bytes, names: Collection[str]) -> Iterator[tuple[str, Any]]:
     first = start.lstrip().split(b"\n", 1)[0].strip()
     if first == b"{":
         raise BrokenJSONError(
@@ -60,23 +68,79 @@ def _lines(file: BinaryIO, start: bytes) -> Iterator[tuple[str, Any]]:
         for line in lines:
             number += 1
             if line.strip():
-                yield f"(line {number})", _parse_line(line)
+                yield f"(line {number})", _parse_line(line, names)
         block = file.read(BLOCK)
     if rest.strip():
-        yield f"(line {number + 1})", _parse_line(rest)
+        yield f"(line {number + 1})", _parse_line(rest, names)
 
 
-def _parse_line(line: bytes) -> Any:
-    text = line.decode("utf-8", "surrogateescape").strip("\r ")
+def _parse_line(line: bytes, names: Collection[str]) -> Any:
+    text = line.decode("utf-8", "surrogateescape").strip(" \t\r")
     try:
-        return DECODER.decode(text)
+        value, end = _decode(text, 0)
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         return BrokenJSONError(f"broken JSON at column {error.colno} ({error.msg}): {shorten(text)}")
+    return _without_repeated(names, value, text)
+
+
+def _decode(text: str, position: int) -> tuple[Any, int]:
+    """The value that begins at a position, and where it ends."""
+    try:
+        return DECODER.raw_decode(text, position)
     except RecursionError:
-        return BrokenJSONError(f"values nested too deeply to be read: {shorten(text)}")
+        return _decode_shallow(text, position)
 
 
-def _array_elements(file: BinaryIO, start: bytes) -> Iterator[Any]:
+def _decode_shallow(text: str, position: int) -> tuple[Any, int]:
+    """A value whose brackets are too deep for the parser; of an object, the fields that are not are read."""
+    if text[position] != "{":
+        return [TOO_DEEP], _end_of_brackets(text, position)
+    record: dict[str, Any] = {}
+    while True:
+        name, position = DECODER.raw_decode(text, _skip_space(text, position + 1))
+        position = _skip_space(text, position)
+        if not isinstance(name, str) or text[position : position + 1] != ":":
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, position)
+        position = _skip_space(text, position + 1)
+        try:
+            record[name], position = DECODER.raw_decode(text, position)
+        except RecursionError:
+            record[name] = {"": TOO_DEEP} if text[position] == "{" else [TOO_DEEP]
+            position = _end_of_brackets(text, position)
+        position = _skip_space(text, position)
+        if text[position : position + 1] == "}":
+            return record, position + 1
+        if text[position : position + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+
+
+def _end_of_brackets(text: str, position: int) -> int:
+    depth = 0
+    for part in PARTS.finditer(text, position):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(part[0], 0)
+        if depth == 0:
+            return part.end()
+    raise json.JSONDecodeError("Expecting a closing bracket", text, len(text))
+
+
+def _without_repeated(names: Collection[str], value: Any, text: str) -> Any:
+    """The value, or an error if an object has one of the names twice; the parser would keep the last."""
+    if isinstance(value, dict) and any(text.count(f'"{name}"') > 1 for name in names):
+        objects: list[list[tuple[str, Any]]] = []  # the outermost is complete last
+        try:
+            json.JSONDecoder(parse_int=_integer, strict=False, object_pairs_hook=objects.append).decode(text)
+        except RecursionError:
+            return value
+        present = [name for name, _ in objects[-1]]
+        for name in names:
+            if present.count(name) > 1:
+                return BrokenJSONError(f"{name!r} stands twice in one record: {shorten(text)}")
+    return value
+
+
+def _array_elements(file: BinaryIO, start: bytes, names: Collection[str]) -> Iterator[Any]:
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     text, line, column = decode(start), 1, 0  # of the beginning of `text`
     position = text.index("[") + 1
@@ -100,9 +164,7 @@ def _array_elements(file: BinaryIO, start: bytes) -> Iterator[Any]:
         if "value" not in expected:
             raise _broken(text, position, line, column, "Expecting ',' delimiter")
         try:
-            value, end = DECODER.raw_decode(text, position)
-        except RecursionError as error:
-            raise _broken(text, position, line, column, "values nested too deeply to be read") from error
+            value, end = _decode(text, position)
         except json.JSONDecodeError as error:
             if ended:
                 raise _broken(text, error.pos, line, column, error.msg) from error
@@ -110,7 +172,7 @@ def _array_elements(file: BinaryIO, start: bytes) -> Iterator[Any]:
             block = file.read(max(BLOCK, len(text)))  # doubles, for an element longer than a block
             text, position, ended = text[position:] + decode(block, final=not block), 0, not block
             continue
-        yield value
+        yield _without_repeated(names, value, text[position:end])
         position, expected = end, {",", "]"}
 
 

@@ -14,7 +14,8 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
+import re
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ SCHEMA = pa.schema(
     # null for a good record: why it is bad in few words, the whole message, and the values of its fields as JSON
     + [pa.field(name, pa.string()) for name in ("reason", "problem", "record")]
 )
+CSV_FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|[^,\r\n]*)(?:,|\r?\n|\r|$)')  # with its quotes
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
@@ -73,7 +75,7 @@ def read_file(path: str, kind: str, columns: Columns) -> Dataset:
         key = cache_key(hashlib.file_digest(file, "blake2b").hexdigest(), kind, columns)
     if kind == "parquet":
         return cached(key, parquet_rows(path, columns), columns)
-    rows = json_rows(path) if kind == "json" else csv_rows(path, columns)
+    rows = json_rows(path, columns) if kind == "json" else csv_rows(path, columns)
     return cached(key, iter(lambda: list(itertools.islice(rows, BATCH)), []), columns)
 
 
@@ -102,7 +104,7 @@ def cached(key: str, parts: Iterable[list[Row] | pa.RecordBatch], columns: Colum
     path = Path(datasets.config.HF_DATASETS_CACHE) / "instruction_records" / f"{key}.arrow"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        draft = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # other processes may read the same file now
         try:
             with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
                 for batch in _batches(parts, columns):
@@ -239,7 +241,7 @@ def value_problem(field: str, value: Any) -> Problem | None:
         reason = f"{field!r} is null or missing"
         return Problem(reason, f"{reason}; {fix} or remove the row")
     kind = "int" if type(value).__name__ == "Decimal" else type(value).__name__
-    shown = shorten(json.dumps(value, default=str))
+    shown = shorten(str(value) if kind == "int" else json.dumps(value, default=str))
     return Problem(
         f"{field!r} is not text ({kind})",
         f"{field!r} is {shown} ({kind}), not text; write it as text or remove the row",
@@ -254,18 +256,22 @@ def _half_character(text: str) -> tuple[str, str] | None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
     if 0xDC80 <= code <= 0xDCFF:  # how Python decodes a byte that is not UTF-8
-        return "is not UTF-8 text", "; save the file as UTF-8"
+        try:  # three bytes may be half a character, too
+            halves = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogatepass")
+        except UnicodeError:
+            return "is not UTF-8 text", "; save the file as UTF-8"
+        code = next(ord(character) for character in halves if "\ud800" <= character <= "\udfff")
     return "holds half a character", f" (\\u{code:04x} without its other half); write it again or remove the row"
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
-def json_rows(path: str) -> Iterator[Row]:
+def json_rows(path: str, columns: Columns) -> Iterator[Row]:
     """The objects of a JSON array, or of JSON lines."""
     with open(path, "rb") as file:
         try:
-            for place, value in json_values(file):
+            for place, value in json_values(file, columns.fields.values()):
                 if isinstance(value, BrokenJSONError):
                     yield Problem("broken JSON", f"{place}: {value}; fix the line or remove it")
                 elif isinstance(value, dict):
@@ -279,15 +285,19 @@ def json_rows(path: str) -> Iterator[Row]:
 
 def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
     """The lines of a CSV file; text stays text: "007" is not 7, and "None" or an empty cell is not null."""
-    with _csv_reader(path) as reader:
+    with _csv_reader(path) as (reader, row_lines):
         lines = (fields for fields in reader if fields)
         try:
             header: list[str] = next(lines, [])
             if not header:
                 return
             _check_header(header, columns)
+            row_lines.clear()
             for fields in lines:
-                if len(fields) == len(header):
+                if _has_backslash_quote(row_lines):
+                    reason = 'a quote written as \\"'
+                    yield Problem(reason, f': {reason}; write it twice, as "", in a text in double quotes')
+                elif len(fields) == len(header):
                     yield dict(zip(header, fields, strict=True))
                 else:
                     text = (
@@ -295,11 +305,11 @@ def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
                         "commas or quotes in double quotes"
                     )
                     yield Problem("another number of fields than the header", f": {text}")
+                row_lines.clear()
         except csv.Error as error:
             raise UnreadableFileError(
                 f' line {reader.line_num}: broken quotes ({error}); a quote in a text is written twice: "" and not \\"'
             ) from error
-    _refuse_backslash_quotes(path, header)
 
 
 def parquet_rows(path: str, columns: Columns) -> Iterator[pa.RecordBatch]:
@@ -315,11 +325,19 @@ def parquet_rows(path: str, columns: Columns) -> Iterator[pa.RecordBatch]:
 
 
 @contextlib.contextmanager
-def _csv_reader(path: str, **options: Any) -> Iterator[Any]:
+def _csv_reader(path: str) -> Iterator[tuple[Any, list[str]]]:
+    """A reader of rows, and a list to which it adds the lines that it reads."""
+    lines: list[str] = []
+
+    def remember(text: Iterable[str]) -> Iterator[str]:
+        for line in text:
+            lines.append(line)
+            yield line
+
     limit = csv.field_size_limit(2**31 - 1)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            yield csv.reader(text, strict=True, **options)
+            yield csv.reader(remember(text), strict=True), lines
     finally:
         csv.field_size_limit(limit)
 
@@ -328,26 +346,19 @@ def _check_header(header: list[str], columns: Columns) -> None:
     for column in columns.fields.values():
         if header.count(column) > 1:
             raise UnreadableFileError(f" has the column {column!r} twice in its header; give each its own name")
-    if len(header) == 1:
+    if columns.fields["instruction"] not in header:
         for delimiter, name in DELIMITERS.items():
-            if columns.fields["instruction"] in header[0].split(delimiter):
+            if columns.fields["instruction"] in (part.strip('"') for part in ",".join(header).split(delimiter)):
                 raise UnreadableFileError(f" separates its columns by {name} ({delimiter!r}); save it with commas")
     missing_columns(header, columns, {field for field, column in columns.fields.items() if column in header})
 
 
-def _refuse_backslash_quotes(path: str, header: list[str]) -> None:
-    r"""Refuse a file that writes a quote in a text as `\"`, where reading it as CSV gives other texts, silently."""
-    with open(path, "rb") as file:
-        if not any(b'\\"' in block for block in file):
-            return
-    quotes = False
-    try:
-        with _csv_reader(path, escapechar="\\", doublequote=False) as escaped:
-            for fields in filter(None, escaped):
-                if len(fields) != len(header):
-                    return
-                quotes = quotes or any('"' in value for value in fields)
-    except csv.Error:
-        return
-    if quotes:
-        raise UnreadableFileError(r' writes quotes in texts as \" instead of ""; save it with doubled quotes')
+def _has_backslash_quote(lines: list[str]) -> bool:
+    r"""Whether a quote is written as `\"` in a field without quotes around it; the reader takes both signs as text.
+
+    In a field with quotes around it, `\"` ends the field, and the strict reader refuses what follows.
+    """
+    if not any('\\"' in line for line in lines):
+        return False
+    fields = CSV_FIELD.findall("".join(lines))
+    return any('\\"' in field and not field.startswith('"') for field in fields)
