@@ -45,7 +45,7 @@ NAMES_OF_MODELS = {  # file to its field that may name a folder of this machine
     "tokenizer_config.json": "name_or_path",
 }
 # what git refuses in the name of a branch or a tag, see `git help check-ref-format`
-NO_REFERENCE = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|[/.]$|(^|/)\.|\.lock(/|$)|^@?$|^HEAD$")
+NO_REFERENCE = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|[/.]$|(^|/)\.|\.lock(/|$)|^$|^HEAD$")
 
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 # statuses after which another attempt may succeed; 409 and 412: somebody else commits at the same time
@@ -110,7 +110,7 @@ def refuse_local_folders(files: Mapping[str, Path]) -> None:
     for path, file in files.items():
         field = NAMES_OF_MODELS.get(path)
         name = read_json(file).get(field) if field else None
-        if isinstance(name, str) and is_local(name):
+        if isinstance(name, str) and name and is_local(name):
             raise UserError(
                 f"{file}: {field!r} is {name!r}, a folder of this machine, which nobody else has and which may name "
                 "its user; set it to the model's id on the Hub, such as openai-community/gpt2"
