@@ -55,11 +55,6 @@ def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, records: 
 
     Raises:
         UserError: a record spells a special token, and this tokenizer cannot read it as text.
-
-    Example::
-
-        [ids] = prompt_ids(load_template("alpaca"), tokenizer, [{"instruction": "Name a colour."}])
-        [response] = generate_responses(model, tokenizer, [ids])
     """
     return encode_prompts(template, tokenizer, list(records)).lists()
 
