@@ -272,7 +272,7 @@ def main(argv: list[str]) -> int:
     for config_class in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING.keys()), key=lambda each: each.model_type):
         if arguments.model_types and config_class.model_type not in arguments.model_types:
             continue
-        with _time_limit():
+        with TimeLimit():
             results.append(examine(config_class))
         if not arguments.output:
             print(" | ".join(results[-1].values()), flush=True)
@@ -284,7 +284,7 @@ def main(argv: list[str]) -> int:
     return 1 if wrong else 0
 
 
-class _time_limit:
+class TimeLimit:
     """Ends a class that takes too long with `TimeoutError`."""
 
     def __enter__(self) -> None:
@@ -306,20 +306,22 @@ def summary(results: list[dict[str, str]]) -> str:
 
 INTRODUCTION = """# Architectures and batch layouts
 
-Made by `python benchmarks/architectures.py --output docs/architectures.md` with transformers {version}: every causal-LM class,
-from a small config with random weights, in float32. Loss and all gradients of `InstructionTrainer` are compared with one example at a
-time (logits without padding or a mask, cross-entropy by hand): a loss within 1e-5, gradients within 1e-4, relative.
+Made by `python benchmarks/architectures.py --output docs/architectures.md` with transformers {version}: every
+causal-LM class, from a small config with random weights, in float32. Loss and all gradients of `InstructionTrainer`
+are compared with one example at a time (logits without padding or a mask, cross-entropy by hand): a loss within
+1e-5, gradients within 1e-4, relative.
 
-- **padded** is `--batching padded`. **mask** and **segments** are `--batching shared_prefix` with `--attn_implementation sdpa`
-  and with `shared_prefix`, its default. If only the mask is exact, a run uses it and says so.
-- *refused* means: before the run starts, by the model's name, because of its config or because made-up examples showed it. A
-  window is refused even if it is longer than `--max_length`.
-- BERT and its relatives are built with `is_decoder=true`; without, they see the tokens they are to predict, and are refused.
+- **padded** is `--batching padded`. **mask** and **segments** are `--batching shared_prefix` with
+  `--attn_implementation sdpa` and with `shared_prefix`, its default. If only the mask is exact, a run uses it and
+  says so.
+- *refused* means: before the run starts, by the model's name, because of its config or because made-up examples
+  showed it. A window is refused even if it is longer than `--max_length`.
+- BERT and its relatives are built with `is_decoder=true`; without, they see the tokens they are to predict, and are
+  refused.
 
 {summary}.
 
-| class | model_type | padded | mask | segments |
-| --- | --- | --- | --- | --- |
+| class | model_type | padded | mask | segments | | --- | --- | --- | --- | --- |
 """
 
 

@@ -70,8 +70,8 @@ def why_never_one_row(model: nn.Module) -> str | None:
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside PEFT's, or the model itself."""
-    found: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return found
+    peft: Any = model
+    return peft.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def takes_boolean_mask(model: PreTrainedModel) -> bool:
