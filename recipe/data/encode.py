@@ -92,7 +92,7 @@ def encode_records(
                 fn_kwargs={"tokenizer": tokenizer, **arguments},
                 num_proc=config.num_proc,
                 # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
-                new_fingerprint=_fingerprint(split, tokenizer, arguments),
+                new_fingerprint=fingerprint(split, tokenizer, arguments),
                 desc=f"Tokenizing {name}",
             )
         except UserError as error:
@@ -185,7 +185,7 @@ def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) ->
     return len(common_prefix(prompts)), len(common_prefix([prompt[::-1] for prompt in prompts]))
 
 
-def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+def fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
     """Identifies a cached encoding by all that decides it, the code and the libraries included."""
     code = [path.read_text(encoding="utf-8") for path in CODE]
     libraries = [f"{name} {metadata.version(name)}" for name in LIBRARIES]
