@@ -16,6 +16,8 @@ import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,9 +69,10 @@ INTEGERS = [  # first match of the name counts; None leaves a field
         8,
     ),
     (r"chunk_size$|mamba_chunk_size|block_size|index_block_size", 8),
+    # with few index heads many scores are 0, and which of equal scores is chosen depends on the batch's shape
     (r"index_topk_blocks", 2),
     (r"index_topk", 8),
-    (r"index_n_heads", 4),
+    (r"index_n_heads", 32),
     (r"num_experts_per_tok|moe_topk|top_k_experts|num_experts_per_token|experts_per_token|moe_top_k|router_topk", 2),
     (r"n_routed_experts|num_local_experts|num_experts$|moe_num_experts|num_expert", 4),
     (r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
@@ -230,14 +233,17 @@ def difference(found: Result, wanted: Result) -> str | None:
 
 
 def verdict(config: PreTrainedConfig, layout: str, wanted: Result) -> str:
-    """ "exact", "refused: ..." or "different: ..."."""
+    """One of "exact", "refused: ..." and "different: ..."."""
     try:
         model = build_model(config, LAYOUTS[layout])
     except (ImportError, KeyError, ValueError) as error:
         return f"refused: transformers does not load it with this attention ({type(error).__name__})"
     if reason := why_not(model, layout):  # type: ignore[arg-type]
         return f"refused: {reason}"
-    different = difference(in_a_batch(model, make_examples(), layout), wanted)
+    try:
+        different = difference(in_a_batch(model, make_examples(), layout), wanted)
+    except Exception as error:  # a run would end so, without a word beforehand
+        different = f"{type(error).__name__}: {error}"
     return "exact" if different is None else f"different: {different}"
 
 
@@ -261,6 +267,7 @@ def examine(config_class: type[PreTrainedConfig]) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("model_types", nargs="*", help="only these")
     parser.add_argument("--output", help="a Markdown file to write")
@@ -272,30 +279,29 @@ def main(argv: list[str]) -> int:
     for config_class in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING.keys()), key=lambda each: each.model_type):
         if arguments.model_types and config_class.model_type not in arguments.model_types:
             continue
-        with TimeLimit():
+        with _time_limit():
             results.append(examine(config_class))
         if not arguments.output:
             print(" | ".join(results[-1].values()), flush=True)
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
             file.write(page(results))
-    wrong = [row["type"] for row in results if any("different" in cell for cell in row.values())]
+    wrong = [row["type"] for row in results if any(cell.startswith("different") for cell in row.values())]
     print(f"{summary(results)}; different: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0
 
 
-class TimeLimit:
+@contextmanager
+def _time_limit() -> Iterator[None]:
     """Ends a class that takes too long with `TimeoutError`."""
 
-    def __enter__(self) -> None:
-        def stop(*_: Any) -> None:
-            raise TimeoutError(f"more than {TIME_LIMIT} s")
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"more than {TIME_LIMIT} s")
 
-        signal.signal(signal.SIGALRM, stop)
-        signal.alarm(TIME_LIMIT)
-
-    def __exit__(self, *_: Any) -> None:
-        signal.alarm(0)
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(TIME_LIMIT)
+    yield
+    signal.alarm(0)
 
 
 def summary(results: list[dict[str, str]]) -> str:
@@ -306,22 +312,23 @@ def summary(results: list[dict[str, str]]) -> str:
 
 INTRODUCTION = """# Architectures and batch layouts
 
-Made by `python benchmarks/architectures.py --output docs/architectures.md` with transformers {version}: every
-causal-LM class, from a small config with random weights, in float32. Loss and all gradients of `InstructionTrainer`
-are compared with one example at a time (logits without padding or a mask, cross-entropy by hand): a loss within
-1e-5, gradients within 1e-4, relative.
+Made by `python benchmarks/architectures.py --output docs/architectures.md` with transformers {version}: every class for
+causal language models, from a small config with random weights, in float32. The loss and all gradients of
+`InstructionTrainer` are compared with one example at a time (logits without padding or a mask, cross-entropy by hand):
+a loss within 1e-5, gradients within 1e-4, relative.
 
 - **padded** is `--batching padded`. **mask** and **segments** are `--batching shared_prefix` with
-  `--attn_implementation sdpa` and with `shared_prefix`, its default. If only the mask is exact, a run uses it and
-  says so.
-- *refused* means: before the run starts, by the model's name, because of its config or because made-up examples
-  showed it. A window is refused even if it is longer than `--max_length`.
-- BERT and its relatives are built with `is_decoder=true`; without, they see the tokens they are to predict, and are
-  refused.
+  `--attn_implementation sdpa` and with `shared_prefix`, its default. If only the mask is exact, a run uses it and says so.
+- *refused*: before the run starts, by the model's name, because its config says so or because made-up examples, alone
+  and in a batch, got different logits. A window is refused even if it is longer than `--max_length`.
+- *not built*: the command does not know how to make this config small, or a package is missing; a run tries it.
+- BERT and its relatives are built with `is_decoder=true`; without, they see the tokens they are to predict, and
+  `--batching padded` refuses them too.
 
 {summary}.
 
-| class | model_type | padded | mask | segments | | --- | --- | --- | --- | --- |
+| class | model_type | padded | mask | segments |
+| --- | --- | --- | --- | --- |
 """
 
 

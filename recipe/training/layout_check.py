@@ -61,7 +61,7 @@ def why_never_one_row(model: nn.Module) -> str | None:
     others = set(getattr(config, "layer_types", None) or ()) - FULL_ATTENTION
     if others:
         return f"{kind} has layers of the type {', '.join(sorted(others))}, which do not keep examples of a row apart"
-    if any(type(module) is nn.Conv1d for module in base.modules()):
+    if any(type(module) is nn.Conv1d for module in model.modules()):
         return f"{kind} has convolutions, which run over the examples of a row"
     if field := _field_other_than_full(config):
         return f"{kind} does not attend to all tokens ({field}), which a shared row does not respect"
@@ -70,8 +70,8 @@ def why_never_one_row(model: nn.Module) -> str | None:
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside PEFT's, or the model itself."""
-    peft: Any = model
-    return peft.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_model: Any = model
+    return causal_model.get_base_model() if hasattr(causal_model, "get_base_model") else causal_model
 
 
 def takes_boolean_mask(model: PreTrainedModel) -> bool:

@@ -207,6 +207,9 @@ class InstructionTrainer(Trainer):
             return None
         # logits only at the last position, for the comparison below
         outputs = model(**_model_inputs(inputs) | {"logits_to_keep": 1, "use_cache": False} | LAST_HIDDEN_STATES)
+        if not outputs.hidden_states or outputs.hidden_states[-1] is None:  # mllama and blenderbot do not return them
+            self._head_makes_logits = False
+            return None
         # (batch, time, hidden size), without what prompt tuning puts before a row
         hidden = outputs.hidden_states[-1][:, -inputs["input_ids"].shape[1] :]
         if not examined:  # once: a host sync
