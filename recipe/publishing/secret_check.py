@@ -39,7 +39,7 @@ KNOWN_KEYS = [
 DIFFERENT_CHARACTERS = 8  # a key of fewer is a placeholder: hf_xxxxxxxxxxxxxxxxxxxx
 
 ADDRESS = re.compile(
-    r"(?<=[a-z0-9+.-]):\\?/\\?/([^\s/?#:@\"'<>\\]{0,300})(?::([^\s/?#@\"'<>\\]{1,300}))?@(\[[\w:.]+\]|[^\s/?#:\"'<>\\]*)"
+    r":\\?/\\?/([^\s/?#:@\"'<>\\]{0,300})(?::([^\s/?#@\"'<>\\]{1,300}))?@(\[[\w:.]+\]|[^\s/?#:\"'<>\\]*)"
 )
 EXAMPLE_HOST = re.compile(
     r"(?:.*\.)?(?:localhost|example(?:\.(?:com|org|net))?|test|invalid)|host(?:name)?|127\.[\d.]+|0\.0\.0\.0|\[::1?\]",
@@ -117,6 +117,8 @@ def secret_like(text: str) -> Iterator[tuple[int, str]]:
     for match in ADDRESS.finditer(text):
         user, password, host = match.groups()
         is_web = text[: match.start()][-5:].endswith(("http", "https"))
+        if not re.match(r"[a-z0-9+.-]", text[match.start() - 1 : match.start()]):
+            continue  # no scheme before it
         if password is None and not (is_web and user):
             continue  # ssh://git@host
         if not PLACEHOLDER.fullmatch(password or user) and not EXAMPLE_HOST.fullmatch(host):
