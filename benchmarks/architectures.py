@@ -318,7 +318,8 @@ causal language models, from a small config with random weights, in float32. The
 a loss within 1e-5, gradients within 1e-4, relative.
 
 - **padded** is `--batching padded`. **mask** and **segments** are `--batching shared_prefix` with
-  `--attn_implementation sdpa` and with `shared_prefix`, its default. If only the mask is exact, a run uses it and says so.
+  `--attn_implementation sdpa` and with `shared_prefix`, its default. If only the mask is exact, a run uses it and
+  says so.
 - *refused*: before the run starts, by the model's name, because its config says so or because made-up examples, alone
   and in a batch, got different logits. A window is refused even if it is longer than `--max_length`.
 - *not built*: the command does not know how to make this config small, or a package is missing; a run tries it.
