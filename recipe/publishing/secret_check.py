@@ -11,29 +11,27 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from recipe.config import UserError
-from recipe.redaction import HUB_TOKEN, TOKEN_START, find_secrets
+from recipe.redaction import TOKEN_START, find_secrets
 
 NOT_TEXT = {".safetensors", ".png", ".model"}
 SHOWN = 20  # lines of a message about findings
 
-# what a key is called, parts of which every such key holds one, and its pattern
+# what a key is called, how it begins, and what follows
 KNOWN_KEYS = [
-    ("a token of the Hub", ("hf_", "api_org_"), HUB_TOKEN.pattern),
-    ("an API key", ("sk-",), rf"{TOKEN_START}sk-(?=[\w-]{{0,200}}\d)[\w-]{{20,}}"),
-    ("an API key", ("_live_", "gsk_", "nvapi-"), rf"{TOKEN_START}(?:[sr]k_live_|gsk_|nvapi-)[\w-]{{20,}}"),
-    (
-        "a token of GitHub",
-        ("gh", "github_pat_"),
-        rf"{TOKEN_START}(?:gh[pousr]_[A-Za-z0-9]{{30,}}|github_pat_\w{{22,}})",
-    ),
-    ("a token of GitLab", ("glpat-",), rf"{TOKEN_START}glpat-[\w-]{{20,}}"),
-    ("a key of AWS", ("AKIA", "ASIA"), rf"{TOKEN_START}A[KS]IA[A-Z0-9]{{16}}(?![A-Za-z0-9])"),
-    ("a token of Slack", ("xox",), rf"{TOKEN_START}xox[a-z]-[\w-]{{10,}}"),
-    ("a key of Google", ("AIza",), rf"{TOKEN_START}AIza[\w-]{{35}}"),
+    ("a token of the Hub", "hf_", r"(?:jwt_|oauth_)?[A-Za-z0-9]{20,}"),
+    ("a token of the Hub", "api_org_", r"[A-Za-z0-9]{20,}"),
+    ("an API key", "sk-", r"(?=[\w-]{0,200}\d)[\w-]{20,}"),
+    *(("an API key", start, r"[\w-]{20,}") for start in ("sk_live_", "rk_live_", "gsk_", "nvapi-")),
+    *(("a token of GitHub", start, r"[A-Za-z0-9]{30,}") for start in ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")),
+    ("a token of GitHub", "github_pat_", r"\w{22,}"),
+    ("a token of GitLab", "glpat-", r"[\w-]{20,}"),
+    *(("a key of AWS", start, r"[A-Z0-9]{16}(?![A-Za-z0-9])") for start in ("AKIA", "ASIA")),
+    ("a token of Slack", "xox", r"[a-z]-[\w-]{10,}"),
+    ("a key of Google", "AIza", r"[\w-]{35}"),
     (
         "a private key",
-        ("PRIVATE KEY",),
-        r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----(?!(?:\s|\\[rn])*(?:\.\.|…|<|\[|$|-----|your))",
+        "-----BEGIN ",
+        r"(?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----(?!(?:\s|\\[rn])*(?:\.\.|…|<|\[|$|-----|your))",
     ),
 ]
 DIFFERENT_CHARACTERS = 8  # a key of fewer is a placeholder: hf_xxxxxxxxxxxxxxxxxxxx
@@ -108,17 +106,17 @@ def secret_like(text: str) -> Iterator[tuple[int, str]]:
     >>> list(secret_like("see ssh://git@host/a, then https://me:1b4dAcE@db.internal/records"))
     [(32, 'credentials in an address')]
     """
-    for name, parts, pattern in KNOWN_KEYS:
-        if any(part in text for part in parts):
-            for match in re.finditer(pattern, text):
-                is_dummy = len(set(match[0])) < DIFFERENT_CHARACTERS or match[0].endswith("EXAMPLE")
-                if not is_dummy:
-                    yield match.start(), name
+    for name, begin, rest in KNOWN_KEYS:
+        # what stands before is looked at after the beginning was found, because a search for a literal is fast
+        for match in re.finditer(rf"{begin}(?<={TOKEN_START}{begin}){rest}", text):
+            if len(set(match[0])) >= DIFFERENT_CHARACTERS and not match[0].endswith("EXAMPLE"):
+                yield match.start(), name
     for match in ADDRESS.finditer(text):
         user, password, host = match.groups()
-        is_web = text[: match.start()][-5:].endswith(("http", "https"))
-        if not re.match(r"[a-z0-9+.-]", text[match.start() - 1 : match.start()]):
-            continue  # no scheme before it
+        scheme = re.search(r"[a-z0-9+.-]+$", text[max(0, match.start() - 20) : match.start()])
+        if scheme is None:
+            continue
+        is_web = scheme[0].endswith(("http", "https"))
         if password is None and not (is_web and user):
             continue  # ssh://git@host
         if not PLACEHOLDER.fullmatch(password or user) and not EXAMPLE_HOST.fullmatch(host):

@@ -45,7 +45,7 @@ def test_an_own_secret_is_found_in_every_spelling_and_cannot_be_allowed(monkeypa
     ],
 )  # fmt: skip
 def test_well_known_keys_are_found_wherever_they_stand(key):
-    for before in ("", "KEY=", '{"a": "\\n', "x\n", "%3D" if "/" not in key else ""):
+    for before in ("", "KEY=", '{"a": "\\n', "x\n", "%3D" if "/" not in key else "", "task-sk-1 "):
         assert [name for _, name in secret_like(f"{before}{key}")], before
 
 
