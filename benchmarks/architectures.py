@@ -323,9 +323,9 @@ a loss within 1e-5, gradients within 1e-4, relative.
 - *refused*: before the run starts, by the model's name, because its config says so or because made-up examples, alone
   and in a batch, got different logits. A window is refused even if it is longer than `--max_length`.
 - *not built*: the command does not know how to make this config small, or a package is missing; a run tries it.
-- Models that choose tokens by an indexer (deepseek_v32, axk2, glm_moe_dsa, hy_v4) are built with 32 index heads. With the 4
-  of an earlier trial their losses differed in a padded batch (4.65841 for 4.65925): many scores were equal, and which of
-  them counted depended on the width of the batch. That this is the only cause is not shown.
+- Models that choose tokens by an indexer (deepseek_v32, axk2, glm_moe_dsa, hy_v4) are built with 32 index heads. With
+  the 4 of an earlier trial their losses differed in a padded batch (4.65841 for 4.65925): many scores were equal, and
+  which of them counted depended on the width of the batch. That this is the only cause is not shown.
 - BERT and its relatives are built with `is_decoder=true`; without, they see the tokens they are to predict, and
   `--batching padded` refuses them too.
 
