@@ -25,6 +25,7 @@ from peers import TRAINERS
 from workloads import PARTS, Inputs, training_rows
 
 from recipe.config import DataArguments, ModelArguments, UserError, parse_arguments, setting
+from recipe.console import run_script
 from recipe.data import load_records
 from recipe.data.split import data_hash
 from recipe.files import read_json, write_whole
@@ -192,9 +193,4 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what was measured is saved, and the same command measures the rest")
+    run_script(main, interrupted="what was measured is saved, and the same command measures the rest")

@@ -31,8 +31,8 @@ class DataCollatorForInstructionTuning:
     without `labels`, all of `input_ids` is learned. Other keys are dropped, except `row`, the number of a record.
 
     Returns a dict of int64 tensors, (batch, time) each: `input_ids`, `attention_mask`, `labels`, `shift_labels`. If the
-    features have a `row`: also `row` (batch,), and `supervised` (targets,), the indices of the targets in the flattened
-    labels, computed here to avoid a GPU sync.
+    features have a `row`: also `row` (batch,); `lengths` (batch,), the tokens that predict one; and `supervised`
+    (targets,), the indices of the targets in the flattened labels, computed here to avoid a GPU sync.
 
     Raises:
         ValueError: no features, or `labels` and `input_ids` of different lengths.
@@ -81,6 +81,7 @@ class DataCollatorForInstructionTuning:
             batch["shift_labels"] = batch["labels"]
         if "row" in features[0]:
             batch["row"] = torch.tensor([feature["row"] for feature in features])
+            batch["lengths"] = torch.from_numpy(lengths - 1)
             if self.shift:
                 batch["supervised"] = (batch["labels"].flatten() != IGNORE_INDEX).nonzero().flatten()
         return batch

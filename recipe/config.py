@@ -5,17 +5,19 @@ Every field of transformers' `TrainingArguments` is a YAML key and a flag too.
 
 from __future__ import annotations
 
-import difflib
 import json
+import os
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from recipe.setting_checks import json_problem, range_problem, type_problem, what_instead
 
 
 class UserError(Exception):
@@ -25,6 +27,20 @@ class UserError(Exception):
 def setting(default: Any, help: str) -> Any:
     """A dataclass field: its default, or a function that makes it, and its text in `--help`."""
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": help})
+
+
+LOWER_IS_BETTER = ("loss", "perplexity", "repeated_4grams", "empty_rate")  # of the metrics of an evaluation
+
+
+def check_values(settings: Any) -> None:
+    """Refuse values that no setting of this name can have.
+
+    Raises:
+        UserError: names the flag, its value and what is allowed.
+    """
+    for name, value in vars(settings).items():
+        if problem := range_problem(name, value, settings) or json_problem(name, value):
+            raise UserError(f"--{name} {value}: {problem}")
 
 
 @dataclass
@@ -79,6 +95,7 @@ class DataArguments:
                 self.data = json.loads(self.data)
             except json.JSONDecodeError as error:
                 raise UserError(f"--data {self.data}: not valid JSON ({error})") from error
+        check_values(self)
         validation, test = self.validation_ratio, self.test_ratio
         if min(validation, test) < 0 or validation + test >= 1:
             raise UserError(
@@ -122,10 +139,14 @@ class InstructionTrainingArguments(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it shifts labels again; use 0")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "generation_max_new_tokens", "max_tokens_per_batch"):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        check_values(self)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps {self.max_steps}: give at least 1, or leave it out for --num_train_epochs")
+        if (
+            self.greater_is_better is None
+            and (self.metric_for_best_model or "").removeprefix("eval_") in LOWER_IS_BETTER
+        ):
+            self.greater_is_better = False  # transformers would know it of names that end in "loss" alone
         if self.max_tokens_per_batch is not None:
             clashing = [name for name in ("dataloader_drop_last", "auto_find_batch_size") if getattr(self, name)]
             if self.train_sampling_strategy in ("sequential", "batch_rebalance"):
@@ -134,8 +155,9 @@ class InstructionTrainingArguments(TrainingArguments):
                 raise UserError(
                     f"--max_tokens_per_batch decides what forms a batch: leave out --{', --'.join(clashing)}"
                 )
-        if not 0 <= self.learning_rate < float("inf"):
-            raise UserError(f"--learning_rate {self.learning_rate}: give a number from 0 up")
+        compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()  # of the accelerate file
+        if compiler != "no" and not self.torch_compile:  # so that all that asks whether we compile is told
+            self.torch_compile, self.torch_compile_backend = True, compiler
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if torch.cuda.is_available() and self.dataloader_pin_memory and self.accelerator_config is None:
@@ -166,10 +188,11 @@ def parse_arguments(
     if config_path:
         content = _read_yaml(config_path)
         _check_keys(content, known, config_path)
+        _check_types(content, dataclass_types, config_path)
         _drop_replaced_model(content, flags)
         settings = {**settings, **content}
 
-    # Lists and mappings are taken as they are; everything else goes through the type checks of the flags.
+    # Lists and mappings are checked here; everything else goes through the type checks of the flags.
     values = Namespace(**{name: value for name, value in settings.items() if isinstance(value, list | dict)})
     as_flags = [f"--{name}={value}" for name, value in settings.items() if name not in values and value is not None]
     for source, words in ((config_path or "defaults", as_flags), ("command line", flags)):
@@ -180,14 +203,16 @@ def parse_arguments(
         _check_flags(rest, known)
     try:
         return parser.parse_dict(vars(values))
-    except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks that its fields go together
-        raise UserError(f"{config_path or 'command line'}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # TrainingArguments checks that its fields go together, and starts the device
+        raise UserError(f"{config_path or 'command line'}: {' '.join(str(error).split())}") from error
 
 
 def _check_flags(rest: list[str], known: Collection[str]) -> None:
     """Refuse what the parser has left of the command line; without values, which may be secrets."""
     unknown = [word.split("=")[0] for word in rest if word.startswith("--")]
-    problems = [f"unknown flag {flag}{_did_you_mean(flag.strip('-').replace('-', '_'), known)}" for flag in unknown]
+    problems = [f"unknown flag {flag}{what_instead(flag.strip('-').replace('-', '_'), known)}" for flag in unknown]
     if rest:
         problems = problems or [f"unexpected {rest[0]!r}; write --flag value"]
         raise UserError("\n".join(f"command line: {problem}" for problem in problems))
@@ -223,16 +248,22 @@ def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> No
     problems = []
     for key, value in content.items():
         if key not in known:
-            problems.append(f"{path}: unknown key {key!r}{_did_you_mean(str(key), known)}")
+            problems.append(f"{path}: unknown key {key!r}{what_instead(str(key), known)}")
         elif value is None and known[key] is not None:
             problems.append(f"{path}: {key!r} is null; give a value, or leave the key out for {known[key]!r}")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _did_you_mean(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "; see --help for all names"
+def _check_types(content: dict[str, Any], dataclass_types: list[type], path: str) -> None:
+    """Refuse lists and mappings where a setting takes none; scalars are checked as flags are."""
+    hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    values = {key: value for key, value in content.items() if isinstance(value, list | dict)}
+    problems = [
+        f"{path}: {problem}" for key, value in values.items() if (problem := type_problem(key, value, hints[key]))
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _drop_replaced_model(content: dict[str, Any], flags: list[str]) -> None:

@@ -1,15 +1,26 @@
-"""Tables and answers in the terminal."""
+"""The terminal: how scripts start and end there, and tables and answers in it."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+import select
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from recipe.config import UserError
+from recipe.redaction import redact
+
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
+SECONDS_OF_PATIENCE = 5  # of a process for the main one, which should have met the same error
 WIDTH = 120  # of tables that go to a file
 NARROWEST = 6  # a column of names in a narrow terminal
 HEADING = 20  # a longer heading above a column of figures is folded
@@ -18,6 +29,60 @@ UNLIMITED = 10_000  # characters; wider than any table
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]"
 )
+
+
+def run_script(
+    main: Callable[[list[str]], None],
+    interrupted: str,
+    after_os_error: str = "",
+    expected: tuple[type[Exception], ...] = (),
+) -> None:
+    """Run a script's `main` on the words of the command line, and end the process as a terminal expects.
+
+    A character that the terminal's encoding lacks is shown as its escape. A `UserError`, an `OSError` and what else is
+    `expected` end with one message and exit code 1; so does Ctrl-C, with the script's own words. Any other error shows
+    its traceback. Nothing is shown before `redact` has seen it.
+
+    Example::
+
+        if __name__ == "__main__":
+            run_script(main, interrupted="nothing was changed; run it again")
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {interrupted}")
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still in the buffer
+            sys.exit(1)
+        if isinstance(error, OSError):
+            _exit(f"error: {error}{after_os_error}")
+        _exit(f"error: {error}" if isinstance(error, (UserError, *expected)) else traceback.format_exc().rstrip())
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads our output any more, as after `| head`: no error to report."""
+    if not hasattr(select, "poll"):  # on Windows
+        return True
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    return bool(pipe.poll(0))
+
+
+def _exit(message: str) -> NoReturn:
+    """Print an error and exit with 1; one process speaks for all that have met it.
+
+    The launcher ends the others when the first ends. So who is still there after a while has met an error of its own.
+    """
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
+    if rank != "0":
+        time.sleep(SECONDS_OF_PATIENCE)
+        message = f"process {rank}: {message}"
+    sys.exit(redact(message))
 
 
 def visible(text: str) -> str:

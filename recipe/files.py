@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import UserError
+from recipe.redaction import redact
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, even if the process dies or the disk is full; text in UTF-8.
+    """Write a file whole or not at all, even if the process dies or the disk is full; text in UTF-8, without secrets.
 
     Raises:
         OSError: it cannot be written; the error names the file.
@@ -20,7 +21,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     try:
-        draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        draft.write_bytes(content if isinstance(content, bytes) else redact(content).encode("utf-8"))
         draft.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

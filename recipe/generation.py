@@ -33,6 +33,7 @@ from transformers import (
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
 from recipe.templates import common_prefix
+from recipe.tokens import as_ids
 
 CACHE_BLOCK = 64  # tokens that a full cache grows by
 STEPS = 16  # tokens to generate before rows that have ended are taken out
@@ -68,7 +69,7 @@ class Decoding:
 def generate_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     max_new_tokens: int = 256,
     batch_size: int = 64,
     description: str | None = None,
@@ -76,15 +77,16 @@ def generate_responses(
     """The model's greedy response to each prompt, in the order of the prompts.
 
     Args:
-        prompts: whole prompts, as `Template.prompt` renders them.
+        prompts: whole prompts as token ids, as `recipe.tokens.prompt_ids` makes them; or as texts, in which special
+            tokens are read.
         max_new_tokens: the longest response, in tokens.
         batch_size: prompts per batch; does not change the responses.
         description: label of a progress bar; None for no bar.
 
     Example::
 
-        template = load_template("alpaca")
-        [response] = generate_responses(model, tokenizer, [template.prompt({"instruction": "Name a colour."})])
+        prompts = prompt_ids(load_template("alpaca"), tokenizer, [{"instruction": "Name a colour."}])
+        [response] = generate_responses(model, tokenizer, prompts)
         response.text, response.stop_reason  # 'Blue.', 'eos'
     """
     responses: dict[int, Response] = {}
@@ -97,7 +99,7 @@ def generate_responses(
 def iter_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     decoding: Decoding,
     batch_size: int = 64,
     description: str | None = None,
@@ -113,27 +115,26 @@ def iter_responses(
     """
     if not prompts:
         return
-    tokenized = tokenizer(list(prompts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    prompt_ids, positions = tokenized["input_ids"], context_length(model.config) or sys.maxsize
+    token_ids, positions = as_ids(tokenizer, prompts), context_length(model.config) or sys.maxsize
     was_training, saved_config = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()  # `generate` takes from it whatever is not given below
-    batches = _batches([len(ids) for ids in prompt_ids], decoding.max_new_tokens, batch_size, positions)
-    prefix = common_prefix([ids for ids in prompt_ids if len(ids) < positions])
+    batches = _batches([len(ids) for ids in token_ids], decoding.max_new_tokens, batch_size, positions)
+    prefix = common_prefix([ids for ids in token_ids if len(ids) < positions])
 
     @functools.cache  # computed in the first batch, where an out-of-memory error is handled
     def prefix_cache() -> list[BlockwiseLayer] | None:
         return compute_cache(model, prefix)
 
     def answer(indices: list[int]) -> list[Response]:
-        batch, start = [prompt_ids[index] for index in indices], time.perf_counter()
+        batch, start = [token_ids[index] for index in indices], time.perf_counter()
         room = positions - max(map(len, batch))
         limit, reason = min((decoding.max_new_tokens, "length"), (room, "context"))
         generated: list[list[int]] = [[] for _ in batch]
         if limit > 0:
             generated = _generate_batch(model, tokenizer, batch, limit, decoding, prefix_cache())
         seconds = (time.perf_counter() - start) / len(batch)
-        return [_as_response(token_ids, tokenizer, reason, seconds) for token_ids in generated]
+        return [_as_response(ids, tokenizer, reason, seconds) for ids in generated]
 
     # smoothing=0: batches differ in length, so their mean speed predicts the end better than the latest speed
     progress = tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None, smoothing=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -26,6 +26,13 @@ from transformers.activations import NewGELUActivation
 from recipe.config import ModelArguments, UserError
 from recipe.templates import Template
 
+# how weights were stored before safetensors, or are elsewhere; and files of a training run that end so too
+OTHER_WEIGHTS = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+NO_WEIGHTS = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
+CONVERSION = (
+    "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) and the same with AutoTokenizer (for .gguf with "
+    "gguf_file=FILE in both); or give a model or --model_revision of the Hub that has model.safetensors"
+)
 SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -66,16 +73,14 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
         "attn_implementation": config.attn_implementation,
     }
     missing: set[str] = set()
-    try:
-        with _library_errors(subject):
-            if name is None:
-                model = AutoModelForCausalLM.from_config(**options)
-            else:
-                options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
-                loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
-                model, missing = loaded[0], loaded[1]["missing_keys"]
-    except KeyError as error:  # older models look attention classes up in a dict
-        raise UserError(f"{subject} does not know the attention {error}; give another --attn_implementation") from error
+    check_weights(name or "")
+    with _library_errors(", ".join([subject, *_flags(config)])):
+        if name is None:
+            model = AutoModelForCausalLM.from_config(**options)
+        else:
+            options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+            model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
         raise UserError(
             f"{subject} has no weights for {', '.join(sorted(missing)[:3])}, ...; they would be random: "
@@ -116,6 +121,17 @@ def check_folder(name: str) -> None:
         )
 
 
+def check_weights(name: str) -> None:
+    """Refuse a folder whose weights are not safetensors: other formats can run code when they are loaded."""
+    others = sorted(path.name for suffix in OTHER_WEIGHTS for path in Path(name).glob(f"*{suffix}"))
+    others = [file for file in others if file not in NO_WEIGHTS]
+    if others and not any(Path(name).glob("*.safetensors")):
+        raise UserError(
+            f"{name!r} has its weights in {others[0]}, and only safetensors are loaded, which cannot run code; "
+            f"if you trust the file, save it anew: {CONVERSION}"
+        )
+
+
 def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The model's configuration with its overrides, before any weight is read.
 
@@ -130,20 +146,31 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
             model_config = AutoConfig.from_pretrained(name, revision=config.model_revision)
         elif model_type is not None and name is None:
             special_tokens = {key: getattr(tokenizer, key) for key in SPECIAL_TOKEN_IDS}
-            model_config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **special_tokens)
+            defaults = {"vocab_size": len(tokenizer), **special_tokens}
+            model_config = AutoConfig.for_model(model_type, **defaults)
         else:
             raise UserError(
                 "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
             )
     if overrides:
-        with _library_errors(f"--config_overrides {overrides!r}, to be written as key=value,key=value"):
+        with _library_errors(f"--config_overrides {overrides}, to be written as key=value,key=value"):
             model_config.update_from_string(overrides)
+            if (
+                name is None
+            ):  # a new one, so that what follows from others does: one type for each layer, sizes of heads
+                given = {key: getattr(model_config, key) for key in re.findall(r"(?:^|,)(\w+)=", overrides)}
+                model_config = AutoConfig.for_model(model_config.model_type, **defaults | given)
     return model_config
+
+
+def _flags(config: ModelArguments) -> list[str]:
+    values = {name: getattr(config, name) for name in ("config_overrides", "attn_implementation")}
+    return [f"--{name} {value}" for name, value in values.items() if value is not None]
 
 
 def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     """Set what the saved folder needs to answer as trained: template, left padding, greedy decoding, special tokens."""
-    tokenizer.chat_template = template.chat_template
+    tokenizer.chat_template = template.for_tokenizer(tokenizer).chat_template
     pad_left(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -162,13 +189,25 @@ def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def context_length(config: PreTrainedConfig) -> int | None:
     """The model's positions, in tokens: prompt and response together. None where there is no limit (ALiBi, Mamba)."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is None or positions > 0 else None  # XLNet writes -1
 
 
 @contextmanager
 def _library_errors(subject: str) -> Iterator[None]:
-    """Turn errors of libraries into ours: one line about the subject, without the advice at the end of their text."""
+    """Turn errors of libraries into ours: one line about the subject, without the advice at the end of their text.
+
+    Code of a model raises anything where its config is wrong: a KeyError for the name of an activation or an attention,
+    a TypeError, a division by zero.
+    """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{subject}: {textwrap.shorten(str(error), 300, placeholder=' ...')}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        said = textwrap.shorten(str(error), 300, placeholder=" ...")
+        if isinstance(error, KeyError):
+            said = f"it does not know {said}"
+        elif isinstance(error, OSError) and "model.safetensors" in said:
+            said = f"{said}; only safetensors are loaded: if you trust other weights, save them anew: {CONVERSION}"
+        raise UserError(f"{subject}: {said or type(error).__name__}") from error

@@ -19,12 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import DataArguments, ModelArguments, UserError
 from recipe.files import file_hash, read_json
+from recipe.redaction import HUB_TOKEN, SECRET_FLAG
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
-SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
 
 
@@ -71,14 +70,17 @@ def command_line() -> str:
         elif secret and not word.startswith("--"):
             word = secret
         secret = None if equals else placeholder
-        words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(https?://)[^/@]*@", r"\1", word)))
+        words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(\w://)[^/@\s]*@", r"\1", word)))
     return shlex.join([Path(sys.executable).name, *words])
 
 
-def describe_run(model_args: ModelArguments, data_args: DataArguments, trainer: Trainer) -> dict[str, Any]:
-    """For `run.json`: how a run was started, and its steps, tokens, time and losses.
+def describe_run(
+    model_args: ModelArguments, data_args: DataArguments, trainer: Trainer, attention: str | None
+) -> dict[str, Any]:
+    """For `run.json`: how a run was started, what ran, and its steps, tokens, time and losses.
 
-    The evaluation is that of the weights that were saved.
+    `config` is what was asked, `ran` what came of it: accelerate's file and environment variables decide too.
+    The evaluation is that of the weights that were saved. `attention` is the implementation that the model used.
     """
     args, state, last = trainer.args, trainer.state, trainer.state.log_history[-1]
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
@@ -90,6 +92,7 @@ def describe_run(model_args: ModelArguments, data_args: DataArguments, trainer: 
         "hardware": hardware(),
         "seed": args.seed,
         "processes": args.world_size,
+        "ran": what_ran(trainer) | {"attention": attention},
         "config": {"model": asdict(model_args), "data": asdict(data_args), "training": args.to_dict()},
         "result": {
             "steps": state.global_step,
@@ -98,6 +101,25 @@ def describe_run(model_args: ModelArguments, data_args: DataArguments, trainer: 
             "train_loss": last.get("train_loss"),
             "eval": evaluations[-1] if evaluations else None,
         },
+    }
+
+
+def what_ran(trainer: Trainer) -> dict[str, Any]:
+    """The settings of a run that is set up, read where they take effect."""
+    args, accelerator = trainer.args, trainer.accelerator
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # without accelerate's wrapper
+    model: Any = trainer.model
+    return {
+        "device": str(args.device),
+        "gpus_per_process": args.n_gpu,
+        "distributed": accelerator.distributed_type.value.lower(),
+        "weights": str(model.dtype).removeprefix("torch."),
+        "mixed_precision": accelerator.mixed_precision,
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
+        "optimizer": type(optimizer).__name__,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "data_seed": args.seed if args.data_seed is None else args.data_seed,
     }
 
 

@@ -6,8 +6,9 @@ Training, evaluation and `apply_chat_template` of the saved tokenizer all render
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from recipe.config import UserError
 
 BUILT_IN = Path(__file__).with_name("chat_templates")
+SAMPLE = {"instruction": "the-instruction", "input": "the-input", "output": "the-output"}
+BEGIN = "{#- This model's prompts begin with its begin-of-text token. -#}{{- bos_token }}"
 
 
 def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:
@@ -50,6 +53,26 @@ class Template:
         conversations = [to_messages(record) for record in records]
         return _render(conversations, self.chat_template, add_generation_prompt=True, **self.special_tokens)
 
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Template:
+        """This template with the special tokens of a tokenizer, and with its rule about the beginning.
+
+        If the tokenizer itself begins with its begin-of-text token (Llama, Gemma), so does each prompt, once. GPT-2's
+        does not.
+        """
+        template = replace(
+            self, chat_template=self.chat_template.removeprefix(BEGIN), special_tokens=tokenizer.special_tokens_map
+        )
+        if not begins_with_bos(tokenizer) or template.prompt(SAMPLE).lstrip().startswith(str(tokenizer.bos_token)):
+            return template
+        # Jinja removes blanks before a first block only where nothing stands before them
+        source = re.sub(r"\A[ \t]+(?=\{[%#])", "", template.chat_template)
+        return replace(template, chat_template=BEGIN + source)
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's own rule is to put its begin-of-text token in front."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+
 
 def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
     """The tokens that all sequences begin with; none if there is only one sequence.
@@ -68,7 +91,8 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
     """A built-in template (`alpaca`, `phi3`) or your own `.jinja` file, checked on a sample record.
 
     Args:
-        tokenizer: gives the special tokens, for templates that name `bos_token` or another in their prompt.
+        tokenizer: gives the special tokens, for templates that name them, and its rule about the beginning of a text:
+            see `Template.for_tokenizer`.
 
     Raises:
         UserError: no such template, a Jinja error, a template that loses the instruction, the input or the response,
@@ -80,10 +104,13 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.jinja")))
         raise UserError(f"unknown template {name_or_path!r}: give one of {names} or the path of a .jinja file")
-    special_tokens = {} if tokenizer is None else tokenizer.special_tokens_map
     try:
-        template = Template(name_or_path, path.read_text(encoding="utf-8"), special_tokens)
+        template = Template(name_or_path, path.read_text(encoding="utf-8-sig"))  # editors of Windows write a BOM
+        if tokenizer is not None:
+            template = template.for_tokenizer(tokenizer)
         _check(template)
+    except UnicodeDecodeError as error:
+        raise UserError(f"template {path}: it is not UTF-8 text ({error}); save it as UTF-8") from error
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, OSError) as error:
         line = getattr(error, "lineno", None)
         raise UserError(f"template {path}{f' line {line}' if line else ''}: {error}") from error
@@ -92,8 +119,7 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
 
 def _check(template: Template) -> None:
     """Refuse a template that loses a field of a record, or that adds text between its prompt and its response."""
-    record = {"instruction": "the-instruction", "input": "the-input", "output": "the-output"}
-    prompt = template.prompt(record)
+    record, prompt = SAMPLE, template.prompt(SAMPLE)
     for part, variable in (("instruction", "message.content"), ("input", "message.input")):
         if record[part] not in prompt:
             raise UserError(

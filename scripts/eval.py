@@ -5,7 +5,6 @@ python scripts/eval.py --model outputs/demo --baseline recipe/demo/base --output
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import transformers
 from accelerate import PartialState
 
 from recipe.config import DataArguments, UserError, parse_arguments
-from recipe.console import visible
+from recipe.console import run_script, visible
 from recipe.evaluation.answers import read_answers, read_metrics
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
@@ -61,12 +60,13 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
     args, data_args, judge_args = parse_arguments(types, argv, description)
-    from recipe.model import check_folder  # here: models take two seconds, and --help needs none
+    from recipe.model import check_folder, check_weights  # here: models take two seconds, and --help needs none
 
     run, defaults = None, {}
     for name in args.model:
         if model_kind(name) == "weights":
             check_folder(name)
+            check_weights(name)
             run = run or read_run(name)
             saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
             defaults = defaults or ({"template": str(saved)} if saved.is_file() else {})
@@ -137,11 +137,5 @@ def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        advice = "all answers so far are kept; the same command, without --overwrite_output_dir, resumes"
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(f"interrupted: {advice}")
-        advice = f"; once this is fixed, {advice}" if isinstance(error, OSError) else ""
-        sys.exit(f"error: {error}{advice}" if PartialState().is_main_process else 1)
+    kept = "all answers so far are kept; the same command, without --overwrite_output_dir, resumes"
+    run_script(main, interrupted=kept, after_os_error=f"; once this is fixed, {kept}")

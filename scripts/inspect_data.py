@@ -5,7 +5,6 @@ python scripts/inspect_data.py configs/demo.yaml --output_dir outputs/data
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from recipe.config import (
     parse_arguments,
     setting,
 )
+from recipe.console import run_script
 
 
 @dataclass
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     from recipe.data.inspection import inspect_lengths, inspect_records, measure_lengths, plot_lengths
     from recipe.data.inspection_tables import print_report
     from recipe.data.records import read_records
+    from recipe.data.special_text import find_special_text
     from recipe.data.split import data_hash, drop_cross_split_duplicates, split_by_content
     from recipe.files import write_json, write_json_lines
     from recipe.model import load_tokenizer
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
         "bad_records": left_out.reasons,
         "splits": inspect_lengths(lengths, data_args, limits, args.per_device_train_batch_size, overhead),
         "repetition": repetition,
-        **inspect_records(records, lengths, args.show),
+        **inspect_records(records, lengths, find_special_text(records, tokenizer), args.show),
     }
 
     # show
@@ -115,9 +116,4 @@ def results_folder(argv: list[str], args: InspectionArguments) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was changed; run it again")
+    run_script(main, interrupted="nothing was changed; run it again")

@@ -5,17 +5,24 @@ python scripts/publish.py outputs/demo --repo_id someone/demo --evaluation outpu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipe.config import UserError, parse_arguments, setting
-from recipe.console import print_table
+from recipe.console import print_table, run_script
 from recipe.files import write_whole
 from recipe.provenance import read_run
 from recipe.publishing.card import make_model_card, read_evaluation
-from recipe.publishing.hub import files_to_push, open_repository, push_files, refuse_secrets
+from recipe.publishing.hub import (
+    check_reference,
+    check_repo_id,
+    files_to_push,
+    open_repository,
+    push_files,
+    refuse_local_folders,
+)
+from recipe.publishing.secret_check import refuse_secrets
 
 
 @dataclass
@@ -32,6 +39,10 @@ class PublishArguments:
     card: bool = setting(True, "Write a new README.md; false pushes the one that is there.")
     license: str | None = setting(None, "On the card: apache-2.0, mit, other, ...")
     language: list[str] = setting(list, "On the card, as ISO 639 codes: en de")
+    allow_secret_like: list[str] = field(  # may be repeated
+        default_factory=list,
+        metadata={"help": "FILE:LINE that only looks like a secret, as the message names it.", "action": "extend"},
+    )
     dry_run: bool = setting(False, "List the files; write nothing, ask and send nothing.")
 
 
@@ -42,7 +53,9 @@ def main(argv: list[str]) -> None:
     card = draft_card(args, folder, evaluation)
     if card:  # written later, when it is known that it can be pushed
         files.pop("README.md", None)
-    refuse_secrets(files, card)
+    refuse_local_folders(files)
+    for line in refuse_secrets(files, card, args.allow_secret_like):
+        print(line)
     print_files(files, card, f"To {args.repo_id or 'the Hub'}, {args.revision or 'main'}")
     if args.dry_run:
         print("A dry run: nothing was written, asked or sent")
@@ -51,7 +64,9 @@ def main(argv: list[str]) -> None:
     if card:
         files["README.md"] = folder / "README.md"
         write_whole(files["README.md"], card)
-    pushed = push_files(files, repo_id, message=args.message, revision=args.revision, tag=args.tag)
+    pushed = push_files(
+        files, repo_id, message=args.message, revision=args.revision, tag=args.tag, allowed=args.allow_secret_like
+    )
     if pushed.removed:
         print(f"Removed, because they belong to earlier weights: {', '.join(pushed.removed)}")
     print(f"{'Pushed' if pushed.sent else 'Nothing left to push'}: {pushed.url} (commit {pushed.commit[:8]})")
@@ -65,6 +80,10 @@ def parse(argv: list[str]) -> PublishArguments:
         raise UserError("which run? python scripts/publish.py OUTPUT_DIR --repo_id owner/name")
     if "/" not in (args.repo_id or "") and not (args.dry_run and args.repo_id is None):
         raise UserError("where to? add --repo_id owner/name, or only --dry_run to see which files would go")
+    if args.repo_id is not None:
+        check_repo_id(args.repo_id)
+    check_reference(args.revision, "--revision")
+    check_reference(args.tag, "--tag")
     return args
 
 
@@ -96,9 +115,4 @@ def print_files(files: Mapping[str, Path], card: str, title: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the Hub has the commit whole or not at all; run the same command again")
+    run_script(main, interrupted="the Hub has the commit whole or not at all; run the same command again")

@@ -7,17 +7,16 @@ Each step imports what it needs, so that --help and mistakes in the arguments do
 
 from __future__ import annotations
 
-import sys
 from itertools import islice
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 
-from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError, parse_arguments
-from recipe.files import write_json_lines
-from recipe.training.checks import check_splits, check_trackers, fit_max_length, print_model
-from recipe.training.output_dir import clear_output_dir, explain_full_disk, find_checkpoint
+from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, parse_arguments
+from recipe.console import run_script
+from recipe.training.checks import check_settings, check_splits, check_trackers, fit_max_length, print_model
+from recipe.training.errors import Settings
+from recipe.training.output_dir import explain_full_disk, find_checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +24,9 @@ def main(argv: list[str]) -> None:
     model_args, data_args, training_args = parse_arguments(
         [ModelArguments, DataArguments, InstructionTrainingArguments], argv, description=__doc__.split("\n")[0]
     )
+    settings = Settings(model_args, data_args, training_args)
     checkpoint = find_checkpoint(training_args)
+    check_settings(model_args, data_args, training_args)
     check_trackers(training_args)
     push = None
     if training_args.push_to_hub:  # asks for access now: a wrong token must not cost a training run
@@ -36,15 +37,15 @@ def main(argv: list[str]) -> None:
 
     tokenizer, template, records, splits, bad_records, about_data = prepare_data(model_args, data_args, training_args)
     model, about_model = prepare_model(model_args, data_args, training_args, tokenizer, template)
-    trainer = make_trainer(model, tokenizer, template, records, splits, data_args, training_args, push)
+    from recipe.training.first_step import FirstStep
 
-    clear_output_dir(training_args, checkpoint)
-    if bad_records and trainer.is_world_process_zero():
-        write_json_lines(Path(training_args.output_dir) / "bad_records.jsonl", bad_records)
-    with explain_full_disk(Path(training_args.output_dir), model):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
+    first_step = FirstStep(settings, checkpoint, bad_records)  # until then, nothing of an earlier run is removed
+    with first_step.errors_explained():
+        trainer = make_trainer(model, tokenizer, template, records, splits, settings, first_step, push)
+        with explain_full_disk(Path(training_args.output_dir), model):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+            trainer.save_state()
     if trainer.is_world_process_zero():
         save_reports(trainer, model_args, data_args, about_data | about_model, push)
     shut_down(trainer)
@@ -57,6 +58,7 @@ def prepare_data(model_args, data_args, training_args):
     """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
     from recipe.console import print_token_statistics
     from recipe.data import encode_records, load_records, template_overhead, token_statistics
+    from recipe.data.special_text import count_special_text, find_special_text, special_text_note
     from recipe.data.split import data_hash
     from recipe.model import load_tokenizer
     from recipe.templates import load_template
@@ -69,14 +71,18 @@ def prepare_data(model_args, data_args, training_args):
         splits = encode_records(records, tokenizer, data_args)
     check_splits(splits, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
-    statistics = token_statistics(records, splits, preamble)
+    statistics, special_text = token_statistics(records, splits, preamble), find_special_text(records, tokenizer)
     if training_args.should_log:
         print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
+        if note := special_text_note(special_text, tokenizer):
+            print(note)
     rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
     about = {
         "data_hash": data_hash(records),  # by which the test split is found again
         "splits": {row["split"]: row for row in statistics},
-        "rows": rows | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)},
+        "rows": rows
+        | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)}
+        | count_special_text(special_text),
         "bad_records": left_out.reasons,
     }
     return tokenizer, template, records, splits, left_out.bad, about
@@ -97,30 +103,31 @@ def prepare_model(model_args, data_args, training_args, tokenizer, template):
     return model, {"weights_from": origin, "hub": hub}
 
 
-def make_trainer(model, tokenizer, template, records, splits, data_args, training_args, push):
-    """The trainer, with the callbacks that show sample answers and push."""
+def make_trainer(model, tokenizer, template, records, splits, settings, first_step, push):
+    """The trainer, with the callbacks that wait for the first step, show sample answers and push."""
+    from recipe.tokens import prompt_ids
     from recipe.trainer import InstructionTrainer
     from recipe.training.collator_choice import make_collator
     from recipe.training.samples import SampleGenerations
 
-    collator = make_collator(data_args, training_args, model, tokenizer)
-    try:
-        trainer = InstructionTrainer(
-            model,
-            training_args,
-            data_collator=collator,
-            train_dataset=splits["train"],
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            generation_records=records["validation"] if training_args.eval_generate else (),
-            template=template,
-            max_new_tokens=training_args.generation_max_new_tokens,
-        )
-        trainer.length_sampler()  # names a record longer than max_tokens_per_batch before the folder is touched
-    except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, flags that clash
-        raise UserError(str(error)) from error
-    if "validation" in splits and training_args.num_sample_generations:
-        samples = list(islice(records["validation"], training_args.num_sample_generations))
+    data_args, training_args = settings.data, settings.training
+    trainer = InstructionTrainer(
+        model,
+        training_args,
+        data_collator=make_collator(data_args, training_args, model, tokenizer),
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        generation_records=records["validation"] if training_args.eval_generate else (),
+        template=template,
+        max_new_tokens=training_args.generation_max_new_tokens,
+    )
+    trainer.train_batches()  # names a record longer than max_tokens_per_batch before the folder is touched
+    validation = records["validation"] if "validation" in splits else ()
+    samples = list(islice(validation, training_args.num_sample_generations))
+    answered = samples or list(islice(validation, training_args.eval_generate))
+    first_step.watch(trainer, prompt_ids(template, tokenizer, answered))
+    if samples:
         trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:
         trainer.add_callback(push)
@@ -133,9 +140,10 @@ def save_reports(trainer, model_args, data_args, about, push):
     from recipe.files import write_json, write_whole
     from recipe.provenance import describe_run
     from recipe.publishing.card import make_model_card
+    from recipe.training.collator_choice import attention_of
 
     output_dir = Path(trainer.args.output_dir)
-    run = describe_run(model_args, data_args, trainer) | about
+    run = describe_run(model_args, data_args, trainer, attention_of(trainer.model)) | about
     run["config"]["training"]["push_to_hub"] = push is not None  # replace_trainer_push has turned it off
     write_json(output_dir / "run.json", run)
     plot_loss(trainer.state.log_history, output_dir / "loss.png")
@@ -157,10 +165,5 @@ def shut_down(trainer):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, FloatingPointError, OSError) as error:
-        # one process prints the error; the launcher stops the others
-        sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: --resume_from_checkpoint true resumes from the last checkpoint, if one was saved")
+    resume = "--resume_from_checkpoint true resumes from the last checkpoint, if one was saved"
+    run_script(main, interrupted=resume, expected=(FloatingPointError,))

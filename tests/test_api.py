@@ -197,7 +197,10 @@ def run_generation(block, tmp_path):
     from recipe.templates import load_template
 
     tokenizer, model = load()
-    space = {**namespace("recipe.generation"), "load_template": load_template, "tokenizer": tokenizer, "model": model}
+    space = {
+        **namespace("recipe.generation"), **namespace("recipe.tokens"), "load_template": load_template,
+        "tokenizer": tokenizer, "model": model,
+    }  # fmt: skip
     text, stop_reason = run_block(block, space)
     assert isinstance(text, str) and stop_reason in ("eos", "length", "context")
 
@@ -208,6 +211,7 @@ def run_likelihood(block, tmp_path):
     tokenizer, model = load()
     space = {
         **namespace("recipe.evaluation.likelihood"),
+        **namespace("recipe.tokens"),
         "load_template": load_template,
         "tokenizer": tokenizer,
         "model": model,

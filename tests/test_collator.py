@@ -111,7 +111,7 @@ def test_rows_pass_through_and_other_columns_do_not():
         [{**row, "row": 7 + i, "length": 3} for i, row in enumerate(ROWS)]
     )
     assert batch["row"].tolist() == [7, 8]
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels", "row", "supervised"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels", "row", "lengths", "supervised"}
     targets = batch["labels"].flatten()
     assert targets[batch["supervised"]].tolist() == [target for target in targets if target != -100]
 

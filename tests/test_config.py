@@ -1,18 +1,26 @@
 """Flags and YAML: what is shipped loads, and what is wrong is named."""
 
+import doctest
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
 
+import recipe.setting_checks
+import recipe.training.errors
 from recipe.config import (
+    LOWER_IS_BETTER,
     DataArguments,
     InstructionTrainingArguments,
     ModelArguments,
     UserError,
     parse_arguments,
 )
+from recipe.evaluation.measures import MEASURES
+from recipe.setting_checks import REPLACED
 
 TYPES = [ModelArguments, DataArguments, InstructionTrainingArguments]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -116,11 +124,61 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("data:\n  test: a.jsonl\n  train: [b.jsonl]\n  test: c.jsonl\n", "line 4: the key 'test' is repeated"),
         ("mask_prompt: null\n", "'mask_prompt' is null; give a value, or leave the key out for True"),
         ("per_device_train_batch_size: 0\n", "--per_device_train_batch_size 0: give at least 1"),
-        ("learning_rate: -1\n", "--learning_rate -1.0: give a number from 0 up"),
+        ("max_length: [1]\n", "max_length: [1] is a list of int; give one whole number or null"),
+        ("learning_rate: {a: 1}\n", 'learning_rate: {"a": 1} is a mapping; give one number'),
+        ("overflow: [drop]\n", """overflow: ["drop"] is a list of str; give 'truncate' or 'drop' or 'error'"""),
+        ("report_to: [1]\n", "report_to: [1] is a list of int; give null or one text or a list, each one text"),
+        ("include_for_metrics: {}\n", "include_for_metrics: {} is a mapping; give a list, each one text"),
+        (
+            "lr_scheduler_kwargs: [a]\n",
+            'lr_scheduler_kwargs: ["a"] is a list of str; give a mapping or one text or null',
+        ),
+        ("bf16: [true]\n", "bf16: [true] is a list of bool; give true or false"),
+        ("lr_scheduler_kwargs: abc\n", "--lr_scheduler_kwargs abc: not valid JSON"),
+        ("num_proc: -2\n", "--num_proc -2: give at least 1"),
+        ("adam_beta1: 1.5\n", "--adam_beta1 1.5: give at least 0, at most 1"),
+        ("max_grad_norm: .nan\n", "--max_grad_norm nan: give a finite number"),
+        ("eval_strategy: steps\neval_steps: -3\n", "--eval_steps -3.0: give a number above 0"),
+        ("learning_rate: -1\n", "--learning_rate -1.0: give at least 0"),
     ],
 )
 def test_wrong_values(config, text, message):
     assert message in refuse(config(text))
+
+
+def test_settings_that_take_any_value_or_do_not_count():
+    assert parse("--max_grad_norm", "inf")[2].max_grad_norm == float("inf")  # measured, not clipped
+    assert parse("--logging_strategy", "epoch", "--logging_steps", "0")[2].logging_steps == 0
+    assert parse("--max_steps", "-1")[2].max_steps == -1  # transformers' own "not given"
+
+
+def test_old_names_are_told_the_new_ones():
+    known = {field.name for kind in TYPES for field in fields(kind)}
+    for old, new in REPLACED.items():
+        assert old not in known
+        assert refuse(f"--{old}", "1") == f"command line: unknown flag --{old}; use {new}"
+    words = {re.split(r"[:;, ]", new)[0] for new in REPLACED.values()}
+    assert words - {"the", "nothing"} <= known
+
+
+def test_what_is_better_is_known_of_every_metric():
+    """transformers knows it only of names that end in "loss"."""
+    lower = {name for name, measure in MEASURES.items() if measure.better == "lower"} - {"reference_loss"}
+    assert set(LOWER_IS_BETTER) == lower | {"loss", "perplexity"}
+    best = ("--load_best_model_at_end", "true", "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    for name in (*LOWER_IS_BETTER, "next_token_accuracy", "chrf", "eval_perplexity"):
+        training = parse(*best, "--metric_for_best_model", name)[2]
+        assert training.greater_is_better is (name.removeprefix("eval_") not in LOWER_IS_BETTER)
+
+
+def test_the_compiler_of_accelerates_file_counts_as_ours(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    training = parse()[2]
+    assert (training.torch_compile, training.torch_compile_backend) == (True, "eager")
+
+
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(recipe.setting_checks).failed == doctest.testmod(recipe.training.errors).failed == 0
 
 
 def test_missing_config_file_and_stray_words():

@@ -1,14 +1,21 @@
 """The terminal: whatever a text holds, it is shown and commands nothing; figures are never cut."""
 
 import doctest
+import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import DEMO, ROOT
 from evaluation_samples import FAMILIES, make_metrics, make_predictions
 from rich.console import Console
 
 import recipe.console
-from recipe.console import one_line, print_table, print_token_statistics
+from recipe.config import UserError
+from recipe.console import one_line, print_table, print_token_statistics, run_script
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import scale
 
@@ -111,3 +118,131 @@ def test_a_score_over_a_part_of_the_records_has_their_number(capsys):
     assert "chrf" in cells
     other = metrics["other_models"]["other"]["test"]["metrics"]["reference_loss"]["tuned"]
     assert f"{other:.3f} n 79" in cells
+
+
+# --- how scripts end ------------------------------------------------------------------------------------------------
+
+SAYS = """
+import sys
+from tqdm.auto import tqdm
+from recipe.config import UserError
+from recipe.console import print_table, run_script
+def main(argv):
+    print("é 漢 🙂 \\ud83d")
+    print_table("漢", ["é", "n"], [["ü", "1"]])
+    tqdm.write("漢")
+    for _ in tqdm(range(2), desc="漢"): pass
+    raise UserError("no 漢: " + argv[0])
+run_script(main, interrupted="")
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "cp1252"},
+        {"PYTHONIOENCODING": "utf-8"},
+    ],
+    ids=lambda environment: " ".join(environment.values()),
+)
+def test_no_encoding_of_a_console_ends_a_script(tmp_path, environment):
+    (tmp_path / "says.py").write_text(SAYS, encoding="utf-8")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LC_")} | environment
+    command = [sys.executable, tmp_path / "says.py", "x"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)})
+    encoding = environment.get("PYTHONIOENCODING", "ascii")
+    said, complained = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert done.returncode == 1 and "Traceback" not in complained
+    shown = "漢".encode(encoding, "backslashreplace").decode(encoding)
+    assert complained.splitlines()[-1] == f"error: no {shown}: x"
+    assert said.splitlines()[0].endswith("\\ud83d")  # half of a pair, which no encoding has
+    assert said.splitlines()[-1] == shown
+    assert ("+--" in said and "─" not in said) == (encoding != "utf-8")  # a table in plain characters
+
+
+def test_a_real_script_on_an_ascii_console(tmp_path):
+    rows = [{"instruction": f"翻译 {n}", "input": "", "output": f"“é” {n} 漢"} for n in range(30)]
+    (tmp_path / "records.json").write_text(json.dumps(rows), encoding="utf-8")
+    done = subprocess.run(
+        [
+            sys.executable, "scripts/inspect_data.py", "--data", tmp_path / "records.json", "--tokenizer_name",
+            DEMO / "base", "--output_dir", tmp_path / "out",
+        ],
+        capture_output=True, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert b"\\u7ffb\\u8bd1" in done.stdout and "翻译" in (tmp_path / "out" / "inspection.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize("script", sorted([*(ROOT / "scripts").glob("*.py"), ROOT / "benchmarks" / "benchmark.py"]))
+def test_every_script_ends_the_same_way(script):
+    *_, last = script.read_text(encoding="utf-8").split('if __name__ == "__main__":')
+    assert "run_script(main, interrupted=" in last
+
+
+def end_of(monkeypatch, error: BaseException) -> object:
+    """What `run_script` exits with: a code, or a text that Python prints before it exits with 1."""
+
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as end:
+        run_script(main, interrupted="again", after_os_error="; again", expected=(FloatingPointError,))
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("wrong"), "error: wrong"),
+        (OSError(28, "No space left", "a.json"), "error: [Errno 28] No space left: 'a.json'; again"),
+        (
+            BrokenPipeError(32, "a server's, not the terminal's"),
+            "error: [Errno 32] a server's, not the terminal's; again",
+        ),
+        (FloatingPointError("the loss is nan"), "error: the loss is nan"),
+        (KeyboardInterrupt(), "interrupted: again"),
+        (SystemExit(3), 3),
+    ],
+)
+def test_what_a_script_says_at_its_end(monkeypatch, capfd, error, said):
+    assert end_of(monkeypatch, error) == said
+
+
+def test_an_error_of_ours_shows_its_traceback_without_secrets(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "s3cret-and-long")
+    said = str(end_of(monkeypatch, KeyError("s3cret-and-long")))
+    assert said.startswith("Traceback") and said.endswith("KeyError: '***'")
+    assert end_of(monkeypatch, UserError("a s3cret-and-long b")) == "error: a *** b"
+
+
+def test_a_reader_that_has_left_is_no_error():
+    code = """
+from recipe.console import run_script
+def main(argv):
+    while True:
+        print("x" * 1000)
+run_script(main, interrupted="")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+
+def test_one_process_speaks_for_all(monkeypatch):
+    """The others wait for the launcher to end them, and tell what they alone have met."""
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    def fail(argv):
+        raise UserError("wrong")
+
+    for rank, said in (("0", "error: wrong"), ("3", "process 3: error: wrong")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            run_script(fail, interrupted="")
+        assert end.value.code == said
+    assert slept == [recipe.console.SECONDS_OF_PATIENCE]

@@ -11,7 +11,17 @@ from datasets import Dataset
 from packaging.version import Version
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer
+from torch.utils.data import RandomSampler, SequentialSampler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    Trainer,
+    TrainingArguments,
+)
 
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import InstructionTrainingArguments
@@ -19,7 +29,8 @@ from recipe.generation import BlockwiseLayer
 from recipe.model import pad_left
 from recipe.templates import load_template, to_messages
 from recipe.trainer import InstructionTrainer
-from recipe.training.collator_choice import attention_of, takes_boolean_mask
+from recipe.training.collator_choice import attention_of
+from recipe.training.layout_check import takes_boolean_mask
 from recipe.training.trainer import LAST_HIDDEN_STATES
 
 # --- recipe.attention -----------------------------------------------------------------------------------------------
@@ -133,7 +144,7 @@ def test_how_a_model_attends_can_be_read():
     assert not takes_boolean_mask(AutoModelForCausalLM.from_config(config))
 
 
-def test_a_batch_size_that_is_lowered_reaches_the_length_sampler(tmp_path):
+def test_a_batch_size_that_is_lowered_reaches_the_plan_of_batches(tmp_path):
     """transformers' `Trainer._train_batch_size`, which `auto_find_batch_size` halves when memory is short."""
 
     class Small(InstructionTrainer):
@@ -151,4 +162,15 @@ def test_a_batch_size_that_is_lowered_reaches_the_length_sampler(tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     trainer = Small(model, args, DataCollatorForInstructionTuning(0), train_dataset=Dataset.from_list(rows))
     trainer.train()
-    assert trainer.length_sampler().sizes[0] <= 2
+    assert max(map(len, trainer.train_batches())) <= 2
+
+
+def test_the_trainer_orders_records_and_counts_tokens_in_methods_of_its_own(tmp_path):
+    """transformers' `Trainer._get_train_sampler`, and `Trainer._track_num_input_tokens`, which ours replaces."""
+    for strategy, order in (("random", RandomSampler), ("sequential", SequentialSampler)):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, train_sampling_strategy=strategy)
+        trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=Dataset.from_dict({"row": [1, 2]}))
+        assert type(trainer._get_train_sampler()) is order
+    trainer.args.include_num_input_tokens_seen = "all"
+    trainer._track_num_input_tokens({"input_ids": torch.zeros(2, 3)})
+    assert trainer.state.num_input_tokens_seen == 6

@@ -6,11 +6,19 @@ import pytest
 import torch
 from conftest import DEMO
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from recipe import attention
 from recipe.config import ModelArguments, UserError
-from recipe.model import context_length, fuse_activations, load_model, load_tokenizer, prepare_for_chat
+from recipe.model import (
+    check_weights,
+    context_length,
+    fuse_activations,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare_for_chat,
+)
 from recipe.templates import load_template
 
 BASE = str(DEMO / "base")
@@ -44,6 +52,53 @@ def test_random_weights_from_a_config(demo_tokenizer, model_type, overrides):
     assert context_length(model.config) == (64 if model_type == "gpt2" else 2048)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("qwen2", {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 8, "num_attention_heads": 2}),
+        ("gemma3_text", {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 8, "sliding_window": 16}),
+        ("llama", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 8, "num_attention_heads": 2}),
+        ("gpt2", {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 2000}),
+    ],
+)
+def test_what_follows_from_an_override_does(demo_tokenizer, model_type, overrides):
+    """The types of layers, the size of a head: as if the configuration had been made with these values."""
+    text = ",".join(f"{name}={value}" for name, value in overrides.items())
+    config = load_config(ModelArguments(model_type=model_type, config_overrides=text), demo_tokenizer)
+    ids = {f"{name}_token_id": getattr(demo_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    expected = AutoConfig.for_model(model_type, **{"vocab_size": len(demo_tokenizer)} | ids | overrides)
+    assert config.to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "epoch=1.ckpt", "tf_model.h5", "q.gguf"],
+)
+def test_weights_that_can_run_code_are_refused_with_a_way_on(tmp_path, demo_tokenizer, name):
+    AutoConfig.from_pretrained(BASE).save_pretrained(tmp_path)
+    (tmp_path / "training_args.bin").touch()  # no weights
+    check_weights(str(tmp_path))
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"its weights in {name}, and only safetensors .*save_pretrained"):
+        load_model(ModelArguments(model_name_or_path=str(tmp_path)), demo_tokenizer)
+    (tmp_path / "model.safetensors").touch()  # with safetensors beside them, they are not read
+    check_weights(str(tmp_path))
+
+
+def test_the_way_on_works(tmp_path, demo_model, demo_tokenizer):
+    """What the message says to do, done to a folder of pickled weights."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    demo_model.config.save_pretrained(old)
+    torch.save(demo_model.state_dict(), old / "pytorch_model.bin")
+    AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)
+    model, _ = load_model(ModelArguments(model_name_or_path=str(new)), demo_tokenizer)
+    assert torch.equal(model.lm_head.weight, demo_model.lm_head.weight)
+
+
+def test_a_config_without_a_limit_of_positions():
+    assert context_length(AutoConfig.for_model("xlnet")) is None  # it says -1
+
+
 def test_overrides_change_a_trained_models_dropout(demo_tokenizer):
     config = ModelArguments(model_name_or_path=BASE, config_overrides="resid_pdrop=0.25")
     model, _ = load_model(config, demo_tokenizer)
@@ -62,6 +117,11 @@ def test_an_adapter_alone_is_refused(tmp_path, demo_tokenizer):
     [
         ({}, "name the model"),
         ({"model_name_or_path": BASE, "model_type": "gpt2"}, "name the model"),
+        (
+            {"model_type": "gpt2", "tokenizer_name": BASE, "config_overrides": "activation_function=geluu"},
+            "--config_overrides activation_function=geluu: it does not know 'geluu'",
+        ),
+        ({"model_type": "gpt2", "tokenizer_name": BASE, "config_overrides": "n_head=0"}, "n_head=0: integer division"),
         ({"model_type": "gpt22", "tokenizer_name": BASE}, "unknown --model_type 'gpt22'"),
         ({"model_name_or_path": "no/such-model", "tokenizer_name": BASE}, "model 'no/such-model'"),
         ({"model_name_or_path": BASE, "config_overrides": "n_layers=3"}, "n_layers"),
@@ -75,7 +135,7 @@ def test_an_adapter_alone_is_refused(tmp_path, demo_tokenizer):
                 "attn_implementation": attention.NAME,
                 "config_overrides": "num_hidden_layers=1,hidden_size=8,num_attention_heads=1",
             },
-            "model 'falcon' does not know the attention 'shared_prefix'; give another",
+            "model 'falcon', .*--attn_implementation shared_prefix: it does not know 'shared_prefix'",
         ),
         (
             {

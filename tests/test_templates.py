@@ -4,15 +4,19 @@ import json
 
 import pytest
 from conftest import DEMO
-from transformers import AutoTokenizer
+from tokenizer_kinds import KINDS, byte_level, unigram
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils.chat_template_utils import Chat
 
 from recipe.config import DataArguments, ModelArguments, UserError
 from recipe.data import load_splits
 from recipe.model import load_model, prepare_for_chat
 from recipe.templates import load_template, to_messages
+from recipe.tokens import prompt_ids
 
 WITH_INPUT = {"instruction": "Make it plural.", "input": "cat", "output": "cats"}
 WITHOUT = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+BARE = "{% for m in messages %}{{ m.content }}{{ m.input }}{% if m.role == 'user' %}\nA: {% endif %}{% endfor %}"
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
@@ -97,3 +101,82 @@ def test_templates_that_cannot_work_are_refused(tmp_path, text, message):
 def test_an_unknown_template_names_those_there_are():
     with pytest.raises(UserError, match=r"unknown template 'alpacca': give one of alpaca, phi3 or the path"):
         load_template("alpacca")
+
+
+BEGINNING = {name: KINDS[name] for name in ("Llama 3", "Phi 3", "Llama 2", "Llama 2, legacy")}
+
+
+@pytest.mark.parametrize("kind", BEGINNING)
+@pytest.mark.parametrize("name", ["alpaca", "phi3"])
+def test_a_tokenizer_that_begins_with_its_token_gets_it_once_also_from_the_saved_template(kind, name, tmp_path):
+    tokenizer = BEGINNING[kind]()
+    template = load_template(name, tokenizer)
+    without = load_template(name)
+    assert template.prompts([WITH_INPUT, WITHOUT]) == [f"<s>{text}" for text in without.prompts([WITH_INPUT, WITHOUT])]
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=len(tokenizer))
+    model = AutoModelForCausalLM.from_config(config)
+    prepare_for_chat(model, tokenizer, without)  # whichever of the two is given
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+
+    (tmp_path / "a.json").write_text(json.dumps([WITH_INPUT, WITHOUT]))
+    for source in (name, str(tmp_path / "chat_template.jinja")):  # the saved one is loaded again by an evaluation
+        data = DataArguments(data=str(tmp_path / "a.json"), template=source, validation_ratio=0, test_ratio=0)
+        for row, record in zip(load_splits(data, tokenizer)["train"], [WITH_INPUT, WITHOUT], strict=True):
+            prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+            assert prompt.count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id
+            options = {"tokenize": True, "return_dict": False, "add_generation_prompt": True}
+            assert saved.apply_chat_template(to_messages(record), **options) == prompt
+            assert prompt_ids(load_template(source), saved, [record]) == [prompt]
+    chat = pipeline("text-generation", model=str(tmp_path), tokenizer=saved, device="cpu")
+    assert (
+        chat.preprocess(Chat(to_messages(WITH_INPUT)))["input_ids"][0].tolist()
+        == prompt_ids(without, saved, [WITH_INPUT])[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "begin", ["{{ bos_token }}", "{{- bos_token -}}", "\n{{ bos_token }}", "{% if true %}{{ bos_token }}{% endif %}"]
+)
+def test_a_template_that_has_the_token_already_gets_no_second(begin, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(begin + BARE)
+    assert load_template(str(path), byte_level(begins=True)).prompt(WITH_INPUT).count("<s>") == 1
+
+
+@pytest.mark.parametrize(
+    "begin", ["", "\n", "  ", "  {% if true %}", "\n  {%- if true %}", "{#- a remark #}\n", "  {# a #}x"]
+)
+def test_the_token_in_front_changes_nothing_else(begin, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(begin + BARE + ("{% endif %}" if "{%" in begin else ""))
+    expected = load_template(str(path)).prompt(WITH_INPUT)
+    assert load_template(str(path), byte_level()).prompt(WITH_INPUT) == expected
+    begun = load_template(str(path), byte_level(begins=True))
+    assert begun.prompt(WITH_INPUT) == f"<s>{expected}"
+    assert begun.for_tokenizer(byte_level()).prompt(WITH_INPUT) == expected
+
+
+def test_a_tokenizer_that_ends_each_text_does_not_end_a_prompt():
+    tokenizer = unigram()
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    [ids] = prompt_ids(load_template("phi3"), tokenizer, [WITHOUT])
+    assert tokenizer.eos_token_id not in ids and tokenizer.bos_token_id not in ids
+
+
+@pytest.mark.parametrize(
+    "content", [f"\ufeffQ\n{BARE}".encode(), f"\ufeffQ\r\n{BARE}".encode(), f"Q\r\n{BARE}".encode()]
+)
+def test_what_a_windows_editor_adds_is_in_no_prompt(content, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_bytes(content)
+    assert load_template(str(path)).prompt(WITH_INPUT) == "Q\nMake it plural.catA: "
+
+
+@pytest.mark.parametrize("content", [BARE.encode("utf-16"), b"\xff" + BARE.encode(), "é".encode("latin-1")])
+def test_a_template_in_another_encoding_is_refused_in_words(content, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"own\.jinja: it is not UTF-8 text .*; save it as UTF-8"):
+        load_template(str(path))

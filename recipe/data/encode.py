@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from recipe.config import DataArguments, UserError
 from recipe.data.records import problem_report
 from recipe.data.split import load_records
 from recipe.templates import Template, common_prefix, load_template
+from recipe.tokens import encode_prompts, encode_responses, prompt_ids
 
+# what decides an encoding beside tokenizer, template and settings
+CODE = [Path(__file__), *(Path(__file__).parents[1] / name for name in ("templates.py", "tokens.py"))]
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 TOKENS = List(Value("int32"))
 ENCODED_FEATURES = Features(
     {"input_ids": TOKENS, "labels": TOKENS, "length": Value("int32"), "row": Value("int64"), "truncated": Value("bool")}
@@ -53,12 +57,14 @@ def encode_records(
 ) -> DatasetDict:
     """Prompt and response of each record as tokens, one batched `datasets.map` per split, cached.
 
-    Each response ends with one end-of-text token. A record longer than `max_length` is cut (`overflow="truncate"`, see
+    Each response ends with one end-of-text token, also if the data has written it there. Elsewhere the text of a record
+    is text: it becomes no special token. A record longer than `max_length` is cut (`overflow="truncate"`, see
     `cut_lengths`) or left out (`"drop"`).
 
     Raises:
         UserError: the tokenizer has no end-of-text token, `max_length` is too small, all records of a split are
-            too long, or with `overflow="error"` any record is; that message names each.
+            too long, or with `overflow="error"` any record is; that message names each. A record spells a special
+            token that the tokenizer cannot read as text, or its response is nothing but the end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -77,17 +83,20 @@ def encode_records(
     arguments |= {"mask_prompt": config.mask_prompt, "overflow": config.overflow}
     encoded = DatasetDict()
     for name, split in records.items():
-        encoded[name] = split.map(
-            encode_batch,
-            batched=True,
-            remove_columns=split.column_names,
-            features=ENCODED_FEATURES,
-            fn_kwargs={"tokenizer": tokenizer, **arguments},
-            num_proc=config.num_proc,
-            # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
-            new_fingerprint=_fingerprint(split, tokenizer, arguments),
-            desc=f"Tokenizing {name}",
-        )
+        try:
+            encoded[name] = split.map(
+                encode_batch,
+                batched=True,
+                remove_columns=split.column_names,
+                features=ENCODED_FEATURES,
+                fn_kwargs={"tokenizer": tokenizer, **arguments},
+                num_proc=config.num_proc,
+                # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
+                new_fingerprint=fingerprint(split, tokenizer, arguments),
+                desc=f"Tokenizing {name}",
+            )
+        except UserError as error:
+            raise UserError(f"{_source(config, name)} {name} {error}") from error
     _check_encoded(records, encoded, config, max_length)
     return encoded
 
@@ -106,15 +115,21 @@ def encode_batch(
     A cut prompt loses tokens just before the response header, its last `header_length` tokens. A cut response loses its
     end, and with it the end-of-text token. `overflow="error"` leaves out what `"drop"` does; the caller reports it.
     """
-    inputs = zip(batch["instruction"], batch["input"], strict=True)
-    prompts = template.prompts({"instruction": instruction, "input": text} for instruction, text in inputs)
+    fields = zip(batch["instruction"], batch["input"], batch["row"], strict=True)
+    records = [{"instruction": instruction, "input": text, "row": row} for instruction, text, row in fields]
     # separately, so that training sees the boundary between prompt and response that generation will see
-    tokens, lengths = token_ids(tokenizer, [*itertools.chain.from_iterable(zip(prompts, batch["output"], strict=True))])
-    tokens = np.insert(tokens, lengths.cumsum()[1::2], tokenizer.eos_token_id)
-    lengths = lengths.reshape(-1, 2) + np.array([0, 1])  # (records, 2): prompt, and response with its end-of-text token
-    labels = tokens.copy()
-    if mask_prompt:
-        labels[np.repeat(np.tile([True, False], len(lengths)), lengths.ravel())] = IGNORE_INDEX
+    prompts = encode_prompts(template, tokenizer, records)
+    responses = encode_responses(tokenizer, batch["output"], batch["row"])
+    if (responses.lengths == 1).any():
+        raise UserError(
+            f"row {batch['row'][responses.lengths.argmin()]}: 'output' is nothing but {tokenizer.eos_token!r}, the "
+            "end-of-text token; write a response or remove the row"
+        )
+    lengths = np.stack([prompts.lengths, responses.lengths], axis=1)  # (records, 2)
+    in_prompt = np.repeat(np.tile([True, False], len(lengths)), lengths.ravel())  # (tokens,)
+    tokens = np.empty(len(in_prompt), dtype=np.int32)
+    tokens[in_prompt], tokens[~in_prompt] = prompts.tokens, responses.tokens
+    labels = np.where(in_prompt, IGNORE_INDEX, tokens).astype(np.int32) if mask_prompt else tokens
 
     totals = lengths.sum(axis=1)
     too_long = totals > max_length
@@ -153,24 +168,6 @@ def cut_lengths(lengths: np.ndarray, max_length: int) -> np.ndarray:
     return np.stack([prompt, np.minimum(response, max_length - prompt)], axis=1)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The token ids of all texts, concatenated, (tokens,) int32, and how many each has, (texts,) int64.
-
-    No special tokens are added. Lists of ids are not kept: thousands of them keep Python's garbage collector busy.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # Python tokenizers have none
-    sequences: Iterable[list[int]]
-    if backend is not None and backend.truncation is None and backend.padding is None:
-        # fast, because it does not compute character offsets
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        lengths, sequences = [len(encoding) for encoding in encodings], (encoding.ids for encoding in encodings)
-    else:
-        sequences = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        lengths = [len(ids) for ids in sequences]
-    tokens = np.fromiter(itertools.chain.from_iterable(sequences), dtype=np.int32, count=sum(lengths))
-    return tokens, np.array(lengths)
-
-
 def resolve_max_length(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> int:
     """`max_length` in tokens: as given, or the tokenizer's own (1024 where that is not set)."""
     if config.max_length is not None:
@@ -184,31 +181,47 @@ def template_overhead(template: Template, tokenizer: PreTrainedTokenizerBase) ->
     For Alpaca and the GPT-2 tokenizer (24, 6): up to `### Instruction:\\n`, and from `\\n\\n### Response:\\n`.
     """
     records = [{"instruction": "Name it.", "input": ""}, {"instruction": "8 + 5 = ?", "input": ""}]
-    prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in template.prompts(records)]
+    prompts = prompt_ids(template, tokenizer, records)
     return len(common_prefix(prompts)), len(common_prefix([prompt[::-1] for prompt in prompts]))
 
 
-def _fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
-    """Identifies a cached encoding by its records, the code of this file, the tokenizer and the settings."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    settings = [str(value) for _, value in sorted(arguments.items())]
-    code = Path(__file__).read_text(encoding="utf-8")
+def fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    """Identifies a cached encoding by all that decides it, the code and the libraries included."""
+    code = [path.read_text(encoding="utf-8") for path in CODE]
+    libraries = [f"{name} {metadata.version(name)}" for name in LIBRARIES]
+    settings = [f"{name}={value!r}" for name, value in sorted(arguments.items())]
     # datasets shows `_fingerprint` in its guide to caching, and has no public name for it
-    parts = [records._fingerprint, code, vocabulary, str(tokenizer.special_tokens_map), *settings]
+    parts = [records._fingerprint, *code, *libraries, *_tokenizer_state(tokenizer), *settings]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All of a tokenizer that decides which tokens a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    added = [f"{index} {token!r}" for index, token in sorted(tokenizer.added_tokens_decoder.items())]
+    own_settings = (
+        [f"{name}={value!r}" for name, value in sorted(tokenizer.init_kwargs.items())] if backend is None else []
+    )
+    roles = [f"{role}={text}" for role, text in sorted(tokenizer.special_tokens_map.items())]
+    return [type(tokenizer).__qualname__, vocabulary, *added, *own_settings, *roles, *tokenizer.all_special_tokens]
+
+
+def _source(config: DataArguments, split: str) -> Any:
+    """Where the records of a split are from, for a message."""
+    sources = config.data if isinstance(config.data, dict) else {"train": config.data}
+    return sources.get(split, sources.get("train"))
 
 
 def _check_encoded(
     records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
 ) -> None:
-    sources = config.data if isinstance(config.data, dict) else {"train": config.data}
     problems = []
     for name, split in encoded.items():
         if config.overflow == "error":
             rows, kept = (dataset.with_format("numpy")["row"][:] for dataset in (records[name], split))
             problems += [
-                f"{sources.get(name, sources.get('train'))} {name} row {row}: longer than --max_length {max_length} "
+                f"{_source(config, name)} {name} row {row}: longer than --max_length {max_length} "
                 "tokens; shorten it, raise --max_length, or choose --overflow truncate or drop"
                 for row in np.setdiff1d(rows, kept)
             ]

@@ -134,11 +134,17 @@ def _describe(values: np.ndarray) -> dict[str, float]:
     return {"shortest": shortest, "median": median, "mean": mean, "p95": p95, "p99": p99, "longest": longest}
 
 
-def inspect_records(trained: Mapping[str, Dataset], lengths: Mapping[str, np.ndarray], show: int) -> dict[str, Any]:
+def inspect_records(
+    trained: Mapping[str, Dataset],
+    lengths: Mapping[str, np.ndarray],
+    special_text: Mapping[str, Mapping[str, Sequence[int]]],
+    show: int,
+) -> dict[str, Any]:
     """The longest and the shortest records, those without an input, and what is odd; see docs/data.md.
 
     Args:
         lengths: of the same splits, from `measure_lengths`.
+        special_text: rows of the same splits, from `recipe.data.special_text.find_special_text`.
         show: how many examples to report of each finding.
     """
     records = flatten(trained)
@@ -147,7 +153,13 @@ def inspect_records(trained: Mapping[str, Dataset], lengths: Mapping[str, np.nda
     by_length = sorted(records, key=lambda record: record["tokens"])
     no_input = [record for record in records if not record["input"].strip()]
     odd = [record for record in records if any(ODD.search(record[field]) for field in FIELDS)]
+    findings = {}
+    for finding, rows in special_text.items():
+        wanted = {(name, row) for name in rows for row in rows[name]}
+        found = [record for record in records if (record["split"], record["row"]) in wanted]
+        findings[finding] = {"by_split": _by_split(trained, found), "examples": found[:show]}
     return {
+        **findings,
         "longest": by_length[::-1][:show],
         "shortest": by_length[:show],
         "empty_input": {"by_split": _by_split(trained, no_input)},

@@ -81,13 +81,21 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
 
 
 def print_records(report: Mapping[str, Any]) -> None:
-    odd = report["odd_characters"]
-    lines = [
-        ["without an input", *map(number, report["empty_input"]["by_split"].values())],
-        ["with control, invisible or replacement characters", *map(number, odd["by_split"].values())],
-    ]
+    kinds = {
+        "empty_input": "without an input",
+        "odd_characters": "with control, invisible or replacement characters",
+        "special_token_text": "whose text spells a special token, and stays text",
+        "own_end_of_text": "whose response ends with the end-of-text token",
+    }
+    lines = [[kind, *map(number, report[name]["by_split"].values())] for name, kind in kinds.items()]
     print_table("Records", ["", *report["splits"]], lines)
-    print_examples("Records with odd characters", [[record] for record in odd["examples"]])
+    titles = {
+        "odd_characters": "Records with odd characters",
+        "special_token_text": "Records that spell a special token",
+        "own_end_of_text": "Responses that end with the end-of-text token",
+    }
+    for name, title in titles.items():
+        print_examples(title, [[record] for record in report[name]["examples"]])
     for name in ("longest", "shortest"):
         notes = [f"{record['tokens']:,} tokens" for record in report[name]]
         print_examples(f"The {name} records", [[record] for record in report[name]], notes)

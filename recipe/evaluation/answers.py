@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, UserError
 from recipe.files import read_json, write_json_lines
+from recipe.redaction import redact
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -99,14 +100,14 @@ def append_answers(
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON lines in one write, so that several processes may append to one file.
+    """Append JSON lines without secrets in one write, so that several processes may append to one file.
 
     Raises:
         OSError: the disk is full.
     """
     # the newline in front ends the incomplete line that a killed run may have left
     text = "\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    content = text.encode("utf-8", "replace")  # UTF-8 cannot hold half a surrogate pair
+    content = redact(text).encode("utf-8", "replace")  # UTF-8 cannot hold half a surrogate pair
     with open(path, "ab", buffering=0) as file:
         if file.write(content) != len(content):
             raise OSError(errno.ENOSPC, "the disk is full; free some space and run the same command again", str(path))
@@ -180,8 +181,10 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     return splits, list(predictions.values()), answers
 
 
-def pair_answers(path: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The recorded answer to each prediction's record, found by the texts of the record.
+def pair_answers(
+    path: str, predictions: Sequence[Mapping[str, Any]], clean: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> list[dict[str, Any]]:
+    """The recorded answer to each prediction's record, found by the texts of the record, after `clean`.
 
     Raises:
         UserError: records without an answer, or two different answers to one record.
@@ -189,7 +192,7 @@ def pair_answers(path: str, predictions: Sequence[Mapping[str, Any]]) -> list[di
     _, rows, answers = read_answer_file(path)
     recorded: dict[tuple, dict[str, Any]] = {}
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        first = recorded.setdefault(_texts(row), answer)
+        first = recorded.setdefault(_texts(clean(row)), answer)
         if first["text"] != answer["text"]:
             raise UserError(f"{path} row {number}: the same record has another answer above; remove one of them")
     missing = [prediction for prediction in predictions if _texts(prediction) not in recorded]

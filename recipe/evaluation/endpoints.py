@@ -1,14 +1,13 @@
 """Models behind an OpenAI-compatible endpoint (vLLM, Ollama, `transformers serve`, ...).
 
 An endpoint is written `http://host:port/v1#model`. The key is read from the environment variable OPENAI_API_KEY and
-never written. Each request ends in a `Reply` or in a `Failure`.
+never written, even if the endpoint sends it back. Each request ends in a `Reply` or in a `Failure`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
+from recipe.keys import read_key
+from recipe.redaction import redact
 
 if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, and most runs ask no endpoint
     from openai import AsyncOpenAI
 
     from recipe.generation import Decoding
 
+KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP statuses 408, 409, 429 and 5xx
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
 GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
@@ -83,14 +85,15 @@ def is_endpoint(name: str) -> bool:
 
 
 def parse_endpoint(name: str) -> Endpoint:
-    """Read `http://host:port/v1#model`; no request is sent yet.
+    """Read `http://host:port/v1#model`, and whether its key can be sent; no request is sent yet.
 
     >>> parse_endpoint("http://localhost:8000/v1/#llama3")
     Endpoint(url='http://localhost:8000/v1', model='llama3')
 
     Raises:
-        UserError: the name is not such an address, or has a user and a password in it.
+        UserError: the name is not such an address, or has a user and a password in it; or see `read_key`.
     """
+    read_key(KEY_VARIABLE)
     address, _, model = name.partition("#")
     if ADDRESS.fullmatch(address) is None or not model:
         shown = re.sub(r"//.*@", "//", name).partition("?")[0]  # without what may be a secret
@@ -154,7 +157,7 @@ def ask(
 
     # the client's timeout starts again at each byte, so that a slow stream of bytes would never end
     limit = time_limit or (MAX_RETRIES + 1) * timeout + MAX_RETRIES * LONGEST_PAUSE
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none, the client wants one
+    key = read_key(KEY_VARIABLE) or "none"  # local servers want none, the client wants one
     client = AsyncOpenAI(base_url=endpoint.url, api_key=key, timeout=timeout, max_retries=MAX_RETRIES)
     slots = asyncio.Semaphore(concurrency)
     failed_in_a_row: list[Failure] = []
@@ -229,7 +232,7 @@ async def _complete(client: AsyncOpenAI, request: Mapping[str, Any], time_limit:
         completion = json.loads(raw.content)
         choice, usage = completion["choices"][0], completion.get("usage")
         texts = (choice["message"]["content"] or "", choice.get("finish_reason"), completion.get("model"))
-        text, finish_reason, model = (value and writable(value) for value in texts)
+        text, finish_reason, model = (value and redact(writable(value)) for value in texts)
         is_counted = isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in USAGE)
         counts = {name: usage[name] for name in USAGE} if is_counted else None
         return Reply(text, finish_reason, model, counts, raw.elapsed.total_seconds())
@@ -250,6 +253,4 @@ def _as_failure(error: Exception) -> Failure:
         status, text = "connection", str(error.__cause__ or error)
     else:
         status, text = "malformed", f"not the JSON of an OpenAI-compatible endpoint: {error!r}"
-    if key := os.environ.get("OPENAI_API_KEY"):
-        text = text.replace(key, "***")
-    return Failure(status, " ".join(text.split())[:300])
+    return Failure(status, " ".join(redact(text).split())[:300])  # cut later, so that no part of a key is left

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,6 +100,8 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     with state.main_process_first():  # the other processes read what it caches
         records, predictions = select_records(args, data_args, run)
     models, template = name_models(args), load_template(data_args.template)
+    ends = end_of_text_tokens(models.values())
+    predictions = [strip_end(prediction, ends) for prediction in predictions]
     evaluation: dict[str, Any] = {
         "models": {label: {"name": n, "weights": content_hash(n)} for label, n in models.items()},
         "data": data_args.data or args.model[0],
@@ -127,7 +131,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         if len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
-            append_answers_of(label, name, missing, path, args, template.name, state)
+            append_answers_of(label, name, missing, path, args, template.name, state, ends)
     state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))
@@ -198,8 +202,30 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
     return {**evaluation, "models": models, "command": "\n".join(dict.fromkeys(commands))}
 
 
+def end_of_text_tokens(names: Iterable[str]) -> set[str]:
+    """How the models that are weights write the end of a text."""
+    from recipe.model import load_tokenizer
+
+    tokenizers = (load_tokenizer(ModelArguments(name)) for name in names if model_kind(name) == "weights")
+    return {str(tokenizer.eos_token) for tokenizer in tokenizers if tokenizer.eos_token}
+
+
+def strip_end(record: dict[str, Any], ends: Iterable[str]) -> dict[str, Any]:
+    """A record without the end of text that its response may bring: no answer has it."""
+    from recipe.tokens import without_end
+
+    return {**record, "output": functools.reduce(without_end, sorted(ends), record["output"])}
+
+
 def append_answers_of(
-    label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments, template: str, state: PartialState
+    label: str,
+    name: str,
+    predictions: list[dict],
+    path: Path,
+    args: EvalArguments,
+    template: str,
+    state: PartialState,
+    ends: Iterable[str] = (),
 ) -> None:
     """Append one model's answers to `predictions`; weights answer a share of them on each process."""
     kind = model_kind(name)
@@ -214,7 +240,8 @@ def append_answers_of(
     elif state.is_main_process and kind == "endpoint":
         ask_endpoint(label, name, predictions, path, args)
     elif state.is_main_process:
-        rows = answers.echoes(predictions) if kind == "echo" else answers.pair_answers(name, predictions)
+        strip = functools.partial(strip_end, ends=ends)
+        rows = answers.echoes(predictions) if kind == "echo" else answers.pair_answers(name, predictions, strip)
         answers.append_answers(path, label, predictions, rows)
 
 
@@ -226,12 +253,13 @@ def ask_weights(
     from recipe.generation import iter_responses
     from recipe.model import load_model, load_tokenizer
     from recipe.templates import load_template
+    from recipe.tokens import prompt_ids
 
     model_args = ModelArguments(model_name_or_path=name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
     tokenizer = load_tokenizer(model_args)
     model, _ = load_model(model_args, tokenizer)
     model.to(state.device)
-    prompts = load_template(template, tokenizer).prompts(predictions)
+    prompts = prompt_ids(load_template(template, tokenizer), tokenizer, predictions)
     references = [prediction["output"] for prediction in predictions]
     bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
     losses = reference_losses(model, tokenizer, prompts, references, args.batch_size, bars[0])

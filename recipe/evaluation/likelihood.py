@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length
+from recipe.tokens import as_ids, response_ids
 
 
 @torch.inference_mode()
 def reference_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     references: Sequence[str],
     batch_size: int = 16,
     description: str | None = None,
@@ -31,8 +32,9 @@ def reference_losses(
     does not fit in memory is halved.
 
     Args:
-        prompts: whole prompts, as `Template.prompt` makes them.
-        references: the response to each.
+        prompts: whole prompts as token ids, as `recipe.tokens.prompt_ids` makes them; or as texts, in which special
+            tokens are read.
+        references: the response to each; an end-of-text token written at its end is taken for the one that is added.
         batch_size: pairs computed together; changes the result by rounding only.
         description: label of a progress bar; None for no bar.
 
@@ -42,8 +44,8 @@ def reference_losses(
 
     Example::
 
-        prompt = load_template("alpaca").prompt({"instruction": "Name a colour."})
-        [(nats, targets)] = reference_losses(model, tokenizer, [prompt], ["Blue."])
+        prompts = prompt_ids(load_template("alpaca"), tokenizer, [{"instruction": "Name a colour."}])
+        [(nats, targets)] = reference_losses(model, tokenizer, prompts, ["Blue."])
         nats / targets  # 1.7, the loss per token
     """
     losses: list[tuple[float, int] | None] = [None] * len(prompts)
@@ -74,14 +76,11 @@ def reference_losses(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], references: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]], references: Sequence[str]
 ) -> list[dict[str, list[int]]]:
     """As in training: prompt and reference tokenized apart, then one end-of-text token."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    tokenized = [tokenizer(list(texts), **options)["input_ids"] for texts in (prompts, references)]
     features = []
-    for prompt, reference in zip(*tokenized, strict=True):
-        targets = [*reference, tokenizer.eos_token_id]
+    for prompt, targets in zip(as_ids(tokenizer, prompts), response_ids(tokenizer, references), strict=True):
         features.append({"input_ids": prompt + targets, "labels": [IGNORE_INDEX] * len(prompt) + targets})
     return features
 

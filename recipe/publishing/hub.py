@@ -8,22 +8,24 @@ print(push_files(files, repo_id, message="Publish", tag="v1").url)
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from recipe.config import UserError
 from recipe.files import read_json
-from recipe.provenance import HUB_TOKEN
+from recipe.keys import checked_key
+from recipe.publishing.secret_check import refuse_secrets
+from recipe.redaction import redact
 
 # The only files that may leave this machine, by name. training_args.bin is not among them: it is a pickle in which the
 # Trainer keeps --hub_token in clear, and the Trainer's own push uploads it.
@@ -37,16 +39,13 @@ SETTINGS = (
 )  # fmt: skip
 RECORDS = ("README.md", "run.json", "trainer_state.json", "loss.png", "samples.jsonl")
 EVALUATION = ("metrics.json", "report.html", "predictions.jsonl", "*.png")
-NOT_TEXT = {".safetensors", ".png", ".model"}
-
-SECRETS = {
-    "a token of the Hub": HUB_TOKEN,
-    "credentials in an address": re.compile(
-        r"https?://[^\s/?#@\"'<>\\]+@|[a-z][a-z0-9+.-]*://[^\s/?#:@\"'<>\\]*:[^\s/?#@\"'<>\\]+@"
-    ),
+NAMES_OF_MODELS = {  # file to its field that may name a folder of this machine
+    "adapter_config.json": "base_model_name_or_path",
+    "config.json": "_name_or_path",
+    "tokenizer_config.json": "name_or_path",
 }
-SECRET_VARIABLE = re.compile(r".*(TOKEN|KEY|SECRET|PASSWORD)")
-SHORTEST_SECRET = 12  # characters of a variable's value; shorter ones may be words
+# what git refuses in the name of a branch or a tag, see `git help check-ref-format`
+NO_REFERENCE = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|[/.]$|(^|/)\.|\.lock(/|$)|^$|^HEAD$")
 
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 # statuses after which another attempt may succeed; 409 and 412: somebody else commits at the same time
@@ -102,36 +101,58 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def refuse_secrets(files: Mapping[str, Path], card: str = "") -> None:
-    """Look for secrets in all text files: tokens of the Hub, credentials in addresses, and the values of this process's
-    own secret environment variables (`HF_TOKEN`, `WANDB_API_KEY`, ...).
-
-    Args:
-        files: path in the repository to file.
-        card: the text of a new README.md, which is not written yet.
+def refuse_local_folders(files: Mapping[str, Path]) -> None:
+    """Refuse files that say the model was made from a folder of this machine.
 
     Raises:
-        UserError: there are some; it names each file and line, and does not repeat the secret.
+        UserError: with the file, the field and the folder.
     """
-    variables = {name: value for name, value in os.environ.items() if SECRET_VARIABLE.fullmatch(name)}
-    variables["HF_TOKEN"] = get_token() or ""
-    secrets = {name: re.escape(value) for name, value in variables.items() if len(value) >= SHORTEST_SECRET}
-    patterns = SECRETS | {f"the value of {name}": re.compile(value) for name, value in secrets.items()}
-    texts = {
-        str(path): path.read_text(encoding="utf-8", errors="replace")
-        for path in files.values()
-        if path.suffix not in NOT_TEXT
-    }
-    texts["the new README.md"] = card
-    problems = []
-    for source, text in texts.items():
-        for number, line in enumerate(text.split("\n"), start=1):
-            kinds = [kind for kind, pattern in patterns.items() if pattern.search(line)]
-            problems += [f"{source} line {number}: holds {kinds[0]}"] if kinds else []
-    if problems:
-        raise UserError(
-            "\n".join([*problems, "nothing was pushed: take it out of the file, or the file out of the folder"])
+    for path, file in files.items():
+        field = NAMES_OF_MODELS.get(path)
+        name = read_json(file).get(field) if field else None
+        if isinstance(name, str) and name and is_local(name):
+            raise UserError(
+                f"{file}: {field!r} is {name!r}, a folder of this machine, which nobody else has and which may name "
+                "its user; set it to the model's id on the Hub, such as openai-community/gpt2"
+            )
+
+
+def is_local(name: str) -> bool:
+    """Whether the name of a model is that of a folder, and no id of the Hub.
+
+    >>> [is_local(name) for name in ("/home/me/base", "../base", "runs/a/base", "C:\\\\base", "someone/base")]
+    [True, True, True, True, False]
+    """
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_dir()
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what is no name of a repository.
+
+    Raises:
+        UserError: with the reason and the way out.
+    """
+    try:
+        validate_repo_id(repo_id)
+        reason = (
+            "" if repo_id.isascii() else "it holds other characters than letters of ASCII, digits, '-', '_' and '.'"
         )
+    except HFValidationError as error:
+        reason = " ".join(str(error).split())
+    if reason:
+        raise UserError(
+            f"{repo_id!r} is no name of a repository: write owner/name, such as someone/my-model ({reason})"
+        )
+
+
+def check_reference(name: str | None, flag: str) -> None:
+    """Refuse what git takes for no name of a branch or a tag.
+
+    Raises:
+        UserError: with the flag.
+    """
+    if name is not None and NO_REFERENCE.search(name):
+        raise UserError(f"{flag} {name!r}: git refuses this name; use letters, digits, '-', '_' and '.', such as v1.0")
 
 
 def open_repository(repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
@@ -148,7 +169,9 @@ def open_repository(repo_id: str, *, private: bool | None = None, revision: str 
         UserError: the token is missing, wrong or may not write; the repository is public and should be private; the Hub
             cannot be reached.
     """
-    api = HfApi()
+    check_repo_id(repo_id)
+    check_reference(revision, "the branch")
+    api = hub()
 
     def attempt() -> str:
         whole_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -164,21 +187,39 @@ def open_repository(repo_id: str, *, private: bool | None = None, revision: str 
     return with_retries(attempt, repo_id)
 
 
+def hub() -> HfApi:
+    """The Hub with the token of this process, if there is one, without what came along with copying.
+
+    Raises:
+        UserError: the token is none, see `recipe.keys.checked_key`.
+    """
+    return HfApi(token=checked_key("HF_TOKEN", get_token() or ""))
+
+
 def push_files(
-    files: Mapping[str, Path], repo_id: str, *, message: str, revision: str | None = None, tag: str | None = None
+    files: Mapping[str, Path],
+    repo_id: str,
+    *,
+    message: str,
+    revision: str | None = None,
+    tag: str | None = None,
+    allowed: Collection[str] = (),
 ) -> Push:
     """Push the files that have changed in one commit, whole or not at all; without changes there is no commit.
 
     Args:
         files: path in the repository to file, see `files_to_push`.
         tag: for the commit; it may exist if it is on that commit already.
+        allowed: places that only look like a secret, see `refuse_secrets`.
 
     Raises:
         UserError: the Hub refuses or cannot be reached; the tag is on another commit, or has the name of a branch;
-            there are secrets in the files.
+            there are secrets or folders of this machine in the files.
     """
-    api = HfApi()
-    refuse_secrets(files)
+    check_reference(tag, "the tag")
+    refuse_local_folders(files)
+    refuse_secrets(files, allowed=allowed)
+    api = hub()
 
     def attempt() -> Push:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
@@ -269,7 +310,7 @@ def is_temporary(fault: BaseException) -> bool:
 
 
 def explained(fault: BaseException) -> str:
-    details = " ".join(str(fault).split())[:300] or repr(fault)
+    details = " ".join(redact(str(fault) or repr(fault)).split())[:300]
     if isinstance(fault, HfHubHTTPError) and fault.response.status_code in ADVICE:
         return f"{ADVICE[fault.response.status_code]} ({details})"
     if is_temporary(fault):

@@ -15,7 +15,19 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from recipe.config import UserError
-from recipe.publishing.hub import SETTINGS, WEIGHTS, Push, files_to_push, matching_files, open_repository, push_files
+from recipe.publishing.hub import (
+    SETTINGS,
+    WEIGHTS,
+    Push,
+    check_reference,
+    check_repo_id,
+    files_to_push,
+    matching_files,
+    open_repository,
+    push_files,
+)
+from recipe.publishing.secret_check import SecretError
+from recipe.redaction import redact
 
 
 @dataclass(eq=False)
@@ -75,6 +87,7 @@ class PushToHub(TrainerCallback):
             reason = "the push was interrupted" if isinstance(error, KeyboardInterrupt) else error
             command = ["python", "scripts/publish.py", str(self.output_dir), "--repo_id", self.repo_id]
             command += ["--revision", self.revision] if self.revision else []
+            command += error.flags if isinstance(error, SecretError) else []
             raise UserError(
                 f"{reason}\nthe run is complete in {self.output_dir}/; this pushes it later: {shlex.join(command)}"
             ) from error
@@ -86,7 +99,7 @@ class PushToHub(TrainerCallback):
             push_files(files, self.repo_id, message=message, revision=self.revision)
             tqdm.write(f"  {checkpoint.name}: pushed to {self.repo_id}")
         except Exception as error:  # whatever it is, training goes on
-            reason = " ".join(str(error).split()) or repr(error)
+            reason = " ".join(redact(str(error) or repr(error)).split())
             if not all(file.is_file() for file in files.values()):
                 reason = "it was removed before it was on the Hub; a larger --save_total_limit keeps it longer"
             tqdm.write(f"  {checkpoint.name}: not pushed: {reason}")
@@ -108,9 +121,15 @@ def replace_trainer_push(args: TrainingArguments) -> PushToHub:
         raise UserError(
             "--hub_always_push: a save is always skipped while an earlier one is still being pushed; leave the flag out"
         )
-    args.push_to_hub = False
     output_dir = Path(args.output_dir or "")
     repo_id = args.hub_model_id or output_dir.absolute().name
+    try:
+        check_repo_id(repo_id)
+    except UserError as error:
+        advice = "" if args.hub_model_id else "; the name is that of the output folder, --hub_model_id gives another"
+        raise UserError(f"{error}{advice}") from error
+    check_reference(args.hub_revision, "--hub_revision")
+    args.push_to_hub = False
     if args.process_index == 0:
         repo_id = open_repository(repo_id, private=args.hub_private_repo, revision=args.hub_revision)
     return PushToHub(repo_id, output_dir, every_save=strategy == HubStrategy.EVERY_SAVE, revision=args.hub_revision)

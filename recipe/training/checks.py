@@ -2,25 +2,100 @@
 
 from __future__ import annotations
 
+import math
 import os
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
-from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError
+from recipe.config import (
+    LOWER_IS_BETTER,
+    DataArguments,
+    InstructionTrainingArguments,
+    ModelArguments,
+    UserError,
+)
+from recipe.setting_checks import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+
+OF_TOKENS = ("loss", "perplexity", "next_token_accuracy")  # what every evaluation measures
+OF_ANSWERS = {"predictions", "references", "stop_reasons"}  # what --eval_generate has, for more
+OF_TIME = ("runtime", "samples_per_second", "steps_per_second")
+
+
+def check_settings(model_args: ModelArguments, data_args: DataArguments, args: InstructionTrainingArguments) -> None:
+    """Refuse settings that do not fit together, as far as that needs neither data nor weights."""
+    from recipe.model import check_weights  # here, as below: --help needs none of it
+
+    check_weights(model_args.model_name_or_path or "")
+    check_best_metric(args)
+    if args.neftune_noise_alpha is not None and data_args.batching == "shared_prefix":
+        raise UserError(
+            f"--neftune_noise_alpha {args.neftune_noise_alpha} makes noise by the length of a row, which --batching "
+            "shared_prefix changes; use --batching padded"
+        )
+    if args.optim_args and args.optim in ("adamw_torch", "adamw_torch_fused", "adafactor"):
+        raise UserError(
+            f"--optim_args {args.optim_args} has no effect on --optim {OptimizerNames(args.optim).value}; use "
+            "--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay and --learning_rate, or leave it out"
+        )
+    accumulated = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # of the accelerate file
+    if accumulated.isdigit() and int(accumulated) not in (1, args.gradient_accumulation_steps):
+        raise UserError(
+            f"gradient_accumulation_steps: {accumulated} in accelerate's file has no effect on the Trainer; take it "
+            f"out there and give --gradient_accumulation_steps {accumulated}"
+        )
+
+
+def check_best_metric(args: InstructionTrainingArguments) -> None:
+    """Refuse a metric_for_best_model that no evaluation will have, or that is compared the wrong way round."""
+    compares = "--load_best_model_at_end" if args.load_best_model_at_end else "--save_strategy best"
+    if (args.load_best_model_at_end or args.save_strategy == "best") and args.eval_strategy == "no":
+        raise UserError(f"{compares} compares evaluations: add --eval_strategy epoch or steps")
+    if args.save_strategy == "best" and args.metric_for_best_model is None:
+        raise UserError("--save_strategy best: name what is compared, for example --metric_for_best_model loss")
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    from recipe.evaluation.measures import MEASURES
+
+    flag, name = (
+        f"--metric_for_best_model {args.metric_for_best_model}",
+        args.metric_for_best_model.removeprefix("eval_"),
+    )
+    answers = [name for name, measure in MEASURES.items() if set(measure.features) <= OF_ANSWERS]
+    known = [*OF_TOKENS, *(answers if args.eval_generate else ()), *OF_TIME]
+    if name not in known:
+        if name in answers:
+            raise UserError(f"{flag} scores answers, which evaluations have only with --eval_generate true")
+        raise UserError(f"{flag}: evaluations have {', '.join(known)}{did_you_mean(name, known, otherwise='')}")
+    if args.greater_is_better == (name in LOWER_IS_BETTER) and name not in OF_TIME:
+        better = "lower" if name in LOWER_IS_BETTER else "higher"
+        raise UserError(
+            f"{flag} --greater_is_better {str(args.greater_is_better).lower()} would keep the worst model: of this "
+            f"metric {better} is better; leave --greater_is_better out"
+        )
 
 
 def check_trackers(args: InstructionTrainingArguments) -> None:
-    """Let W&B look for its key now and not at the first step."""
-    if "wandb" not in (args.report_to or ()) or args.process_index != 0 or find_spec("wandb") is None:
-        return  # if it is not installed, the Trainer says how to install it
+    """Refuse trackers that are unknown or not installed, and let W&B look for its key now and not at the first step."""
+    if not args.report_to:
+        return
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    for name in set(args.report_to).difference(get_available_reporting_integrations()):
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:  # it lists what is supported
+            raise UserError(f"--report_to {name}: {error}") from error
+        raise UserError(f"--report_to {name}: its library is not installed; install it, or leave {name} out")
+    if "wandb" not in args.report_to or args.process_index != 0:
+        return
     import wandb
 
     try:
@@ -42,6 +117,45 @@ def check_splits(splits: DatasetDict, data_args: DataArguments, args: Instructio
         )
     if args.eval_generate and args.eval_strategy == "no":
         raise UserError("--eval_generate answers at each evaluation: add --eval_strategy epoch or steps")
+    for name, split in splits.items():
+        if name in ("train", "validation") and len(split) == 0:
+            raise UserError(f"the {name} split has no record; give more data, a longer --max_length or other shares")
+    records, step = len(splits["train"]), args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and records < step:
+        raise UserError(
+            f"--dataloader_drop_last leaves nothing to train on: {records:,} records are fewer than one batch on each "
+            f"process ({step:,}); lower --per_device_train_batch_size, or leave the flag out"
+        )
+
+
+def check_evaluations(args: InstructionTrainingArguments, state: TrainerState) -> None:
+    """Refuse to look for the best model in a run that ends before its first evaluation."""
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    by_steps = args.eval_strategy == IntervalStrategy.STEPS
+    end, every = (state.max_steps, int(state.eval_steps)) if by_steps else (max(1, state.num_train_epochs), 1)
+    last = end // every * every
+    if last == 0 or last < args.eval_delay:
+        flags = (f"--eval_steps {every}, " if by_steps else "") + f"--eval_delay {args.eval_delay:g}"
+        raise UserError(
+            f"{flags}: the run ends after {end:,} {'steps' if by_steps else 'epoch(s)'}, before its first evaluation, "
+            "so there is no best model; evaluate earlier"
+        )
+
+
+def check_schedule(trainer: Trainer) -> None:
+    """Refuse a schedule that never reaches the learning rate, or that fails at a later step."""
+    args, steps = trainer.args, trainer.state.max_steps
+    warmup = args.get_warmup_steps(steps)
+    if warmup > steps and args.lr_scheduler_type != "constant":
+        raise UserError(
+            f"--warmup_steps {args.warmup_steps:g}: the run has only {steps:,} steps, so it would never reach "
+            f"--learning_rate {args.learning_rate:g}; give fewer, or a share of the steps, such as 0.05"
+        )
+    for factor in getattr(trainer.lr_scheduler, "lr_lambdas", ()):  # pure functions of the step
+        for step in {0, warmup, (warmup + steps) // 2, steps}:
+            if not math.isfinite(factor(step)):
+                raise ValueError(f"the learning rate of step {step} would be {factor(step)}")
 
 
 def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -71,8 +185,9 @@ def print_model(origin: str, model: PreTrainedModel, args: InstructionTrainingAr
         print_once(
             f"{threads} thread(s) a process on {cores} cores: set OMP_NUM_THREADS={cores // args.world_size} to use all"
         )
-    if args.device.type == "cpu" and args.bf16 and not has_bfloat16_instructions():
-        print_once("This CPU has no instructions for bfloat16: --bf16 false is faster")
+    if args.device.type == "cpu" and args.mixed_precision == "bf16" and not has_bfloat16_instructions():
+        way_out = "--bf16 false" if args.bf16 else 'mixed_precision: "no" in accelerate\'s file'
+        print_once(f"This CPU has no instructions for bfloat16: {way_out} is faster")
 
 
 def has_bfloat16_instructions() -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.model import context_length
+from recipe.training.layout_check import why_never_one_row, why_not
 
 
 def make_collator(
@@ -21,43 +21,39 @@ def make_collator(
     """The collator of `--batching`; under `torch.compile` it pads 2 to 5 % more, so that few shapes occur.
 
     Raises:
-        UserError: `--batching shared_prefix` with a model or settings that it does not fit.
+        UserError: a model or settings that do not fit `--batching`: see `why_not`.
     """
     pad_id, compiled = tokenizer.eos_token_id, training_args.torch_compile
     if data_args.batching == "padded":
+        if reason := why_not(model, "padded"):
+            raise UserError(f"{reason}; give another model or another --attn_implementation")
         fits = (context_length(model.config) or 0) % 8 == 0
         return DataCollatorForInstructionTuning(pad_id, pad_to_multiple_of=8 if compiled and fits else None)
-    if reason := _why_not_one_row(model, training_args):
+    if reason := why_never_one_row(model) or _why_not_these_settings(model, training_args):
         raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
-    if compiled:  # a row with a mask is one graph for all lengths; segments are Python values and break the graph
-        return DataCollatorWithSharedPrefix(pad_id, "mask", pad_to_multiple_of=32)
-    return DataCollatorWithSharedPrefix(pad_id, "segments" if attention_of(model) == attention.NAME else "mask")
+    # a compiled row with a mask is one graph for all lengths; segments are Python values and break the graph
+    if not compiled and attention_of(model) == attention.NAME:
+        reason = why_not(model, "segments")
+        if reason is None:
+            return DataCollatorWithSharedPrefix(pad_id, "segments")
+    if why := why_not(model, "mask"):
+        raise UserError(f"--batching shared_prefix: {why}; use --batching padded")
+    if reason is not None:
+        PartialState().print(f"Shared prefixes are separated by a mask, because without one {reason}")
+    return DataCollatorWithSharedPrefix(pad_id, "mask", pad_to_multiple_of=32 if compiled else None)
 
 
-def _why_not_one_row(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:
-    """Why the examples of a batch cannot share one row; None if they can."""
-    config, kind = model.config, type(model).__name__
-    missing = {"logits_to_keep", "position_ids"} - inspect.signature(model.forward).parameters.keys()
-    if missing:
-        return f"{kind} does not take {' and '.join(sorted(missing))}"
-    if not takes_boolean_mask(model):
-        return f"{kind} has no attention in which a mask could separate the examples of a row"
-    layers = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in (layers or ()) or (layers is None and window is not None):
-        return f"{kind} attends to a window of {window} tokens, which a shared row does not respect"
+def _why_not_these_settings(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:
+    """Why the run's settings do not allow a shared row; None if they do."""
     if args.n_gpu > 1:
         return f"a row cannot be cut into parts for {args.n_gpu} GPUs of one process; start one process for each GPU"
     if attention_of(model) not in ("sdpa", attention.NAME):
         return f"--attn_implementation {attention_of(model)} does not take a boolean mask"
+    if args.neftune_noise_alpha:
+        return "the noise of --neftune_noise_alpha depends on the length of a row, which would hold many examples"
     return None
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
     """The attention a model was loaded with; transformers has a public way to set it, but none to read it."""
     return model.config._attn_implementation
-
-
-def takes_boolean_mask(model: PreTrainedModel) -> bool:
-    """Whether the model can compute SDPA attention; transformers keeps it in a private field of the class alone."""
-    return model._supports_sdpa

@@ -1,7 +1,8 @@
-"""The folder of a training run: which checkpoint to resume from, what a new run removes, and a full disk."""
+"""The folder of a training run: where it may be, what is resumed from it or removed from it, and its disk."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+from torch import nn
 
 from recipe.config import InstructionTrainingArguments, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# of a checkpoint: the Trainer's, FSDP's and DeepSpeed's
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "pytorch_model_fsdp_*", "global_step*")
 
 
 def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
@@ -23,8 +28,7 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         UserError: the folder holds another run and neither resuming nor overwriting was asked for; nothing to resume.
     """
     output_dir, checkpoint = Path(args.output_dir or ""), args.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
+    _check_place(output_dir)
     resume = (checkpoint or "false").lower()
     if resume == "false":
         checkpoint = None
@@ -35,6 +39,12 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
             f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; name a checkpoint-N "
             "folder, or leave the flag out to start a new run"
         )
+    if checkpoint is not None and not any(file for name in OPTIMIZER_FILES for file in Path(checkpoint).glob(name)):
+        raise UserError(
+            f"{checkpoint} holds no optimizer, because it was saved with --save_only_model true: learning rate and "
+            f"optimizer would start over; start a new run from its weights with --model_name_or_path {checkpoint} and "
+            "another --output_dir"
+        )
     resumes_this_run = checkpoint is not None and output_dir.resolve() in Path(checkpoint).resolve().parents
     if not (resumes_this_run or args.overwrite_output_dir) and output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(
@@ -42,6 +52,17 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
             "resume it, --overwrite_output_dir to start over, or name another folder"
         )
     return checkpoint
+
+
+def _check_place(output_dir: Path) -> None:
+    """Refuse a place that cannot hold the run's folder."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
+    nearest = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {nearest} is a file; name another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written to; name another folder")
 
 
 def last_whole_checkpoint(output_dir: Path) -> str | None:
@@ -55,12 +76,39 @@ def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None)
     output_dir = Path(args.output_dir or "")
     output_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is None and args.overwrite_output_dir and args.should_save:
-        for folder in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-        weights = output_dir.glob("model*.safetensors*")
-        reports = ("samples.jsonl", "bad_records.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
-        for path in (*weights, *(output_dir / name for name in reports)):
-            path.unlink(missing_ok=True)
+        for path in earlier_run(output_dir):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def earlier_run(output_dir: Path) -> list[Path]:
+    """What a run has written, that a new one would not write over: checkpoints, weights and reports."""
+    names = ("samples.jsonl", "bad_records.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
+    reports = filter(Path.is_file, (output_dir / name for name in names))
+    return [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*"), *reports]
+
+
+def check_disk(args: InstructionTrainingArguments, model: nn.Module, checkpoint: str | None) -> None:
+    """Refuse a disk without room for what the run will write at once: its weights, with what resumes them.
+
+    Raises:
+        UserError: the free space, and what removing the earlier run frees, is less than that.
+    """
+    output_dir = Path(args.output_dir or "")
+    weights = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in model.parameters()}.values())
+    parts, needed = [f"weights {weights / 1e6:,.0f} MB"], weights
+    if args.save_strategy != "no" and not args.save_only_model and args.optim.startswith("adamw_torch"):
+        optimizer = 2 * sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)  # Adam's two means
+        parts, needed = [*parts, f"optimizer {optimizer / 1e6:,.0f} MB"], needed + optimizer
+    free = shutil.disk_usage(output_dir).free
+    if checkpoint is None and args.overwrite_output_dir:
+        files = [file for path in earlier_run(output_dir) for file in ([path] if path.is_file() else path.rglob("*"))]
+        free += sum(file.stat().st_size for file in files if file.is_file())
+    if free < needed:
+        raise UserError(
+            f"--output_dir {output_dir}: its disk has {free / 1e6:,.0f} MB free, and a save needs "
+            f"{needed / 1e6:,.0f} MB ({', '.join(parts)}); free some space, name a folder on another disk, "
+            "or save less: --save_only_model true"
+        )
 
 
 @contextmanager

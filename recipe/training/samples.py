@@ -16,7 +16,9 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from recipe.console import one_line, visible
 from recipe.files import read_json_lines, write_json_lines, write_whole
 from recipe.generation import generate_responses
+from recipe.redaction import redact
 from recipe.templates import Template
+from recipe.tokens import prompt_ids
 
 COLUMNS = ("instruction", "input", "output", "response", "stop_reason")  # `output` is the reference
 MARKUP = re.compile(r"[\\`*_\[\]<>&|]")  # of Markdown and HTML, inside a line
@@ -45,26 +47,30 @@ class SampleGenerations(TrainerCallback):
         trackers: Iterable[TrainerCallback] = (),
     ) -> None:
         self.records = records
-        self.prompts = template.prompts(records)
+        self.template = template
         self.max_new_tokens = max_new_tokens
         kinds = (TensorBoardCallback, TrackioCallback, WandbCallback)
         self.trackers = [callback for callback in trackers if isinstance(callback, kinds)]
+        self.resumed = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the samples of steps that a resumed run repeats, and a last line that was cut short."""
-        path = Path(args.output_dir) / "samples.jsonl"
-        if state.is_world_process_zero and path.is_file():
-            content = path.read_bytes()
-            write_whole(path, content[: content.rfind(b"\n") + 1])
-            write_json_lines(path, (row for row in read_json_lines(path) if row["step"] <= state.global_step))
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resume(
+            args, state
+        )  # not when training begins: what fails before the first step leaves the file as it was
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resume(args, state)
         # on every process, because a sharded model needs all of them to generate
-        responses = generate_responses(kwargs["model"], kwargs["processing_class"], self.prompts, self.max_new_tokens)
+        tokenizer = kwargs["processing_class"]
+        prompts = prompt_ids(self.template, tokenizer, self.records)
+        responses = generate_responses(kwargs["model"], tokenizer, prompts, self.max_new_tokens)
         if not state.is_world_process_zero:
             return
         rows = [
-            (record["instruction"], record["input"], record["output"], response.text, response.stop_reason)
+            (
+                *map(redact, (record["instruction"], record["input"], record["output"], response.text)),
+                response.stop_reason,
+            )
             for record, response in zip(self.records, responses, strict=True)
         ]
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -78,6 +84,15 @@ class SampleGenerations(TrainerCallback):
         for tracker in self.trackers:
             # through its own callback, which holds the run, knows its step and turns the name into "eval/samples"
             tracker.on_log(args, state, control, logs={"eval_samples": _table(tracker, rows)}, model=kwargs["model"])
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Once: drop the samples of steps that a resumed run repeats, and a last line that was cut short."""
+        path, first = Path(args.output_dir) / "samples.jsonl", not self.resumed
+        self.resumed = True
+        if first and state.is_world_process_zero and path.is_file():
+            content = path.read_bytes()
+            write_whole(path, content[: content.rfind(b"\n") + 1])
+            write_json_lines(path, (row for row in read_json_lines(path) if row["step"] <= state.global_step))
 
 
 def _table(tracker: TrainerCallback, rows: Sequence[Sequence[str]]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -20,13 +19,15 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from recipe.collator import IGNORE_INDEX
+from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.templates import Template
-from recipe.training.length_batches import LengthGroupedBatchSampler, record_lengths
+from recipe.tokens import prompt_ids, without_end
+from recipe.training.layout_check import why_not
 from recipe.training.loss import linear_cross_entropy, token_losses
+from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
@@ -34,9 +35,6 @@ NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "sup
 # Keeps the last hidden states alone. transformers documents only true and false: 5.23 also takes the index of a layer,
 # 5.17 reads it as true and keeps the hidden states of all layers.
 LAST_HIDDEN_STATES = {"output_hidden_states": -1}
-LOADER_OPTIONS = (
-    "num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order",
-)  # fmt: skip
 ADVICE = (
     "Training stopped; nothing has been saved since the last checkpoint. Look at the rows, lower --learning_rate, or "
     "use --bf16 or float32 in place of --fp16."
@@ -51,6 +49,8 @@ class InstructionTrainer(Trainer):
 
     - Loss: the mean cross-entropy over the supervised targets of all micro-batches and processes of an optimizer step.
       So 8 x 1 and 1 x 8 accumulated give the same gradients, as do one process and two.
+    - Batches: each record once an epoch. One process and several take the same steps if their steps hold equally many
+      records, also the last of an epoch (`recipe.training.sampling`); streamed data keeps the stock loader.
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
       tokens: none depends on the batch size, and no logits are kept.
     - Log: `tokens_per_second`, `padding`, `shared`, `supervised` and `num_input_tokens_seen` (docs/trackers.md), summed
@@ -83,16 +83,17 @@ class InstructionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or InstructionTrainingArguments("tmp_trainer")
-        loading: Any = args.accelerator_config  # transformers has made an AcceleratorConfig of it
-        if loading.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: dispatch_batches splits tensors by their first dimension; leave it out"
-            )
-        loading.dispatch_batches = False  # accelerate's default would dispatch streamed data
+        check_accelerator_config(args.accelerator_config)
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # the default dispatches streams
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        if isinstance(self.data_collator, DataCollatorWithSharedPrefix):
+            assert self.model is not None
+            if reason := why_not(self.model, self.data_collator.attention):
+                raise ValueError(f"DataCollatorWithSharedPrefix: {reason}; use DataCollatorForInstructionTuning")
         records = list(generation_records)
-        self._generation_prompts = template.prompts(records) if template else []
-        self._generation_references = [record["output"] for record in records]
+        tokenizer: Any = self.processing_class
+        self._generation_prompts = prompt_ids(template, tokenizer, records) if template else []
+        self._generation_references = [without_end(record["output"], tokenizer.eos_token) for record in records]
         self._max_new_tokens = max_new_tokens
         self._max_tokens_per_batch = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
         self.model_accepts_loss_kwargs = True  # whatever the model's forward takes: compute_loss takes the step's count
@@ -108,38 +109,39 @@ class InstructionTrainer(Trainer):
     # --- batches ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """`Trainer.get_train_dataloader`, or the batches of `length_sampler`."""
-        args, sampler = self.args, self.length_sampler()
-        if sampler is None:
-            return super().get_train_dataloader()
-        dataset: Any = self.train_dataset
-        options: dict[str, Any] = {name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS}
-        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator, **options)
-        loader = self.accelerator.prepare(loader)
-        loader.set_sampler(sampler)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
+        """`Trainer.get_train_dataloader`, with the batches of `train_batches`."""
+        args, batches = self.args, self.train_batches()
+        loader = super().get_train_dataloader()
+        if batches is None:
+            return loader
+        loader = self.accelerator.prepare_data_loader(loader_of(batches, loader))
+        loader.set_sampler(batches)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
         self._records_per_step = (
-            sampler.records_per_epoch / len(sampler) * args.gradient_accumulation_steps * args.world_size
+            batches.records_per_epoch / len(batches) * args.gradient_accumulation_steps * args.world_size
         )
         return loader
 
-    def length_sampler(self) -> LengthGroupedBatchSampler | None:
-        """With a token budget or `group_by_length`, batches of records of similar length; else None.
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """`Trainer.get_eval_dataloader`, with all records of the dataset it is asked for.
+
+        `dataloader_drop_last` is for training. With `dataloader_persistent_workers`, transformers would keep the loader
+        of the first dataset for all others, and a resumed run would draw the workers' seed at another evaluation.
+        """
+        kept = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
+        self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = kept
+
+    def train_batches(self) -> Batches | None:
+        """The batches of an epoch, with each record in one; None for streamed data, which keeps the stock loader.
 
         Raises:
-            ValueError: the training data has no column of lengths, or a record is longer than `max_tokens_per_batch`.
+            ValueError: see `recipe.training.sampling.plan_batches`.
         """
-        args, max_tokens = self.args, self._max_tokens_per_batch
-        if max_tokens is None and args.train_sampling_strategy != "group_by_length":
-            return None
-        return LengthGroupedBatchSampler(
-            record_lengths(self.train_dataset, args.length_column_name),
-            # private in transformers: the batch size after auto_find_batch_size has lowered it
-            batch_size=None if max_tokens else self._train_batch_size,
-            max_tokens=max_tokens,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            num_processes=args.world_size,
-            drop_last=args.dataloader_drop_last,
-        )
+        # private in transformers: the batch size after auto_find_batch_size has lowered it, and the order of records
+        return plan_batches(self.train_dataset, self.args, self._train_batch_size, self._get_train_sampler)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Records of an optimizer step over all processes; with a token budget, their mean, for the log."""
@@ -205,6 +207,9 @@ class InstructionTrainer(Trainer):
             return None
         # logits only at the last position, for the comparison below
         outputs = model(**_model_inputs(inputs) | {"logits_to_keep": 1, "use_cache": False} | LAST_HIDDEN_STATES)
+        if not outputs.hidden_states or outputs.hidden_states[-1] is None:  # mllama and blenderbot do not return them
+            self._head_makes_logits = False
+            return None
         # (batch, time, hidden size), without what prompt tuning puts before a row
         hidden = outputs.hidden_states[-1][:, -inputs["input_ids"].shape[1] :]
         if not examined:  # once: a host sync
@@ -223,7 +228,7 @@ class InstructionTrainer(Trainer):
     def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
         """Whether we can apply the head ourselves: no PEFT, sharding, compiling, or float16 (which scales the loss)."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        plain = not (self.args.torch_compile or self.args.fp16)
+        plain = not self.args.torch_compile and self.accelerator.mixed_precision != "fp16"  # wherever it was set
         parameters = inspect.signature(type(causal_model).forward).parameters
         return type(head) is nn.Linear and "logits_to_keep" in parameters and whole and plain
 
@@ -283,7 +288,8 @@ class InstructionTrainer(Trainer):
         if not prompts or output.metrics is None or kwargs.get("metric_key_prefix") != "eval":
             return output
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # then all processes must answer every prompt
-        with PartialState().split_between_processes(prompts) as share, self.compute_loss_context_manager():
+        share = deal(prompts, self.args.world_size)[self.args.process_index]
+        with self.compute_loss_context_manager():
             responses = generate_responses(
                 self.model,  # type: ignore[arg-type]
                 self.processing_class,  # type: ignore[arg-type]
@@ -345,8 +351,10 @@ class InstructionTrainer(Trainer):
             self._stop_on_bad_loss(finite.tolist())
         self._unchecked, self._real_tokens, self._computed_tokens, self._supervised_tokens = [], 0, 0, 0
         self._window_tokens = [before + new for before, new in zip(self._window_tokens, tokens, strict=True)]
-        if self.args.include_num_input_tokens_seen == "no":  # else the stock Trainer counts
-            self.state.num_input_tokens_seen += tokens[0]
+        self.state.num_input_tokens_seen += tokens[self.args.include_num_input_tokens_seen == "all"]  # with padding
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Nothing: the stock Trainer would count a shared row by its mask, and wait for the device at each batch."""
 
     def _stop_on_bad_loss(self, finite: list[bool]) -> None:
         first_bad = []  # of this process

@@ -1,13 +1,22 @@
 """Splitting, encoding and counting, on records a person can check."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import DEMO
+from conftest import DEMO, ROOT
+from datasets import Dataset
+from tokenizer_kinds import byte_level
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from recipe.config import DataArguments, UserError
 from recipe.data import encode_records, load_records, load_splits, template_overhead, token_statistics
+from recipe.data.encode import CODE, LIBRARIES, fingerprint
 from recipe.data.split import content_hashes
 from recipe.templates import load_template
 
@@ -177,6 +186,74 @@ def test_second_encoding_comes_from_the_cache_and_a_changed_setting_does_not(tmp
     )["train"]
     assert changed.cache_files != first.cache_files
     assert changed[0]["labels"] == changed[0]["input_ids"]
+
+
+KEY = """
+import json, sys
+from datasets import Dataset
+from tokenizer_kinds import byte_level
+from recipe.data.encode import fingerprint
+from recipe.templates import load_template
+tokenizer = byte_level(begins=True)
+records = Dataset.from_dict({"row": [0]}, split="train")
+records._fingerprint = "records"
+print(fingerprint(records, tokenizer, {"template": load_template("phi3", tokenizer), "max_length": 8}))
+"""
+
+
+def test_the_key_of_the_cache_is_the_same_in_another_process():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    other = subprocess.run(
+        [sys.executable, "-c", KEY], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    records, tokenizer = Dataset.from_dict({"row": [0]}), byte_level(begins=True)
+    records._fingerprint = "records"
+    here = fingerprint(records, tokenizer, {"template": load_template("phi3", tokenizer), "max_length": 8})
+    assert other.stdout.strip() == here
+
+
+def test_all_that_decides_an_encoding_is_in_the_key_of_the_cache(tmp_path, monkeypatch):
+    """Each part is changed in turn, and no two keys are the same."""
+    records = Dataset.from_dict({"row": [0]})
+    template = load_template("phi3")
+
+    def key(tokenizer=None, template=template, records=records, **settings) -> str:
+        return fingerprint(records, tokenizer or byte_level(), {"template": template, "max_length": 8, **settings})
+
+    def changed(change) -> PreTrainedTokenizerBase:
+        change(tokenizer := byte_level())
+        return tokenizer
+
+    assert key() == key()
+    keys = [
+        key(),
+        key(records=Dataset.from_dict({"row": [1]})),
+        key(max_length=9),
+        key(mask_prompt=False),
+        key(template=replace(template, chat_template=template.chat_template + " ")),
+        key(template=replace(template, special_tokens={"bos_token": "<s>"})),
+        key(byte_level(begins=True)),  # another post-processor
+        key(byte_level(ignore_merges=True)),
+        key(byte_level(strips=True)),  # other flags of the same special tokens
+        key(changed(lambda tokenizer: tokenizer.add_tokens(["cat"]))),
+        key(changed(lambda tokenizer: tokenizer.add_special_tokens({"extra_special_tokens": ["cat"]}))),
+        key(changed(lambda tokenizer: setattr(tokenizer, "eos_token", "<|user|>"))),
+        key(ByT5Tokenizer()),
+        key(ByT5Tokenizer(extra_ids=100)),
+    ]
+    for library in LIBRARIES:
+        version = metadata.version
+        with monkeypatch.context() as patch:
+            patch.setattr(metadata, "version", lambda name, old=version, this=library: old(name) + "x" * (name == this))
+            keys.append(key())
+    for path in CODE:
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8") + "# changed", encoding="utf-8")
+        with monkeypatch.context() as patch:
+            patch.setattr("recipe.data.encode.CODE", [tmp_path / path.name if p == path else p for p in CODE])
+            keys.append(key())
+    assert {path.name for path in CODE} == {"encode.py", "templates.py", "tokens.py"}
+    assert len(set(keys)) == len(keys)
 
 
 def test_two_processes_encode_the_same(tmp_path, demo_tokenizer):

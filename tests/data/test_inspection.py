@@ -165,7 +165,7 @@ def test_what_is_odd_is_counted_and_shown():
         "train": np.array([[5, 3], [5, 3], [5, 3], [9, 90], [7, 1]]),
         "test": np.array([[5, 20]]),
     }
-    report = inspect_records(DatasetDict(train=train, test=test), lengths, show=2)
+    report = inspect_records(DatasetDict(train=train, test=test), lengths, {}, show=2)
     assert report["empty_input"]["by_split"] == {"train": 3, "test": 1}
     odd = report["odd_characters"]
     assert odd["by_split"] == {"train": 2, "test": 0} and [record["row"] for record in odd["examples"]] == [3, 4]

@@ -127,6 +127,32 @@ def test_killed_in_the_middle_and_resumed_gives_what_an_undisturbed_run_gives(tm
         assert (score["tuned"], *score["ci95"]) == pytest.approx((other["tuned"], *other["ci95"]), rel=1e-3), name
 
 
+@pytest.mark.parametrize("ending", ["{eos}", " {eos}\n"])
+def test_an_end_of_text_in_the_references_is_no_part_of_them(ending, tmp_path, evaluate, few):
+    """A perfect answer is an exact match, and the reference loss counts one end, whatever the data has written."""
+    eos = AutoTokenizer.from_pretrained(DEMO / "base").eos_token
+    plain = [json.loads(line) for line in (tmp_path / "few.jsonl").read_text(encoding="utf-8").splitlines()]
+    ended = [{**record, "output": record["output"] + ending.format(eos=eos)} for record in plain]
+    perfect = [{**record, "model_response": answer["output"]} for record, answer in zip(ended, plain, strict=True)]
+    for name, records in (("perfect", perfect), ("ended", ended)):
+        content = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    data, flags = (
+        json.dumps({"test": str(tmp_path / "ended.jsonl")}),
+        ("--max_new_tokens", "8", "--model", DEMO / "base"),
+    )
+    evaluate(*flags, tmp_path / "perfect.jsonl", "--data", data, "--output_dir", tmp_path / "ended")
+    evaluate(*flags, "--data", few, "--output_dir", tmp_path / "plain")
+    rows = rows_of(tmp_path / "ended")
+    assert [row["output"].rstrip() for row in rows] == [record["output"] for record in plain]
+    metrics = json.loads((tmp_path / "ended" / "metrics.json").read_text(encoding="utf-8"))
+    [other] = metrics["other_models"].values()
+    assert other["test"]["metrics"]["exact_match"]["tuned"] == 1
+    if ending == "{eos}":
+        expected = without_time([{"tuned": row["tuned"]} for row in rows_of(tmp_path / "plain")])
+        assert without_time([{"tuned": row["tuned"]} for row in rows]) == expected
+
+
 def test_each_stage_runs_alone_from_the_files_before_it(tmp_path, evaluate, few, other_model):
     flags = ("--model", other_model, "--data", few, "--output_dir", tmp_path / "e", "--max_new_tokens", "8")
     with pytest.raises(UserError, match="holds no finished answers; run the generate stage"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DEMO
+from tokenizer_kinds import byte_level
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -11,7 +12,9 @@ from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import encode_records, load_records
 from recipe.evaluation.likelihood import reference_losses
 from recipe.evaluation.metrics import Perplexity, ReferenceLoss
+from recipe.generation import generate_responses
 from recipe.templates import load_template
+from recipe.tokens import prompt_ids
 from recipe.trainer import InstructionTrainer
 
 
@@ -163,3 +166,34 @@ def test_the_model_is_left_as_it_was(demo_model, demo_tokenizer, pairs):
     assert reference_losses(demo_model, demo_tokenizer, [], []) == []
     with pytest.raises(ValueError):
         reference_losses(demo_model, demo_tokenizer, pairs[0][:2], pairs[1][:1])
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_loss_of_records_with_special_token_text_is_the_sum_by_hand(begins):
+    """Prompt and reference from pieces that the tokenizer reads as text, one end, and a BOS where it is the rule."""
+    tokenizer = byte_level(begins=begins)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=len(tokenizer))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    records = [
+        {"instruction": "It is </s> in GPT-2.", "output": "Yes, <s> too.</s>"},
+        {"instruction": "Name the colour.", "output": "Blue"},
+    ]
+    prompts = prompt_ids(load_template("phi3"), tokenizer, records)
+    found = reference_losses(model, tokenizer, prompts, [record["output"] for record in records])
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=3)
+    user, assistant, eos = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "</s>"])
+
+    def read(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    for record, loss, response in zip(records, found, responses, strict=True):
+        begin = [tokenizer.bos_token_id] if begins else []
+        prompt = [*begin, user, *read(f"\n{record['instruction']}\n"), assistant, *read("\n")]
+        targets = [*read(record["output"].removesuffix("</s>")), eos]
+        with torch.no_grad():
+            steps = model(torch.tensor([prompt + targets])).logits[0].log_softmax(-1)
+            greedy = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=eos)
+        nats = -sum(steps[len(prompt) - 1 + n, target].item() for n, target in enumerate(targets))
+        assert loss == pytest.approx((nats, len(targets)), rel=1e-5)
+        assert greedy[0, len(prompt) :].tolist()[: len(response.token_ids)] == response.token_ids

@@ -402,7 +402,10 @@ KINDS = {
         {"config__training__max_tokens_per_batch": 4096, "processes": 2},
         ["| up to 16,384 input tokens (4,096 × 2 accumulated × 2 processes) |", "accelerate launch --num_processes 2 "],
     ),
-    "mixed precision": ({"config__training__bf16": True}, ["| weights in float32, mixed bf16 |"]),
+    "mixed precision": ({"ran__mixed_precision": "bf16"}, ["| weights in float32, mixed bf16 |"]),
+    "a run before it said what ran": (
+        {"ran": None, "config__training__bf16": True}, ["| weights in float32, mixed bf16 |"],
+    ),
     "long records": (
         {"rows": {"truncated": 1234, "dropped": 5, "left_out_of_train_as_duplicates": 6}},
         ["- 1,234 records were cut at 64 tokens", "- 5 records longer than 64", "- 6 training records were also"],

@@ -169,9 +169,10 @@ def test_a_secret_stops_it_before_a_repository_is_made(run, cache):
         done = publish(cache, hub, str(run), "--repo_id", "someone/tuned", expect=1)
         assert hub.requests == [] and contents(run) == before
     lines = done.stderr.splitlines()
-    assert re.fullmatch(r"the new README\.md line \d+: holds a token of the Hub", lines.pop(1))  # which has the command
+    what = "holds a token of the Hub and the value of HF_TOKEN"
+    assert re.fullmatch(rf"the new README\.md line \d+: {what}", lines.pop(1))  # which has the command
     assert lines == [
-        f"error: {run / 'run.json'} line 1: holds a token of the Hub",
+        f"error: {run / 'run.json'} line 1: {what}",
         "nothing was pushed: take it out of the file, or the file out of the folder",
     ]
     assert WRITE_TOKEN not in done.stdout

@@ -143,8 +143,8 @@ def test_evaluation_is_weighted_by_tokens_and_does_not_depend_on_the_batch_size(
 ):
     total, count = loss_by_hand(demo_model.eval(), rows)
     results = []
-    for batch_size in (1, 5, 16):
-        args = arguments(tmp_path, per_device_eval_batch_size=batch_size)
+    for batch_size, drop_last in ((1, False), (5, False), (16, False), (5, True), (32, True)):  # it drops none here
+        args = arguments(tmp_path, per_device_eval_batch_size=batch_size, dataloader_drop_last=drop_last)
         results.append(trainer_for(demo_model, demo_tokenizer, rows, args).evaluate())
     for result in results:
         assert result["eval_loss"] == pytest.approx(total / count, rel=1e-6)
@@ -164,13 +164,22 @@ def test_evaluation_is_weighted_by_tokens_and_does_not_depend_on_the_batch_size(
     assert results[0]["eval_next_token_accuracy"] == pytest.approx(hits / count)
 
 
+def test_with_persistent_workers_each_dataset_is_evaluated_by_itself(demo_model, demo_tokenizer, rows, tmp_path):
+    args = arguments(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    trainer = trainer_for(demo_model, demo_tokenizer, rows, args)
+    for part in (rows, rows.select(range(5)), rows.select([7])):
+        total, count = loss_by_hand(demo_model.eval(), part)
+        assert trainer.evaluate(part)["eval_loss"] == pytest.approx(total / count, rel=1e-6)
+    assert trainer.args.dataloader_persistent_workers
+
+
 def test_log_tells_padding_tokens_and_learning_rate(demo_model, demo_tokenizer, rows, tmp_path):
     args = arguments(tmp_path, max_steps=2, logging_steps=2)
     trainer = trainer_for(demo_model, demo_tokenizer, rows, args)
     trainer.train()
     log = trainer.state.log_history[0]
-    batches = [torch.tensor(sorted(rows["length"][i] for i in order)) for order in seen_rows(args, rows)]
-    real = sum(int(lengths.sum()) - int((lengths == lengths.max()).sum()) for lengths in batches)
+    batches = [torch.tensor([rows["length"][i] for i in order]) for order in seen_rows(args, rows)]
+    real = sum(int(lengths.sum()) - len(lengths) for lengths in batches)  # the last token of a record predicts none
     computed = sum(len(lengths) * (int(lengths.max()) - 1) for lengths in batches)
     assert log["num_input_tokens_seen"] == trainer.state.num_input_tokens_seen == real
     assert log["padding"] == pytest.approx(1 - real / computed, abs=1e-4)
@@ -178,6 +187,11 @@ def test_log_tells_padding_tokens_and_learning_rate(demo_model, demo_tokenizer, 
     assert log["supervised"] == pytest.approx(supervised / real, abs=1e-4)
     assert log["learning_rate"] == 1e-3
     assert log["tokens_per_second"] > 0
+    for counted, expected in (("non_padding", real), ("all", computed)):
+        args = arguments(tmp_path, max_steps=2, logging_steps=2, include_num_input_tokens_seen=counted)
+        trainer = trainer_for(demo_model, demo_tokenizer, rows, args)
+        trainer.train()
+        assert trainer.state.num_input_tokens_seen == expected
 
 
 def seen_rows(args, rows) -> list[list[int]]:

@@ -1,171 +1,29 @@
-"""Batches of like length: what they hold, that (seed, epoch) decide alone, and that training with them is exact."""
+"""Training with planned batches: their flags, the same gradients however accumulated, resumed runs, real processes."""
 
-import doctest
-import itertools
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.utils import send_to_device
 from conftest import DEMO, ROOT
 from datasets import Dataset
 from packaging.version import Version
-from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForCausalLM
 
-import recipe.training.length_batches
 from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
 from recipe.trainer import InstructionTrainer
-from recipe.training.length_batches import LengthGroupedBatchSampler, record_lengths
-
-
-def make_lengths(count: int, seed: int = 0) -> np.ndarray:
-    return np.clip(np.random.default_rng(seed).gamma(3, 20, count), 2, 400).astype(np.int64)
-
-
-def epoch_of(sampler: LengthGroupedBatchSampler, epoch: int) -> list[list[int]]:
-    sampler.set_epoch(epoch)
-    return list(sampler)
-
-
-def records_of(batches: list[list[int]]) -> list[int]:
-    return list(itertools.chain.from_iterable(batches))
-
-
-def padded_cost(lengths: np.ndarray, batch: list[int]) -> int:
-    """Tokens the model computes: the last token of a record is a target only."""
-    return len(batch) * (max(lengths[index] for index in batch) - 1)
-
-
-def test_docstring():
-    assert doctest.testmod(recipe.training.length_batches) == (0, 2)
-
-
-# --- plan -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
-@pytest.mark.parametrize("limit", [{"max_tokens": 400}, {"max_tokens": 2000}, {"batch_size": 1}, {"batch_size": 7}])
-def test_every_epoch_holds_each_record_once_in_as_many_batches_divisible_by_the_processes(limit, num_processes):
-    for count in (57, 1000):
-        lengths = make_lengths(count)
-        sampler = LengthGroupedBatchSampler(lengths, **limit, num_processes=num_processes)
-        for epoch in range(3):
-            batches = epoch_of(sampler, epoch)
-            assert sorted(records_of(batches)) == list(range(count))
-            assert len(batches) == len(sampler) and all(batches)
-            assert len(sampler) % num_processes == 0 or max(map(len, batches)) == 1
-            if "max_tokens" in limit:
-                assert max(padded_cost(lengths, batch) for batch in batches) <= limit["max_tokens"]
-            else:
-                assert max(map(len, batches)) <= limit["batch_size"]
-
-
-def test_batches_hold_records_of_like_length_and_fill_the_budget():
-    lengths, budget = make_lengths(20_000), 4096
-    batches = list(LengthGroupedBatchSampler(lengths, max_tokens=budget))
-    computed, real = sum(padded_cost(lengths, batch) for batch in batches), (lengths - 1).sum()
-    random_order = np.random.default_rng(0).permutation(20_000).reshape(-1, 40)
-    random_cost = sum(padded_cost(lengths, batch) for batch in random_order)
-    assert 1 - real / computed < 0.07 < 0.5 < 1 - real / random_cost
-    assert np.mean([padded_cost(lengths, batch) for batch in batches]) > 0.9 * budget
-    rounded = {(len(batch), -(-(lengths[batch].max() - 1) // 8) * 8) for batch in batches}
-    assert len(rounded) <= len(np.unique(-(-(lengths - 1) // 8))) + 1  # shapes repeat
-
-
-def test_batches_depend_on_seed_and_epoch_and_on_nothing_else():
-    lengths = make_lengths(5000)
-    expected = epoch_of(LengthGroupedBatchSampler(lengths, max_tokens=1000, seed=3), 2)
-    torch.manual_seed(99)
-    np.random.seed(99)  # noqa: NPY002 - the global state it must not read
-    again = LengthGroupedBatchSampler(lengths, max_tokens=1000, seed=3)
-    epoch_of(again, 7)
-    assert epoch_of(again, 2) == epoch_of(again, 2) == expected
-    again_together = {frozenset(batch) for batch in expected} & {frozenset(batch) for batch in epoch_of(again, 3)}
-    assert len(again_together) < 0.05 * len(again)  # the longest, which have no others of their width
-    assert epoch_of(LengthGroupedBatchSampler(lengths, max_tokens=1000, seed=4), 2) != expected
-
-
-def test_the_batches_of_a_step_cost_alike_on_all_processes():
-    lengths = make_lengths(5000)
-    for limit in ({"batch_size": 8}, {"max_tokens": 1024}):
-        batches = list(LengthGroupedBatchSampler(lengths, **limit, num_processes=4))
-        costs = np.array([padded_cost(lengths, batch) for batch in batches]).reshape(-1, 4)  # (steps, processes)
-        assert np.mean(costs.max(axis=1) / costs.mean(axis=1)) < 1.06
-
-
-def test_two_processes_with_half_the_batch_take_the_steps_of_one():
-    lengths = make_lengths(64)
-    one = list(LengthGroupedBatchSampler(lengths, batch_size=8))
-    two = list(LengthGroupedBatchSampler(lengths, batch_size=4, num_processes=2))
-    assert [first + second for first, second in zip(two[::2], two[1::2], strict=True)] == one
-
-
-def test_half_a_million_records_are_planned_in_a_second():
-    lengths = Dataset.from_dict({"length": make_lengths(500_000)})
-    start = time.perf_counter()
-    batches = list(LengthGroupedBatchSampler(record_lengths(lengths), max_tokens=4096))
-    assert time.perf_counter() - start < 1 and len(batches) > 5000
-
-
-def test_drop_last_leaves_out_other_records_in_each_epoch():
-    sampler = LengthGroupedBatchSampler(make_lengths(30), batch_size=4, num_processes=2, drop_last=True)
-    epochs = [epoch_of(sampler, epoch) for epoch in range(4)]
-    for batches in epochs:
-        assert [len(batch) for batch in batches] == [4] * 6 and len(set(records_of(batches))) == 24
-    assert len({frozenset(records_of(batches)) for batches in epochs}) > 1
-
-
-def test_a_record_that_no_batch_may_hold_is_named():
-    lengths = np.array([5, 102, 7])
-    assert [1] in list(LengthGroupedBatchSampler(lengths, max_tokens=101))  # rounded up to 104, but it is 101
-    with pytest.raises(ValueError, match="record 1 alone has 101 input tokens, and max_tokens_per_batch is 100"):
-        LengthGroupedBatchSampler(lengths, max_tokens=100)
-    for both in ({}, {"max_tokens": 100, "batch_size": 4}):
-        with pytest.raises(ValueError, match="either batch_size or max_tokens"):
-            LengthGroupedBatchSampler(lengths, **both)
-
-
-def test_lengths_come_from_their_column_in_the_order_of_the_rows():
-    lengths = make_lengths(50)
-    dataset = Dataset.from_dict({"length": lengths, "input_ids": [[1]] * 50})
-    assert record_lengths(dataset).tolist() == lengths.tolist()
-    assert record_lengths(dataset.select([3, 1])).tolist() == lengths[[3, 1]].tolist()
-    with pytest.raises(ValueError, match="no column 'size' in the training data"):
-        record_lengths(dataset, "size")
-
-
-@pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("limit", [{"max_tokens": 600}, {"batch_size": 4}])
-def test_accelerate_gives_each_process_its_share_and_skips_into_the_right_epoch(limit, num_processes):
-    """Its own loaders, prepared and told the epoch as the Trainer does it."""
-    lengths = make_lengths(101)
-    expected = epoch_of(LengthGroupedBatchSampler(lengths, **limit, num_processes=num_processes), 1)
-    for process in range(num_processes):
-        sampler = LengthGroupedBatchSampler(lengths, **limit, num_processes=num_processes)
-        loader = prepare_data_loader(
-            DataLoader(range(101), batch_sampler=sampler, collate_fn=list),
-            num_processes=num_processes, process_index=process, use_seedable_sampler=True,
-        )  # fmt: skip
-        loader.set_sampler(sampler)
-        assert len(loader) * num_processes == len(sampler)
-        resumed = skip_first_batches(loader, 3)
-        for each, skipped in ((loader, 0), (resumed, 3)):
-            each.set_epoch(1)
-            assert list(each) == expected[process::num_processes][skipped:]
-
+from recipe.training.collator_choice import make_collator
+from recipe.training.sampling import TokenBudgetBatches, record_lengths
 
 # --- flags ----------------------------------------------------------------------------------------------------------
 
@@ -182,6 +40,13 @@ def test_accelerate_gives_each_process_its_share_and_skips_into_the_right_epoch(
 def test_flags_that_contradict_a_token_budget_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         InstructionTrainingArguments(**{"output_dir": str(tmp_path), "max_tokens_per_batch": 100} | changes)
+
+
+def test_noise_that_would_depend_on_the_layout_is_refused(tmp_path, demo_model, demo_tokenizer):
+    args = InstructionTrainingArguments(str(tmp_path), use_cpu=True, neftune_noise_alpha=5.0)
+    make_collator(DataArguments(), args, demo_model, demo_tokenizer)
+    with pytest.raises(UserError, match=r"--neftune_noise_alpha depends on the length of a row.*use --batching padded"):
+        make_collator(DataArguments(batching="shared_prefix"), args, demo_model, demo_tokenizer)
 
 
 def test_copies_to_a_gpu_do_not_wait_unless_told_to(tmp_path, monkeypatch):
@@ -263,7 +128,7 @@ def test_shared_prefix_steps_are_those_of_padded_ones_however_they_are_accumulat
         trainer_for("padded", demo_tokenizer, rows, tmp_path, per_device_train_batch_size=12, **options)
     )
     budget = int(max(rows["length"])) * 3
-    sampler = LengthGroupedBatchSampler(record_lengths(rows), max_tokens=budget, seed=1)
+    sampler = TokenBudgetBatches(record_lengths(rows), budget, seed=1)
     assert len({len(batch) for batch in sampler}) > 1 and len(sampler) > 2
     ways = [
         {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, **options}
@@ -301,6 +166,24 @@ def test_resumed_in_the_middle_of_an_epoch_equals_never_stopped(batching, change
         assert torch.equal(one, other), name
     assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
     assert whole.state.num_input_tokens_seen > 2 * int((record_lengths(rows) - 1).sum())  # each epoch holds all rows
+
+
+def test_resumed_with_persistent_workers_and_dropout_equals_never_stopped(demo_tokenizer, rows, tmp_path):
+    """They draw a seed at the start of a run only: not from the random state that dropout uses."""
+    changes = {
+        "max_steps": 9, "per_device_train_batch_size": 10, "save_strategy": "steps", "save_steps": 3,
+        "eval_strategy": "steps", "eval_steps": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True,
+    }  # fmt: skip
+    trained = []
+    for folder, checkpoint in (("a", None), ("b", str(tmp_path / "a" / "run" / "checkpoint-3"))):
+        trainer = trainer_for("padded", demo_tokenizer, rows, tmp_path / folder, **changes)
+        for part in trainer.model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.1
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trained.append(trainer.model.state_dict())
+    for name, weight in trained[0].items():
+        assert torch.equal(weight, trained[1][name]), name
 
 
 def test_no_batch_that_reaches_the_model_is_over_the_budget_and_samples_are_counted_right(
@@ -362,7 +245,7 @@ def test_two_processes_with_a_token_budget_see_each_record_once_an_epoch_and_res
         Path(path).write_text("".join(part), encoding="utf-8")
     splits = load_splits(DataArguments(data=files, test_ratio=0), demo_tokenizer)
     lengths = record_lengths(splits["train"])
-    steps = len(LengthGroupedBatchSampler(lengths, max_tokens=300, num_processes=2)) // 2  # of an epoch
+    steps = len(TokenBudgetBatches(lengths, 300, num_processes=2)) // 2  # of an epoch
     flags = (
         "--data", json.dumps(files), "--test_ratio", "0", "--num_train_epochs", "2", "--max_tokens_per_batch", "300",
         "--save_strategy", "steps", "--save_steps", str(steps + 2),
@@ -394,10 +277,3 @@ def test_a_budget_below_the_longest_record_ends_the_script_before_it_touches_any
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "input tokens, and max_tokens_per_batch is 20; give at least" in done.stderr
     assert kept.read_text() == "{}"
-
-
-def test_records_that_fill_no_batch_and_data_without_lengths_are_told():
-    with pytest.raises(ValueError, match="5 records fill no batch of 8 on 1 process"):
-        LengthGroupedBatchSampler(np.full(5, 9), batch_size=8, drop_last=True)
-    with pytest.raises(ValueError, match="no column 'length'"):
-        record_lengths([{"input_ids": [1, 2], "length": 2}])

@@ -1,0 +1,58 @@
+"""Keys are read here: without what came along with copying, and refused before anything is sent if they are none."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from functools import cache
+
+from recipe.config import UserError
+from recipe.redaction import QUOTES, strip_key
+
+COPY_AGAIN = "copy the key again, alone, without quotes"
+
+
+def read_key(variable: str) -> str | None:
+    """The key in an environment variable, see `checked_key`; None if there is none.
+
+    Raises:
+        UserError: it is no key; the message does not show it.
+    """
+    return checked_key(variable, os.environ.get(variable, ""))
+
+
+@cache  # so that it is said once
+def checked_key(name: str, value: str) -> str | None:
+    """A key without the white space, quotes and invisible characters around it; says so in a line if there are some.
+
+    >>> checked_key("OPENAI_API_KEY", "sk-0123456789")
+    'sk-0123456789'
+
+    Args:
+        name: of what holds the key, for messages.
+
+    Raises:
+        UserError: what is left holds characters that a key has not, or the header of a request cannot hold.
+    """
+    key = strip_key(value)
+    if key and key != value:
+        before, _, behind = value.partition(key)
+        print(f"{name}: left out {' and '.join(sorted(set(map(_kind, before + behind))))} around it", file=sys.stderr)
+    if key.startswith(f"{name}="):
+        raise UserError(f"{name} begins with its own name; {COPY_AGAIN}")
+    for position, char in enumerate(key, start=1):
+        if not "!" <= char <= "~":
+            raise UserError(f"{name}: its character {position} of {len(key)} is {_kind(char)}; {COPY_AGAIN}")
+    return key or None
+
+
+def _kind(char: str) -> str:
+    """What a character is, in words that do not show it."""
+    if char in "\r\n\x85\u2028\u2029":
+        return "a line break"
+    if char.isspace():
+        return "white space"
+    if unicodedata.category(char).startswith("C"):
+        return "an invisible character"
+    return "a quotation mark" if char in QUOTES else "none of ASCII"

@@ -1,0 +1,261 @@
+"""Records as token ids: their text is never read as a special token, the markers of their template are.
+
+Training, generation and likelihood take prompts and responses from here, so that they cannot differ.
+
+Few texts spell a special token (`It is <|endoftext|> in GPT-2.`); one search over a batch finds them. They are encoded
+by a copy of the tokenizer that reads special tokens as text and knows each marker of the template by another name. A
+prompt stays one text there, so what the tokenizer does at its beginning and beside a marker is as always.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from recipe.config import UserError
+from recipe.templates import Template
+
+Record = Mapping[str, Any]
+# a character to hide a spelling behind: of private use, or one that each normalizer keeps
+HIDING = [chr(code) for code in (*range(0xE000, 0xF900), *range(0x2580, 0x2600))]
+
+
+class FlatTokens(NamedTuple):
+    """The tokens of many texts one after another, (tokens,) int32, and how many each text has, (texts,) int64.
+
+    No lists: thousands of them keep Python's garbage collector busy.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def lists(self) -> list[list[int]]:
+        """The tokens of each text."""
+        return [row.tolist() for row in np.split(self.tokens, self.lengths.cumsum())[:-1]]
+
+
+class Spelled(NamedTuple):
+    """A text that spells special tokens: where it is from, and its pieces, each with whether it is a marker."""
+
+    name: str
+    pieces: list[tuple[str, bool]]
+
+
+def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]) -> list[list[int]]:
+    """The token ids of each record's prompt, as in training.
+
+    They begin with the tokenizer's begin-of-text token if its own rule is to begin with it.
+
+    Raises:
+        UserError: a record spells a special token, and this tokenizer cannot read it as text.
+    """
+    return encode_prompts(template, tokenizer, list(records)).lists()
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, responses: Iterable[str]) -> list[list[int]]:
+    """The token ids of each response and one end-of-text token, as in training.
+
+    Raises:
+        UserError: a response spells a special token, and this tokenizer cannot read it as text.
+    """
+    return encode_responses(tokenizer, list(responses)).lists()
+
+
+def as_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
+    """Prompts as token ids: ids as they are, and texts tokenized whole, with the special tokens that they spell."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not texts:
+        return [[*prompt] for prompt in prompts]  # type: ignore[list-item]
+    return _encode(tokenizer, texts).lists()
+
+
+def without_end(response: str, eos_token: str) -> str:
+    """A response without the end-of-text tokens written at its end, as data made for another trainer has them.
+
+    >>> without_end("It is </s> here.</s>\\n", "</s>")
+    'It is </s> here.'
+    """
+    while (end := response if response.endswith(eos_token) else response.rstrip()).endswith(eos_token):
+        response = end.removesuffix(eos_token)
+    return response if response.strip() else ""
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The id of each special token by its text: flagged ones, and those with a role such as `eos_token`."""
+    flagged = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {text: index for text, index in [*flagged.items(), *named] if text}
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds each of the texts, the longest where several begin; nothing if there are none."""
+    longest_first = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def encode_prompts(template: Template, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> FlatTokens:
+    """`prompt_ids` as flat arrays."""
+    template, special = template.for_tokenizer(tokenizer), any_of(special_tokens(tokenizer))
+    texts = [f"{record['instruction'] or ''}\n{record.get('input') or ''}" for record in records]
+    found = _which_spell(texts, special, tokenizer)
+    if not found:
+        return _encode(tokenizer, template.prompts(records))
+    mark = _unused_character([*texts, template.chat_template], tokenizer)
+    hidden: list[str] = []
+
+    def hide(match: re.Match) -> str:
+        hidden.append(match[0])
+        return f"{mark}{len(hidden) - 1};"
+
+    shown = [*records]
+    for index in found:
+        fields = {name: records[index].get(name) or "" for name in ("instruction", "input")}
+        shown[index] = {name: special.sub(hide, text) for name, text in fields.items()}
+    prompts, spelled = template.prompts(shown), {}
+    for index in found:
+        name = str(records[index].get("id", f"row {records[index].get('row', index)}"))
+        spelled[index] = Spelled(name, _split_at_markers(prompts[index], special, mark, hidden))
+    return _encode(tokenizer, prompts, spelled, mark)
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], rows: Sequence[int] | None = None
+) -> FlatTokens:
+    """`response_ids` as flat arrays; `rows` are the numbers of the records in an error."""
+    special = any_of(special_tokens(tokenizer))
+    texts = [without_end(response, str(tokenizer.eos_token)) for response in responses]
+    found = _which_spell(texts, special, tokenizer)
+    mark = _unused_character(texts, tokenizer) if found else ""
+    rows = rows or range(len(texts))
+    spelled = {index: Spelled(f"row {rows[index]}", [(texts[index], False)]) for index in found}
+    tokens, lengths = _encode(tokenizer, texts, spelled, mark)
+    return FlatTokens(np.insert(tokens, lengths.cumsum(), tokenizer.eos_token_id), lengths + 1)
+
+
+def _which_spell(texts: Sequence[str], special: re.Pattern[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The indices of the texts that spell a special token."""
+    if any(token.special and token.normalized for token in tokenizer.added_tokens_decoder.values()):
+        return [*range(len(texts))]  # such a token is looked for in the normalized text: take no chances
+    if not special.search("\n".join(texts)):
+        return []
+    return [index for index, text in enumerate(texts) if special.search(text)]
+
+
+def _unused_character(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A character that no text has, and that the tokenizer does not remove."""
+    used = set().union(*texts, *special_tokens(tokenizer))
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    normal = normalizer.normalize_str if normalizer is not None else str
+    return next(mark for mark in HIDING if mark not in used and normal(f"{mark}0{mark}") != normal("0"))
+
+
+def _split_at_markers(
+    prompt: str, special: re.Pattern[str], mark: str, hidden: Sequence[str]
+) -> list[tuple[str, bool]]:
+    """A prompt as pieces of text, with what was hidden, and of markers: special tokens that are the template's own."""
+    text, pieces, start = "", [], 0
+    for match in re.finditer(f"{mark}(\\d+);|{special.pattern}", prompt):
+        text += prompt[start : match.start()]
+        if match[1]:
+            text += hidden[int(match[1])]
+        else:
+            pieces += [(text, False), (match[0], True)]
+            text = ""
+        start = match.end()
+    return [*pieces, (text + prompt[start:], False)]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    spelled: Mapping[int, Spelled] | None = None,
+    mark: str = "",
+) -> FlatTokens:
+    """Texts as tokens; those at the indices of `spelled` with their pieces of text as text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # Python tokenizers have none
+    ordinary = [text for index, text in enumerate(texts) if not spelled or index not in spelled]
+    sequences: Iterable[Sequence[int]]
+    if backend is not None and backend.truncation is None and backend.padding is None:
+        backend.encode_special_tokens = False  # of the markers; the last call of the tokenizer may have set it
+        # fast, because it does not compute character offsets
+        encodings = backend.encode_batch_fast(ordinary, add_special_tokens=False)
+        lengths, sequences = [len(encoding) for encoding in encodings], (encoding.ids for encoding in encodings)
+    else:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": False}
+        sequences = tokenizer(ordinary, verbose=False, **options)["input_ids"] if ordinary else []
+        lengths = [len(ids) for ids in sequences]
+    if spelled:
+        encode = _encode_by_copy if backend is not None else _encode_piecewise
+        others, added = iter(sequences), dict(zip(spelled, encode(tokenizer, [*spelled.values()], mark), strict=True))
+        sequences = [added[index] if index in added else next(others) for index in range(len(texts))]
+        lengths = [len(ids) for ids in sequences]
+    tokens = np.fromiter(itertools.chain.from_iterable(sequences), dtype=np.int32, count=sum(lengths))
+    return FlatTokens(tokens, np.array(lengths, dtype=np.int64))
+
+
+def _encode_by_copy(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelled], mark: str) -> list[list[int]]:
+    special = special_tokens(tokenizer)
+    copy, names = _copy_with_names(tokenizer.backend_tokenizer.to_str(), tuple(special), mark)  # type: ignore[attr-defined]
+    texts = ["".join(names.get(piece, piece) if marker else piece for piece, marker in each.pieces) for each in spelled]
+    sequences = [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
+    _refuse_special(tokenizer, spelled, sequences)  # a marker has another id here
+    real = {copy.token_to_id(name): special[text] for text, name in names.items()}
+    return [[real.get(index, index) for index in ids] for ids in sequences]
+
+
+@functools.lru_cache(maxsize=4)
+def _copy_with_names(backend: str, special: Sequence[str], mark: str) -> tuple[Tokenizer, dict[str, str]]:
+    """A copy of a tokenizer that reads special tokens as text, and a token of its own for each that markers may be."""
+    copy = Tokenizer.from_str(backend)
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    added = {token.content: token for token in copy.get_added_tokens_decoder().values() if token.content in special}
+    names = {text: f"{mark}{number}{mark}" for number, text in enumerate(added)}
+    flags = {
+        text: {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+        for text, token in added.items()
+    }
+    copy.add_special_tokens([AddedToken(text, special=True, **flags[text]) for text in added])  # also those not flagged
+    copy.add_tokens([AddedToken(names[text], special=False, **flags[text]) for text in added])
+    return copy, names
+
+
+def _encode_piecewise(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelled], mark: str) -> list[list[int]]:
+    """For Python tokenizers, which themselves read the text between two special tokens apart from what is around it."""
+    special = special_tokens(tokenizer)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    parts = [[[special[piece]] if marker else encode(piece) for piece, marker in each.pieces] for each in spelled]
+    texts = [
+        [*itertools.chain(*(ids for ids, (_, marker) in zip(row, each.pieces, strict=True) if not marker))]
+        for row, each in zip(parts, spelled, strict=True)
+    ]
+    _refuse_special(tokenizer, spelled, texts)
+    return [[*itertools.chain(*row)] for row in parts]
+
+
+def _refuse_special(
+    tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelled], sequences: Sequence[Sequence[int]]
+) -> None:
+    """Refuse texts in which a special token is left: in some vocabularies it is an ordinary word, too."""
+    ids = special_tokens(tokenizer)
+    harmless = {tokenizer.pad_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    left = {index: text for text, index in ids.items() if index not in harmless}
+    problems = [
+        (each.name, left[min(found)])
+        for each, row in zip(spelled, sequences, strict=True)
+        if (found := left.keys() & {*row})
+    ]
+    if problems:
+        (name, text), further = problems[0], ", ".join(name for name, _ in problems[1:6])
+        raise UserError(
+            f"{name}: this tokenizer cannot read {text!r} as text, only as its special token; write it in another way, "
+            f"remove the record{f'; so do {further}' if further else ''}, or choose another tokenizer"
+        )

@@ -1,0 +1,323 @@
+"""Which records form a batch, and which process gets it: each record once an epoch, whatever the number of processes.
+
+An order of records is dealt in steps. An optimizer step holds the next records of the order, as many as fill all
+micro-batches of all processes, and the last step of an epoch holds what is left. So one process and several take the
+same steps if their steps hold equally many records, and the loss, a mean over all targets of a step, is the same too.
+
+`accelerate.data_loader.BatchSamplerShard` hands out the batches: batch i goes to process i modulo their number. It
+repeats none, because their number is always a multiple of the processes; where no records are left, a batch is empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import IterableDataset as Stream
+
+from recipe.collator import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+BUCKET = 8  # widths are rounded up to multiples of it: more records have equal width, and fewer shapes occur
+
+
+class DealtBatches(Sampler[list[int]]):
+    """Batches of `batch_size` records, dealt to the processes from an order of records.
+
+    The last batches of an epoch are smaller, and as even as possible. If fewer records are left than processes, some
+    batches are empty: see `CollateShare`.
+
+    Args:
+        records: the order, as record indices. A `RandomSampler` is seeded for each epoch, as accelerate's
+            `SeedableRandomSampler` is; other samplers are told the epoch if they have a `set_epoch`.
+        batch_size: records in a batch of one process.
+        num_processes: processes that share the batches; batch i goes to process i modulo this.
+        drop_last: each epoch leaves out the records that do not fill a batch for every process.
+
+    Raises:
+        ValueError: no batch.
+
+    Example: seven records for two processes; of the last three, one gets two.
+
+    >>> list(DealtBatches(range(7), batch_size=2, num_processes=2))
+    [[0, 1], [2, 3], [4, 5], [6]]
+    >>> list(DealtBatches(range(5), batch_size=2, num_processes=2))
+    [[0, 1], [2, 3], [4], []]
+    """
+
+    def __init__(
+        self,
+        records: Sampler[int] | Sequence[int],
+        batch_size: int,
+        *,
+        num_processes: int = 1,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.records = records
+        self.num_processes = num_processes
+        self.seed = seed
+        self.epoch = 0
+        self.dealt_at_once = batch_size * num_processes  # one micro-batch for each process
+        count = len(records)  # type: ignore[arg-type]
+        self.records_per_epoch = count - count % self.dealt_at_once if drop_last else count
+        if not self.records_per_epoch:
+            raise ValueError(
+                f"{count} records fill no batch of {batch_size} on {num_processes} process(es); leave out "
+                "dataloader_drop_last, or lower per_device_train_batch_size"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch, of all processes."""
+        return -(-self.records_per_epoch // self.dealt_at_once) * self.num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if isinstance(self.records, RandomSampler):
+            self.records.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        elif hasattr(self.records, "set_epoch"):
+            self.records.set_epoch(self.epoch)
+        order = list(self.records)[: self.records_per_epoch]
+        for start in range(0, len(order), self.dealt_at_once):
+            yield from deal(order[start : start + self.dealt_at_once], self.num_processes)
+
+
+class GroupedByLength(Sampler[int]):
+    """An order of records in which each step holds records of similar length.
+
+    Each epoch shuffles all records, sets those aside that do not fill a step, sorts the others by length, cuts them
+    into steps, and shuffles the steps. The records set aside come last, so they are others in each epoch. The order
+    depends on the arguments and the epoch alone, so a resumed run sees the batches of a run that never stopped, and
+    all processes see the same; transformers' `LengthGroupedSampler` draws from the global random state.
+
+    Args:
+        lengths: of each record, in tokens.
+        records_per_step: of all micro-batches of all processes.
+
+    >>> list(GroupedByLength(np.array([7, 90, 9, 40, 90]), records_per_step=2))  # record 1 is set aside
+    [4, 3, 2, 0, 1]
+    """
+
+    def __init__(self, lengths: np.ndarray, records_per_step: int, seed: int = 0) -> None:
+        self.widths = _widths(lengths)  # (records,)
+        self.records_per_step = records_per_step
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(len(self.widths))
+        whole, left = np.split(order, [len(order) - len(order) % self.records_per_step])
+        whole = _longest_first(whole, self.widths).reshape(-1, self.records_per_step)
+        yield from generator.permutation(whole).ravel().tolist()
+        yield from left.tolist()
+
+
+class TokenBudgetBatches(Sampler[list[int]]):
+    """Batches of records of similar length, as many as a token budget holds.
+
+    Each epoch shuffles records of equal width among themselves, then the order of the batches; it depends on the
+    arguments and its number alone. Every epoch has the same number of batches, a multiple of `num_processes`: the
+    largest ones are halved until it is, and if all hold one record, the missing ones are empty: see `CollateShare`.
+
+    `max_tokens` bounds rows times width of a padded batch, its width being the longest row rounded up to a multiple of
+    `BUCKET`; a record of `length` tokens has `length - 1` inputs. The idea is that of fairseq's `--max-tokens`
+    (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
+
+    Args:
+        lengths: of each record, in tokens.
+        max_tokens: input tokens, with padding, in a batch of one process.
+        num_processes: processes that share the batches; batch i goes to process i modulo this.
+
+    Raises:
+        ValueError: a record longer than `max_tokens`.
+
+    Example: 40 input tokens hold one row of 32, two of 16, or five of 8.
+
+    >>> batches = TokenBudgetBatches(np.array([7, 33, 9, 14, 5, 6, 17, 8]), max_tokens=40)
+    >>> sorted(sorted(batch) for batch in batches)
+    [[0, 2, 4, 5, 7], [1], [3, 6]]
+    """
+
+    def __init__(self, lengths: np.ndarray, max_tokens: int, *, num_processes: int = 1, seed: int = 0) -> None:
+        inputs = np.asarray(lengths) - 1  # (records,)
+        if inputs.max() > max_tokens:
+            raise ValueError(
+                f"record {inputs.argmax()} alone has {inputs.max()} input tokens, and max_tokens_per_batch is "
+                f"{max_tokens}; give at least {inputs.max()}, or a smaller max_length"
+            )
+        self.widths = _widths(lengths)
+        self.num_processes = num_processes
+        self.seed = seed
+        self.epoch = 0
+        self.records_per_epoch = len(inputs)
+        self.sizes = _divisible(_sizes_within(np.sort(self.widths)[::-1], max_tokens), num_processes)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch, of all processes."""
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = _longest_first(generator.permutation(len(self.widths)), self.widths)
+        batches = [batch.tolist() for batch in np.split(order, np.cumsum(self.sizes[:-1]))]
+        for step in generator.permutation(len(batches) // self.num_processes):  # its batches take equally long
+            yield from batches[step * self.num_processes : (step + 1) * self.num_processes]
+
+
+Batches = DealtBatches | TokenBudgetBatches
+
+
+class CollateShare:
+    """`collate`, and for an empty batch one that weighs nothing.
+
+    A process without records must still run forward and backward with the others: DDP and FSDP exchange gradients and
+    weights there. It takes the first record of the dataset, without targets, and counts none of its tokens.
+    """
+
+    def __init__(self, collate: Callable[[list], dict[str, Any]], dataset: Any) -> None:
+        self.collate = collate
+        self.dataset = dataset
+
+    def __call__(self, features: list) -> dict[str, Any]:
+        if features:
+            return self.collate(features)
+        batch = dict(self.collate([self.dataset[0]]))
+        batch.pop("row", None)  # which a message about a bad loss would name
+        for name in {"labels", "shift_labels"} & batch.keys():
+            batch[name] = torch.full_like(batch[name], IGNORE_INDEX)
+        return batch | {"lengths": torch.zeros(1, dtype=torch.int64)}
+
+
+def deal(items: list, num_processes: int) -> list[list]:
+    """Consecutive shares, one for each process, whose sizes differ by one at most, larger ones first.
+
+    >>> deal([1, 2, 3, 4, 5], 3)
+    [[1, 2], [3, 4], [5]]
+    """
+    size, more = divmod(len(items), num_processes)
+    ends = [index * size + min(index, more) for index in range(num_processes + 1)]
+    return [items[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def plan_batches(
+    dataset: Any, args: TrainingArguments, batch_size: int, stock_order: Callable[[], Sampler[int] | None]
+) -> Batches | None:
+    """The batches that the arguments ask for; None for data without an order, such as a stream.
+
+    Args:
+        batch_size: records in a batch of one process.
+        stock_order: gives transformers' sampler of single records, random or sequential, or a subclass's own.
+
+    Raises:
+        ValueError: no column of lengths where one is needed, a record longer than `max_tokens_per_batch`, no batch, or
+            a `train_sampling_strategy` that repeats records.
+    """
+    processes, seed = args.world_size, args.seed if args.data_seed is None else args.data_seed
+    max_tokens = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
+    if max_tokens is not None:
+        lengths = record_lengths(dataset, args.length_column_name)
+        return TokenBudgetBatches(lengths, max_tokens, num_processes=processes, seed=seed)
+    records: Sampler[int] | None = None
+    if args.train_sampling_strategy == "group_by_length":
+        records_per_step = batch_size * processes * args.gradient_accumulation_steps
+        records = GroupedByLength(record_lengths(dataset, args.length_column_name), records_per_step, seed)
+    elif args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError("train_sampling_strategy batch_rebalance repeats records; group_by_length repeats none")
+    elif not isinstance(dataset, Stream):
+        records = stock_order()
+    if records is None:
+        return None
+    return DealtBatches(records, batch_size, num_processes=processes, seed=seed, drop_last=args.dataloader_drop_last)
+
+
+def loader_of(batches: Batches, stock: DataLoader) -> DataLoader:
+    """The dataset, collate function and workers of transformers' loader, with other batches."""
+    names = (
+        "num_workers", "worker_init_fn", "pin_memory", "persistent_workers", "multiprocessing_context",
+        "prefetch_factor", "in_order",
+    )  # fmt: skip
+    options: dict[str, Any] = {name: getattr(stock, name) for name in names}
+    if stock.persistent_workers:
+        # they are seeded once a run, a resumed run's again: from the global state, that would change its dropout
+        options["generator"] = torch.Generator().manual_seed(batches.seed)
+    collate = CollateShare(stock.collate_fn, stock.dataset)
+    return DataLoader(stock.dataset, batch_sampler=batches, collate_fn=collate, **options)
+
+
+def check_accelerator_config(config: Any) -> None:
+    """Refuse the settings of transformers' `AcceleratorConfig` that share out records in another way.
+
+    Raises:
+        ValueError: such a setting.
+    """
+    problems = {
+        "dispatch_batches": config.dispatch_batches and "splits tensors by their first dimension",
+        "split_batches": config.split_batches and "makes the batch size of a process that of all processes",
+        "even_batches": not config.even_batches and "false lets processes wait forever for one without a batch",
+        "use_seedable_sampler": not config.use_seedable_sampler and "false lets the order depend on more than the seed",
+    }
+    for name, problem in problems.items():
+        if problem:
+            raise ValueError(f"accelerator_config: {name} {problem}; leave it out")
+
+
+def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
+    """The column of lengths in tokens, (records,), straight from Arrow: no record is read.
+
+    Raises:
+        ValueError: the dataset has no such column.
+    """
+    if not isinstance(dataset, Dataset) or column not in dataset.column_names:
+        raise ValueError(
+            f"no column {column!r} in the training data; length_column_name names the one of lengths in tokens"
+        )
+    return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
+
+
+def _widths(lengths: np.ndarray) -> np.ndarray:
+    """Input tokens of each record, rounded up to a multiple of `BUCKET`."""
+    return -(-(np.asarray(lengths) - 1) // BUCKET) * BUCKET
+
+
+def _longest_first(order: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """`order` by width; records of equal width stay in their order."""
+    return order[np.argsort(-widths[order], kind="stable")]
+
+
+def _sizes_within(widths: np.ndarray, max_tokens: int) -> list[int]:
+    """How many records each batch holds, longest first; `widths` are sorted, longest first."""
+    sizes, start = [], 0
+    while start < len(widths):
+        # 0 if one row, rounded up, is over the budget: it gets a batch of its own
+        fitting = max_tokens // max(1, int(widths[start]))
+        sizes.append(min(max(1, fitting), len(widths) - start))
+        start += sizes[-1]
+    return sizes
+
+
+def _divisible(sizes: list[int], num_processes: int) -> list[int]:
+    """The sizes with the largest batches halved, or empty ones added, to make a multiple of `num_processes`."""
+    while len(sizes) % num_processes and max(sizes) > 1:
+        largest = int(np.argmax(sizes))
+        half = sizes[largest] // 2
+        sizes[largest : largest + 1] = [sizes[largest] - half, half]
+    return sizes + [0] * (-len(sizes) % num_processes)
