@@ -15,13 +15,15 @@ from recipe.redaction import redact
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, even if the process dies or the disk is full; text in UTF-8, without secrets.
 
+    Half a character, which UTF-8 cannot hold, becomes its escape (`\\ud83d`).
+
     Raises:
         OSError: it cannot be written; the error names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     try:
-        draft.write_bytes(content if isinstance(content, bytes) else redact(content).encode("utf-8"))
+        draft.write_bytes(content if isinstance(content, bytes) else redact(content).encode("utf-8", "backslashreplace"))
         draft.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -36,10 +38,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """`write_whole` for JSON lines, one a row."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(
-        path, text.encode("utf-8", "backslashreplace")
-    )  # half a character becomes the escape that JSON has for it
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:
