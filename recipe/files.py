@@ -23,7 +23,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     try:
-        draft.write_bytes(content if isinstance(content, bytes) else redact(content).encode("utf-8", "backslashreplace"))
+        if isinstance(content, str):
+            content = redact(content).encode("utf-8", "backslashreplace")
+        draft.write_bytes(content)
         draft.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
