@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import select
@@ -50,11 +51,12 @@ def run_script(
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    stopped = False
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: {interrupted}")
+        stopped = True
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still in the buffer
@@ -62,6 +64,9 @@ def run_script(
         if isinstance(error, OSError):
             _exit(f"error: {error}{after_os_error}")
         _exit(f"error: {error}" if isinstance(error, (UserError, *expected)) else traceback.format_exc().rstrip())
+    if stopped:
+        gc.collect()  # progress bars show themselves once more when they go: before our words, not after them
+        sys.exit(f"interrupted: {interrupted}")
 
 
 def _reader_has_left() -> bool:

@@ -87,7 +87,8 @@ def test_run_record_tells_how_to_repeat_it(trained):
     assert run_record["weights_from"] == "random weights (gpt2)"
     assert run_record["versions"].keys() >= {"torch", "transformers", "datasets", "accelerate"}
     assert run_record["seed"] == run_record["config"]["training"]["seed"] == 123
-    assert run_record["rows"] == {"dropped": 0, "truncated": 0, "left_out_of_train_as_duplicates": 0, "bad": 0}
+    counts = ("dropped", "truncated", "left_out_of_train_as_duplicates", "bad", "special_token_text", "own_end_of_text")
+    assert run_record["rows"] == dict.fromkeys(counts, 0)
     assert run_record["result"]["steps"] == 6
     assert run_record["result"]["eval"]["eval_loss"] > 0
     assert len(run_record["data_hash"]) == 16
