@@ -27,8 +27,6 @@ ARCHITECTURES = {
              "attn_pdrop": 0.0},
     "llama": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "max_position_embeddings": 128},
-    "qwen2": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 128},
 }  # fmt: skip
 
 

@@ -121,23 +121,6 @@ def assert_equal_to_stock_trainer(demo_model, demo_tokenizer, rows, tmp_path, sh
     assert ours.state.log_history[0]["loss"] == pytest.approx(stock.state.log_history[0]["loss"], rel=1e-6)
 
 
-def test_accumulated_micro_batches_give_the_gradients_of_one_batch(demo_model, demo_tokenizer, rows, tmp_path):
-    """In float64, so that what is compared is the arithmetic and not the order of additions."""
-    demo_model.double()
-    total, count = loss_by_hand(demo_model, rows.select(range(8)))
-    runs = {}
-    for batch_size, accumulated in ((8, 1), (1, 8), (3, 3)):
-        args = arguments(
-            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulated,
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        trainer = trainer_for(copy.deepcopy(demo_model), demo_tokenizer, rows.select(range(8)), args)
-        runs[batch_size] = train_and_keep_gradients(trainer)
-        assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert_equal_gradients(runs[8], runs[1])
-    assert_equal_gradients(runs[8], runs[3])
-
-
 def test_evaluation_is_weighted_by_tokens_and_does_not_depend_on_the_batch_size(
     demo_model, demo_tokenizer, rows, tmp_path
 ):

