@@ -275,7 +275,8 @@ def _move(index: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _mask(**kwargs: Any) -> torch.Tensor | None:
     """SDPA's mask, but none for a row of segments, in which transformers would see packed sequences."""
     cached = kwargs["q_length"] < kwargs["kv_length"]  # generation: no mask without padding, but new tokens need one
-    return sdpa_mask(**kwargs) if cached or kwargs["attention_mask"] is not None else None
+    window = kwargs.get("local_size") is not None  # no model with a window is given rows of segments
+    return sdpa_mask(**kwargs) if cached or window or kwargs["attention_mask"] is not None else None
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

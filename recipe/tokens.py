@@ -202,7 +202,7 @@ def _encode(
 
 def _encode_by_copy(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelled], mark: str) -> list[list[int]]:
     special = special_tokens(tokenizer)
-    copy, names = _copy_with_names(tokenizer.backend_tokenizer.to_str(), tuple(special), mark)  # type: ignore[attr-defined]
+    copy, names = _copy_with_names(tokenizer, tuple(special), len(tokenizer), mark)
     texts = ["".join(names.get(piece, piece) if marker else piece for piece, marker in each.pieces) for each in spelled]
     sequences = [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
     _refuse_special(tokenizer, spelled, sequences)  # a marker has another id here
@@ -210,10 +210,12 @@ def _encode_by_copy(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelle
     return [[real.get(index, index) for index in ids] for ids in sequences]
 
 
-@functools.lru_cache(maxsize=4)
-def _copy_with_names(backend: str, special: Sequence[str], mark: str) -> tuple[Tokenizer, dict[str, str]]:
+@functools.lru_cache(maxsize=4)  # of this very object, while it has the same tokens: a copy takes as long as a batch
+def _copy_with_names(
+    tokenizer: PreTrainedTokenizerBase, special: Sequence[str], size: int, mark: str
+) -> tuple[Tokenizer, dict[str, str]]:
     """A copy of a tokenizer that reads special tokens as text, and a token of its own for each that markers may be."""
-    copy = Tokenizer.from_str(backend)
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = True

@@ -90,12 +90,12 @@ def prepare_data(model_args, data_args, training_args):
 
 def prepare_model(model_args, data_args, training_args, tokenizer, template):
     """The model, ready to be saved for chat, and where it comes from, for run.json."""
-    from recipe import attention
-    from recipe.model import load_model, prepare_for_chat
+    from recipe.model import load_config, load_model, prepare_for_chat
     from recipe.publishing.card import hub_sources
+    from recipe.training.collator_choice import default_attention
 
     if data_args.batching == "shared_prefix" and model_args.attn_implementation is None:
-        model_args.attn_implementation = attention.NAME
+        model_args.attn_implementation = default_attention(load_config(model_args, tokenizer))
     model, origin = load_model(model_args, tokenizer)
     hub = hub_sources(model_args.model_name_or_path, data_args.data, model_args.model_revision)
     prepare_for_chat(model, tokenizer, template)

@@ -5,8 +5,11 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipe import attention
+
+LAYERS = ["full_attention", "sliding_attention"]
 
 SEGMENTS = {
     "one group": ((5, (3, 1, 7)),),
@@ -153,3 +156,22 @@ def test_the_definition_equals_sdpa_on_one_sequence():
     output = varlen_by_definition(*rows, starts, starts, 9, 9, scale=0.25, window_size=(-1, 0))
     expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
     torch.testing.assert_close(output, expected[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}, {"sliding_window": 3, "layer_types": LAYERS}])
+def test_a_window_is_kept_where_there_are_no_segments(changes):
+    """A whole prompt, padded and not, and generation with a cache."""
+    config = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "pad_token_id": 0,
+              "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    architecture = "qwen2" if "layer_types" in changes else "mistral"
+    models = []
+    for name in ("sdpa", attention.NAME):
+        torch.manual_seed(0)
+        built = AutoConfig.for_model(architecture, **config, **{"use_sliding_window": True}, **changes)
+        models.append(AutoModelForCausalLM.from_config(built, attn_implementation=name).eval())
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6, 7, 8, 9, 10, 11]])
+    for inputs in ({"input_ids": ids[1:]}, {"input_ids": ids, "attention_mask": (ids > 0).long()}):
+        expected, found = (model(**inputs).logits[inputs["input_ids"] > 0] for model in models)
+        assert torch.allclose(found, expected, atol=1e-6)
+        expected, found = (model.generate(**inputs, max_new_tokens=8, do_sample=False) for model in models)
+        assert torch.equal(found, expected)

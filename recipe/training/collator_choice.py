@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.model import context_length
 from recipe.training.layout_check import why_never_one_row, why_not
+
+
+def default_attention(config: PreTrainedConfig) -> str | None:
+    """Our attention for shared prefixes where the model's class takes attentions by name; else None, for its own."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
+    return attention.NAME if model_class._supports_attention_backend else None
 
 
 def make_collator(

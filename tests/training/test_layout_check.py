@@ -14,7 +14,7 @@ from recipe import attention
 from recipe.collator import DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.trainer import InstructionTrainer
-from recipe.training.collator_choice import make_collator
+from recipe.training.collator_choice import default_attention, make_collator
 from recipe.training.layout_check import why_logits_differ, why_never_one_row, why_not
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -91,6 +91,18 @@ def test_a_model_that_drops_segments_trains_with_a_mask_and_the_run_says_so(arch
     assert "separated by a mask, because without one" in capsys.readouterr().out
     assert collator_for(small_model("llama", attention.NAME), "shared_prefix", tmp_path).attention == "segments"
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("falcon", None), ("gptj", None), ("llama", attention.NAME)])
+def test_a_model_that_does_not_take_attentions_by_name_keeps_its_own(architecture, kind, tmp_path):
+    config = AutoConfig.for_model(architecture, **SMALL, rotary_dim=4, alibi=False)
+    assert default_attention(config) == kind
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kind)
+    if architecture == "gptj":
+        with pytest.raises(UserError, match="GPTJForCausalLM has no attention in which a mask could separate"):
+            collator_for(model, "shared_prefix", tmp_path)
+    else:
+        assert collator_for(model, "shared_prefix", tmp_path).attention == ("mask" if kind is None else "segments")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "electra"])
