@@ -82,6 +82,24 @@ def test_the_folder_holds_what_the_design_lists(trained):
     assert json.loads((trained / "config.json").read_text())["use_cache"] is True
 
 
+def test_the_books_config_takes_its_file_of_records(cache, tmp_path):
+    """As the book's repository has it: one array of 1,100 records, most inputs empty; 110 of them are for testing."""
+    data = SHARED / "data" / "instruction-data.json"
+    if not data.is_file():
+        data = tmp_path / "records.json"
+        rows = [{"instruction": f"Name {i}.", "input": "" if i % 3 else f"{i}", "output": f"{i}."} for i in range(1100)]
+        data.write_text(json.dumps(rows), encoding="utf-8")
+    launch(
+        "scripts/train.py", "configs/gpt2_medium_book.yaml", "--data", str(data), "--model_type", "gpt2",
+        "--tokenizer_name", str(DEMO / "base"), "--config_overrides", "n_layer=1,n_head=2,n_embd=32,n_positions=1024",
+        "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no",
+        "--num_sample_generations", "0", cache=cache,
+    )  # fmt: skip
+    run_record = json.loads((tmp_path / "run" / "run.json").read_text())
+    rows = {name: split["rows"] for name, split in run_record["splits"].items()}
+    assert rows == {"train": 935, "validation": 55, "test": 110} and set(run_record["rows"].values()) == {0}
+
+
 def test_run_record_tells_how_to_repeat_it(trained):
     run_record = json.loads((trained / "run.json").read_text())
     assert run_record["weights_from"] == "random weights (gpt2)"
