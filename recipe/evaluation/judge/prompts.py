@@ -8,9 +8,8 @@ no text contains; `pairwise.jinja` is given `response_a` and `response_b` instea
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from recipe.config import UserError
 from recipe.evaluation.endpoints import writable
+from recipe.evaluation.judge.reading import Verdict, read_verdict
 
 BUILT_IN = Path(__file__).with_name("prompt_templates")
 PAIRWISE = "pairwise"
 JINJA_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-# what may surround a score or a winner in a line, after marks and runs of white space have become one space
-_LABEL = r"(?:(?:the )?(?:overall |final |better )?(?:%s)(?: is| of)? ?[:=]? ?)?"
-_SCORE = _LABEL % "score|rating|grade" + r"(-?[0-9]{1,9})(?: ?(?:/|out of) ?([0-9]+))?\.?"
-_WINNER = _LABEL % "winner|verdict|response" + r"(?:response )?(A|B|tie)\.?"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range` or
-    `cut_off` without one."""
-
-    status: str
-    value: int | str | None = None
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,41 +60,14 @@ class JudgePrompt:
         schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
         return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
-    def read(self, text: str, finish_reason: str | None) -> Verdict:
-        """The verdict in a reply: in its JSON object, else alone on a line; a guess is never made.
+    def read(self, text: str, finish_reason: str | None, shown: Sequence[str] = ()) -> Verdict:
+        """The verdict at the end of a reply, see `read_verdict`; a guess is never made.
 
         >>> [prompt] = load_judge_prompts(["score_0_100"])
         >>> [prompt.read(text, "stop").value for text in ('{"score": 85}', "85/100", "Score: **85**", "85 or 90")]
         [85, 85, 85, None]
         """
-        text = text.rpartition("</think>")[2]
-        key = "winner" if self.scale is None else "score"
-        objects = [parsed for parsed in _json_objects(text) if key in parsed]
-        if objects:
-            values, reason = [self._value(parsed[key]) for parsed in objects], objects[0].get("reason")
-        else:
-            if finish_reason == "length":  # the last line may be incomplete: "10" could have become "100"
-                text = text.rpartition("\n")[0]
-            values = [value for value in map(self._value, text.splitlines()) if value is not None]
-            reason = None
-        if len(set(values)) != 1 or values[0] is None:
-            return Verdict("cut_off" if finish_reason == "length" else "unparsable")
-        value, reason = values[0], reason if isinstance(reason, str) else None
-        if self.scale and not self.scale[0] <= int(value) <= self.scale[1]:
-            return Verdict("out_of_range", reason=reason)
-        return Verdict("scored", value, reason)
-
-    def _value(self, content: Any) -> int | str | None:
-        """A score or a winner from a JSON value or a line; None if it is something else."""
-        if isinstance(content, str):
-            line = re.sub(r"[\s*_`\"'#>\[\]]+", " ", content).strip()
-            if self.scale is None:
-                match = re.fullmatch(_WINNER, line, re.IGNORECASE)
-                return {"a": "A", "b": "B", "tie": "tie"}[match[1].lower()] if match else None
-            match = re.fullmatch(_SCORE, line, re.IGNORECASE)
-            return int(match[1]) if match and match[2] in (None, str(self.scale[1])) else None
-        is_whole = isinstance(content, int | float) and not isinstance(content, bool) and content % 1 == 0
-        return int(content) if is_whole and self.scale else None
+        return read_verdict(text, finish_reason, self.scale, shown)
 
 
 def fence(texts: Any) -> str:
@@ -175,14 +133,3 @@ def _load(path: Path) -> JudgePrompt:
             "{% set low = 0 %}{% set high = 100 %}, at the top of the file"
         )
     return JudgePrompt(path.stem, template, digest, (low, high), asks_reason=bool(settings.get("reason")))
-
-
-def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    decoder, start = json.JSONDecoder(strict=False), text.find("{")
-    while start >= 0:
-        try:
-            parsed, end = decoder.raw_decode(text, start)
-            yield parsed
-        except (ValueError, RecursionError):
-            end = start + 1
-        start = text.find("{", end)

@@ -21,7 +21,8 @@ from recipe.config import UserError, setting
 from recipe.evaluation.answers import append_lines
 from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight
-from recipe.evaluation.judge.prompts import JudgePrompt, Verdict, load_judge_prompts
+from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
+from recipe.evaluation.judge.reading import Verdict
 from recipe.evaluation.judge.summary import WITH_VALUE, summarize_pairs, summarize_scores
 from recipe.files import write_json_lines
 
