@@ -111,7 +111,7 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
     if judged["complete"] or judge_args.judge_allow_missing:
         return []
     return [
-        f"the judge left scores out, see {output_dir / 'judge.jsonl'}; the same command asks for these again, and "
+        f"the judge left scores out, see {output_dir / 'judge.jsonl'}. What can help: {judged['advice']}; "
         "--judge_allow_missing reports means without them"
     ]
 

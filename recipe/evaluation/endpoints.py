@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
+from recipe.evaluation.connection import certificate_advice, open_client, proxy_advice
+from recipe.evaluation.negotiation import Terms, negotiate
 from recipe.keys import read_key
 from recipe.redaction import redact
 
@@ -29,6 +32,9 @@ MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP s
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
 GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
 FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "http_5")
+NEGOTIABLE = ("http_400", "http_404", "http_422", "http_500", "http_501")  # how servers refuse a field
+FROM_PROXY = ("connection", "timeout", "http_403", "http_407", "http_502", "http_503", "http_504")
+FILTER_WORDS = re.compile(r"content.?filter|content.?management.?policy|content.?policy|ResponsibleAI", re.IGNORECASE)
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
 USAGE = ("prompt_tokens", "completion_tokens")
 ADVICE = {  # by the status of a failure
@@ -40,6 +46,7 @@ ADVICE = {  # by the status of a failure
     "http_404": "is the path right (most end in /v1), and does it know the model?",
     "malformed": "is the path right (most end in /v1)?",
 }
+_TERMS: dict[tuple, Terms] = {}  # what each endpoint was found to accept
 
 
 @dataclass(frozen=True)
@@ -55,21 +62,24 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reply:
-    """A chat completion: `usage` in tokens as the server counts them, `seconds` of the attempt that succeeded."""
+    """A chat completion: `usage` in tokens as the server counts them, `seconds` of the attempt that succeeded, and the
+    `reasoning` that the server keeps apart from the text."""
 
     text: str
     finish_reason: str | None
     model: str | None
     usage: dict[str, int] | None
     seconds: float
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why there is no reply.
 
-    `status` is `timeout`, `connection` (refused or lost), `rate_limited`, `http_NNN`, `malformed` (not a chat
-    completion) or `not_asked` (too many requests before had failed).
+    `status` is `timeout`, `connection` (refused or lost), `rate_limited`, `http_NNN`, `content_filter` (refused for
+    what the request says), `error_reply` (an error without a code, sent as if it were an answer), `malformed` (not a
+    chat completion) or `not_asked` (too many requests before had failed).
     """
 
     status: str
@@ -104,25 +114,46 @@ def parse_endpoint(name: str) -> Endpoint:
     return Endpoint(address.rstrip("/"), model)
 
 
-def preflight(endpoint: Endpoint, requests: Sequence[Mapping[str, Any]], timeout: float = 300.0) -> Mapping[str, Any]:
-    """Wait until the endpoint answers, as loading a model may take minutes, and return the request it accepts.
+def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 300.0) -> Terms:
+    """Wait until the endpoint answers, as loading a model may take minutes, and find which fields it accepts.
+
+    What was found is remembered as long as the process lives. What is left out is said once.
 
     Args:
-        requests: forms of one request; the next is tried if the endpoint rejects one with HTTP 400 or 422.
-        timeout: seconds for each, retries included.
+        request: one such as will be sent; `terms.fit(request)` makes of each what the endpoint accepts.
+        timeout: seconds for each attempt, retries included.
+
+    Example::
+
+        terms = preflight(endpoint, chat_request("Hello.", decoding))
+        terms.left_out  # ["temperature"]: refused, so that answers may be sampled
+        ask(endpoint, [terms.fit(request) for request in requests])
 
     Raises:
-        UserError: the endpoint is down, wants another key, does not know the model, or accepts none of the requests.
+        UserError: the endpoint is down, wants another key, does not know the model, or accepts the request in no form.
     """
-    for request in requests:
-        [outcome] = ask(endpoint, [request], timeout=timeout, time_limit=timeout, description=f"Waiting for {endpoint}")
-        if isinstance(outcome, Reply):
-            return request
-        failure = outcome
-        if failure.status not in ("http_400", "http_422"):
-            break
-    advice = f"; {ADVICE[failure.status]}" if failure.status in ADVICE else ""
-    raise UserError(f"endpoint {endpoint}: {failure}{advice}")
+    signature = (endpoint, *((name, str(request.get(name))) for name in ("temperature", "top_p")))
+    known = _TERMS.get(signature, Terms())
+    if "max_tokens" in request:  # some servers take no fewer
+        request = {**request, "max_tokens": max(16, request["max_tokens"])}
+
+    def send(fitted: Mapping[str, Any]) -> str | None:
+        [outcome] = ask(endpoint, [fitted], timeout=timeout, time_limit=timeout, retries=0)
+        return outcome.error if isinstance(outcome, Failure) else None
+
+    waiting = f"Waiting for {endpoint}"
+    [outcome] = ask(endpoint, [known.fit(request)], timeout=timeout, time_limit=timeout, description=waiting)
+    if isinstance(outcome, Reply):
+        return known
+    terms = negotiate(request, known, outcome.error, send) if outcome.status in NEGOTIABLE else None
+    if terms is None:
+        hints = (ADVICE.get(outcome.status), proxy_advice(endpoint.url) if outcome.status in FROM_PROXY else None)
+        advice = [hint for hint in (*hints, certificate_advice(outcome.error)) if hint]
+        raise UserError("; ".join([f"endpoint {endpoint}: {outcome}", *advice]))
+    _TERMS[signature] = terms
+    if terms.left_out:
+        print(f"{endpoint} does not accept {', '.join(terms.left_out)}: asked without", file=sys.stderr)
+    return terms
 
 
 def ask(
@@ -133,6 +164,7 @@ def ask(
     timeout: float = 60.0,
     time_limit: float | None = None,
     description: str | None = None,
+    retries: int | None = None,
 ) -> list[Reply | Failure]:
     """Ask for chat completions, several at once; the outcomes are in the order of the requests.
 
@@ -146,6 +178,10 @@ def ask(
         timeout: seconds without a byte from the server after which an attempt ends.
         time_limit: seconds for one request with its retries; default: what `timeout` and the pauses may add up to.
         description: label of a progress bar; None for no bar.
+        retries: of a request; default: 3.
+
+    Raises:
+        UserError: the environment names a proxy or certificates that cannot be used, see `open_client`.
 
     Example::
 
@@ -153,12 +189,11 @@ def ask(
         [reply] = ask(endpoint, [{"messages": [{"role": "user", "content": "Name a colour."}]}])
         reply.text, reply.finish_reason  # 'Blue.', 'stop'
     """
-    from openai import AsyncOpenAI
-
     # the client's timeout starts again at each byte, so that a slow stream of bytes would never end
     limit = time_limit or (MAX_RETRIES + 1) * timeout + MAX_RETRIES * LONGEST_PAUSE
     key = read_key(KEY_VARIABLE) or "none"  # local servers want none, the client wants one
-    client = AsyncOpenAI(base_url=endpoint.url, api_key=key, timeout=timeout, max_retries=MAX_RETRIES)
+    retries = MAX_RETRIES if retries is None else retries
+    client = open_client(endpoint.url, key, timeout, retries)
     slots = asyncio.Semaphore(concurrency)
     failed_in_a_row: list[Failure] = []
 
@@ -167,7 +202,7 @@ def ask(
             count = len(failed_in_a_row)
             if count >= max(GIVE_UP_AFTER, 2 * concurrency):
                 return Failure("not_asked", f"{count} requests in a row had failed, the last: {failed_in_a_row[-1]}")
-            outcome = await _complete(client, {**requests[index], "model": endpoint.model}, limit)
+            outcome = await _complete(client, {**requests[index], "model": endpoint.model}, limit, retries)
             if isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT):
                 failed_in_a_row.append(outcome)
             else:
@@ -189,7 +224,7 @@ def chat_request(text: str, decoding: Decoding) -> dict[str, Any]:
     return {
         "messages": [{"role": "user", "content": writable(text)}],
         "temperature": decoding.temperature,
-        "top_p": decoding.top_p,
+        **({"top_p": decoding.top_p} if decoding.top_p < 1 else {}),  # 1 changes nothing, and some servers refuse it
         "seed": decoding.seed,
         "max_tokens": decoding.max_new_tokens,
     }
@@ -225,19 +260,64 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-async def _complete(client: AsyncOpenAI, request: Mapping[str, Any], time_limit: float) -> Reply | Failure:
+async def _complete(
+    client: AsyncOpenAI, request: Mapping[str, Any], time_limit: float, retries: int
+) -> Reply | Failure:
     try:
         async with asyncio.timeout(time_limit):
-            raw = await client.chat.completions.with_raw_response.create(**request)
-        completion = json.loads(raw.content)
-        choice, usage = completion["choices"][0], completion.get("usage")
-        texts = (choice["message"]["content"] or "", choice.get("finish_reason"), completion.get("model"))
-        text, finish_reason, model = (value and redact(writable(value)) for value in texts)
-        is_counted = isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in USAGE)
-        counts = {name: usage[name] for name in USAGE} if is_counted else None
-        return Reply(text, finish_reason, model, counts, raw.elapsed.total_seconds())
+            attempt = 0
+            while True:
+                raw = await client.chat.completions.with_raw_response.create(**request)
+                completion = json.loads(raw.content)
+                failure = error_in(completion)
+                if failure is None:
+                    return _as_reply(completion, raw.elapsed.total_seconds())
+                if attempt == retries or not failure.status.startswith(FAULTS_OF_ENDPOINT):
+                    return failure
+                await asyncio.sleep(0.5 * 2**attempt)  # as the client does where the status says it
+                attempt += 1
     except Exception as error:  # whatever a server may send, the others are still asked
         return _as_failure(error)
+
+
+def _as_reply(completion: Mapping[str, Any], seconds: float) -> Reply:
+    choice, usage = completion["choices"][0], completion.get("usage")
+    message = choice["message"]
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    text = redact(writable(message["content"] or ""))
+    finish_reason, model = (
+        value and redact(writable(value)) for value in (choice.get("finish_reason"), completion.get("model"))
+    )
+    reasoning = redact(writable(thoughts)) if isinstance(thoughts, str) else None
+    is_counted = isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in USAGE)
+    counts = {name: usage[name] for name in USAGE} if is_counted and usage else None
+    return Reply(text, finish_reason, model, counts, seconds, reasoning)
+
+
+def error_in(completion: Any) -> Failure | None:
+    """The error that a server sends with status 200, with its own words and code; None if there is no error.
+
+    >>> error_in({"error": {"message": "Slow down.", "code": 429}})
+    Failure(status='rate_limited', error='Slow down.')
+    """
+    if not isinstance(completion, dict):
+        return None
+    choices = completion.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    inner = first.get("error") if isinstance(first, dict) else None
+    if first is not None and not inner:
+        return None
+    error = inner or completion.get("error") or completion.get("detail") or completion.get("message")
+    if not error:
+        return None
+    details = error if isinstance(error, dict) else completion
+    words = details.get("message") or details.get("detail") or error
+    codes = [details.get(name) for name in ("code", "status", "status_code", "type")]
+    number = next((int(str(code)) for code in codes if re.fullmatch("[45][0-9][0-9]", str(code))), None)
+    text = words if isinstance(words, str) else json.dumps(words)
+    if number is None and re.search(r"rate.?limit|quota|too.?many", f"{codes} {text}", re.IGNORECASE):
+        number = 429
+    return _failure(number, text) if number else Failure("error_reply", _shortened(text))
 
 
 def _as_failure(error: Exception) -> Failure:
@@ -247,10 +327,20 @@ def _as_failure(error: Exception) -> Failure:
     if isinstance(error, (APITimeoutError, TimeoutError)):
         status, text = "timeout", "no complete answer in time"
     elif isinstance(error, APIStatusError):
-        status = "rate_limited" if error.status_code == 429 else f"http_{error.status_code}"
-        text = error.response.text or error.message
+        return _failure(error.status_code, error.response.text or error.message)
     elif isinstance(error, APIConnectionError):
         status, text = "connection", str(error.__cause__ or error)
     else:
         status, text = "malformed", f"not the JSON of an OpenAI-compatible endpoint: {error!r}"
-    return Failure(status, " ".join(redact(text).split())[:300])  # cut later, so that no part of a key is left
+    return Failure(status, _shortened(text))
+
+
+def _failure(code: int, text: str) -> Failure:
+    """A failure with an HTTP status, which says more if the words do."""
+    if code in (400, 403, 422) and FILTER_WORDS.search(text):
+        return Failure("content_filter", _shortened(text))
+    return Failure("rate_limited" if code == 429 else f"http_{code}", _shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return " ".join(redact(text).split())[:300]  # cut later, so that no part of a key is left

@@ -285,13 +285,14 @@ def ask_endpoint(label: str, name: str, predictions: list[dict], path: Path, arg
     """Append a served model's answers as they come; the error counts those that did not come, with reasons."""
     endpoint, decoding = endpoints.parse_endpoint(name), decoding_of(args)
     warm_up = {**endpoints.chat_request("Hello.", decoding), "max_tokens": 1}
-    endpoints.preflight(endpoint, [warm_up], max(300.0, args.endpoint_timeout))
+    terms = endpoints.preflight(endpoint, warm_up, max(300.0, args.endpoint_timeout))
 
     def keep(index: int, outcome: endpoints.Reply | endpoints.Failure) -> None:
         if isinstance(outcome, endpoints.Reply):
             answers.append_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
 
-    requests = [endpoints.chat_request(endpoints.message_text(prediction), decoding) for prediction in predictions]
+    texts = map(endpoints.message_text, predictions)
+    requests = [terms.fit(endpoints.chat_request(text, decoding)) for text in texts]
     concurrency, timeout, bar = args.endpoint_concurrency, args.endpoint_timeout, f"Asking {endpoint} ({label})"
     outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=bar)
     failed = [(p["id"], o) for p, o in zip(predictions, outcomes, strict=True) if isinstance(o, endpoints.Failure)]

@@ -233,6 +233,8 @@ def _incomplete_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
 def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:
     if judge["error"]:
         yield f"The judge failed: {judge['error']}"
+    if "temperature" in judge.get("left_out", ()):
+        yield "The judge takes no temperature of 0, so its scores may differ from one run to the next."
     for prompt, score in judge["scores"].items():
         units = judge_scale(score)
         gaps = [

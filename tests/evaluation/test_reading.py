@@ -23,7 +23,8 @@ LABELS = [
     "- Score: {}",
 ]
 THOUGHTS = [
-    ("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<Scratchpad>", "</scratchpad>"), ("[THINK]", "[/THINK]"),
+    ("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<Scratchpad>", "</scratchpad>"),
+    ("[THINK]", "[/THINK]"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     ("analysis", "assistantfinal"), ("◁think▷", "◁/think▷"),
 ]  # fmt: skip

@@ -23,9 +23,10 @@ from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight
 from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
 from recipe.evaluation.judge.reading import Verdict
-from recipe.evaluation.judge.summary import WITH_VALUE, summarize_pairs, summarize_scores
+from recipe.evaluation.judge.summary import WITH_VALUE, missing_advice, summarize_pairs, summarize_scores
 from recipe.files import write_json_lines
 
+MORE_TOKENS = (4, 16)  # times as many for what was cut off: reasoning takes some thousands
 SAMPLING = {"temperature": 0.0, "seed": 123, "max_tokens": 512}
 ORDERS = {"baseline_first": ("baseline", "tuned"), "tuned_first": ("tuned", "baseline")}
 
@@ -44,13 +45,17 @@ class JudgeArguments:
     judge_concurrency: int = setting(4, "Requests to the judge at the same time.")
     judge_timeout: float = setting(60.0, "Seconds until a request is given up or repeated.")
     judge_warmup_timeout: float = setting(300.0, "Seconds for the first request, while the model may still load.")
+    judge_max_tokens: int = setting(
+        512,
+        "Tokens of a reply, reasoning included. One that is cut off is asked for again with 4 and 16 times as many.",
+    )
     judge_allow_missing: bool = setting(False, "Give means although scores are missing.")
 
     def __post_init__(self) -> None:
         if self.judge is not None:
             parse_endpoint(self.judge)
         load_judge_prompts(self.judge_prompts)
-        for name in ("judge_concurrency", "judge_timeout", "judge_warmup_timeout"):
+        for name in ("judge_concurrency", "judge_timeout", "judge_warmup_timeout", "judge_max_tokens"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: give a number above 0")
 
@@ -63,15 +68,18 @@ class Question:
     row: dict[str, str]
     messages: list[dict[str, str]]
     verdict: Verdict | None
+    shown: tuple[str, ...] = ()  # texts in the messages that a reply may quote
 
     def key(self, endpoint: Endpoint) -> str:
         """A hash of all that the reply depends on."""
         content = [endpoint.url, endpoint.model, self.prompt.digest, self.messages, SAMPLING]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def is_answered_by(self, outcome: Reply | Failure | None) -> bool:
-        """Whether a verdict can be read from a reply."""
-        return isinstance(outcome, Reply) and self.prompt.read(outcome.text, outcome.finish_reason).status == "scored"
+    def read(self, outcome: Reply | Failure | None) -> Verdict:
+        """The verdict of a reply, or the reason why there is none."""
+        if isinstance(outcome, Reply):
+            return self.prompt.read(outcome.text, outcome.finish_reason, self.shown)
+        return Verdict(outcome.status if outcome else "not_asked")
 
 
 def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, output_dir: Path) -> dict[str, Any]:
@@ -85,7 +93,9 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
     Returns:
         `endpoint`, `model`; `complete`: whether every row has a score or a winner; `usage` in tokens, of all replies
         that this result uses; `scores` by prompt, `pairwise` (see `summarize_scores` and `summarize_pairs`); `error`:
-        why nothing more could be asked, else None; `labels` and `answers`: whose answers were judged, and their hash.
+        why nothing more could be asked, else None; `left_out`: fields of sampling that the judge does not accept;
+        `advice`: what can help against what is missing, else None; `labels` and `answers`: whose answers were judged,
+        and their hash.
 
     Raises:
         UserError: nothing could be asked, no reply is known, and an earlier `judge.jsonl` would be lost.
@@ -94,11 +104,11 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
     predictions, path = _first_split(predictions), output_dir / "judge.jsonl"
     questions = [q for prediction in predictions for prompt in prompts for q in _questions(prompt, prediction)]
     outcomes: dict[str, Reply | Failure] = {}
-    error = None
+    error, left_out = None, []
     try:
         if any(prompt.scale is None for prompt in prompts) and "baseline" not in labels_of(predictions):
             raise UserError("--judge_prompts pairwise compares two models; name a --baseline")
-        _ask_missing(endpoint, questions, outcomes, args, output_dir / "judge_cache.jsonl")
+        left_out = _ask_missing(endpoint, questions, outcomes, args, output_dir / "judge_cache.jsonl")
     except UserError as raised:
         error = str(raised)
     finally:
@@ -123,6 +133,8 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
         },
         "pairwise": summarize_pairs(pairs, args.judge_allow_missing) if pairs else None,
         "error": error,
+        "left_out": left_out,
+        "advice": missing_advice(rows, args.judge_max_tokens),
         "labels": labels_of(predictions),
         "answers": answers_hash(predictions, labels_of(predictions)),
     }
@@ -154,7 +166,8 @@ def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Quest
         row = {"id": prediction["id"], "prompt": prompt.name, **name}
         responses = {part: prediction[label]["text"] for part, label in label_by_part.items()}
         verdict = _verdict_without_judge(prompt, *responses.values())
-        questions.append(Question(prompt, row, prompt.messages(prediction, **responses), verdict))
+        shown = (*responses.values(), *(prediction.get(name) or "" for name in ("instruction", "input", "output")))
+        questions.append(Question(prompt, row, prompt.messages(prediction, **responses), verdict, shown))
     return questions
 
 
@@ -173,37 +186,59 @@ def _ask_missing(
     outcomes: dict[str, Reply | Failure],
     args: JudgeArguments,
     cache: Path,
-) -> None:
-    """Add outcomes by key from the cache and, for what it lacks, from the endpoint; equal questions are asked once."""
+) -> list[str]:
+    """Add outcomes by key from the cache and, for what it lacks, from the endpoint; equal questions are asked once.
+
+    Returns:
+        The fields of sampling that the endpoint does not accept.
+    """
     asked = {question.key(endpoint): question for question in questions if question.verdict is None}
     cached = read_cache(cache)
-    outcomes |= {key: cached[key] for key, question in asked.items() if question.is_answered_by(cached.get(key))}
-    missing = [(key, question) for key, question in asked.items() if key not in outcomes]
-    if not missing:
-        return
-    forms = {
-        prompt: preflight(endpoint, _request_forms(prompt), args.judge_warmup_timeout)
-        for prompt in dict.fromkeys(question.prompt for _, question in missing)
+    outcomes |= {
+        key: cached[key] for key, question in asked.items() if question.read(cached.get(key)).value is not None
     }
-    requests = [{**forms[question.prompt], "messages": question.messages} for _, question in missing]
+    missing = {key: question for key, question in asked.items() if key not in outcomes}
+    if not missing:
+        return []
+    terms = {
+        prompt: preflight(endpoint, _example_request(prompt, args.judge_max_tokens), args.judge_warmup_timeout)
+        for prompt in dict.fromkeys(question.prompt for question in missing.values())
+    }
     cache.parent.mkdir(parents=True, exist_ok=True)
 
-    def keep(index: int, outcome: Reply | Failure) -> None:
-        key, question = missing[index]
-        outcomes[key] = outcome
-        if isinstance(outcome, Reply) and question.is_answered_by(outcome):
-            append_lines(cache, [{"key": key, "reply": asdict(outcome)}])
+    def ask_for(wanted: Mapping[str, Question], tokens: int) -> dict[str, Reply | Failure]:
+        keys, more = list(wanted), "" if tokens == args.judge_max_tokens else f", with up to {tokens:,} tokens"
 
-    ended = ask(endpoint, requests, keep, args.judge_concurrency, args.judge_timeout, description="Judging")
-    outcomes |= zip((key for key, _ in missing), ended, strict=True)  # also those that were not sent
+        def keep(index: int, outcome: Reply | Failure) -> None:
+            key = keys[index]
+            if isinstance(outcome, Reply) or key not in outcomes:  # a reply stays, although it was cut off
+                outcomes[key] = outcome
+            if isinstance(outcome, Reply) and wanted[key].read(outcome).value is not None:
+                append_lines(cache, [{"key": key, "reply": asdict(outcome)}])
+
+        requests = [
+            terms[q.prompt].fit({**_request(q.prompt, tokens), "messages": q.messages}) for q in wanted.values()
+        ]
+        ended = ask(endpoint, requests, keep, args.judge_concurrency, args.judge_timeout, description=f"Judging{more}")
+        return dict(zip(keys, ended, strict=True))
+
+    ended = ask_for(missing, args.judge_max_tokens)
+    outcomes |= ended  # also those that were not sent
+    for factor in MORE_TOKENS:
+        cut = {key: q for key, q in missing.items() if q.read(ended.get(key)).status == "cut_off"}
+        ended = ask_for(cut, factor * args.judge_max_tokens) if cut else {}
+    return list(dict.fromkeys(field for found in terms.values() for field in found.left_out))
 
 
-def _request_forms(prompt: JudgePrompt) -> list[dict[str, Any]]:
-    """A request about an example: with the schema of a reply, and without for servers that reject it."""
+def _request(prompt: JudgePrompt, max_tokens: int) -> dict[str, Any]:
+    return {**SAMPLING, "max_tokens": max_tokens, "response_format": prompt.response_format()}
+
+
+def _example_request(prompt: JudgePrompt, max_tokens: int) -> dict[str, Any]:
+    """A request about an example."""
     names = ("response",) if prompt.scale else ("response_a", "response_b")
     example = {"instruction": "Name the colour of a clear sky.", "output": "Blue."}
-    plain = {"messages": prompt.messages(example, **dict.fromkeys(names, "Blue.")), **SAMPLING}
-    return [{**plain, "response_format": prompt.response_format()}, plain]
+    return {**_request(prompt, max_tokens), "messages": prompt.messages(example, **dict.fromkeys(names, "Blue."))}
 
 
 def read_cache(path: Path) -> dict[str, Reply]:
@@ -224,10 +259,10 @@ def _as_row(question: Question, outcome: Reply | Failure) -> dict[str, Any]:
     if question.verdict:
         verdict = question.verdict
     elif isinstance(outcome, Reply):
-        verdict = question.prompt.read(outcome.text, outcome.finish_reason)
+        verdict = question.read(outcome)
         details |= {"raw": outcome.text, "judge": outcome.model, "usage": outcome.usage}
     else:
-        verdict = Verdict(outcome.status)
+        verdict = question.read(outcome)
         details["error"] = outcome.error
     name, value = "score", verdict.value
     if question.prompt.scale is None:

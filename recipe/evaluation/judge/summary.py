@@ -10,6 +10,8 @@ import numpy as np
 
 from recipe.evaluation.comparison import bootstrap_interval
 
+# statuses of faults that may be gone when the same is asked again
+PASSING = ("timeout", "connection", "rate_limited", "http_408", "http_409", "http_5", "not_asked")
 WITH_VALUE = ("scored", "empty", "identical")  # statuses of rows that have a score or a winner
 
 
@@ -91,6 +93,29 @@ def summarize_pairs(rows: Sequence[Mapping[str, Any]], allow_missing: bool) -> d
         "bounds": [float(points.sum() + end * (n - len(judged))) / n for end in (0, 1)],
         "missing": _missing(rows),
     }
+
+
+def missing_advice(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> str | None:
+    """What can help against the missing scores of `judge.jsonl`, None if none is missing.
+
+    >>> missing_advice([{"status": "cut_off"}, {"status": "scored"}], 512)
+    '1 cut_off: a larger --judge_max_tokens than 512, of which 16 times as many were tried'
+    """
+    counts = _missing(rows)
+    passing = [status for status in counts if status.startswith(PASSING)]
+    cut = [status for status in counts if status == "cut_off"]
+    lasting = [status for status in counts if status not in (*passing, *cut)]
+    advice = {
+        "the same command asks again": passing,
+        f"a larger --judge_max_tokens than {max_tokens}, of which 16 times as many were tried": cut,
+        "another --judge or --judge_prompts, as it would say the same again": lasting,
+    }
+    parts = [
+        f"{', '.join(f'{counts[status]:,} {status}' for status in statuses)}: {what}"
+        for what, statuses in advice.items()
+        if statuses
+    ]
+    return "; ".join(parts) or None
 
 
 def _points(pair: Sequence[str | None]) -> float:
