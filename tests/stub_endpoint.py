@@ -62,13 +62,15 @@ class Drip:
 
 
 Act = Say | Status | Raw | Hang | Cut | Drip
+Refuse = Callable[[dict], Act | None]  # from the body of a request, before any act: what it is refused with
 
 
 class Stub:
     """What was asked of a running stub, and what it is told to do; both may be changed while it runs."""
 
-    def __init__(self, script: Mapping[str, Sequence[Act]], takes_schema: bool) -> None:
+    def __init__(self, script: Mapping[str, Sequence[Act]], takes_schema: bool, refuses: Refuse | None) -> None:
         self.script = dict(script)
+        self.refuses = refuses
         self.takes_schema = takes_schema
         self.url = ""
         self.bodies: list[dict] = []
@@ -89,6 +91,9 @@ class Stub:
             name = name_in(body)
             if "response_format" in body and not self.takes_schema:
                 return Status(422, body='{"detail": "Unexpected fields in the request: response_format"}')
+            refusal = self.refuses(body) if self.refuses else None
+            if refusal:
+                return refusal
             acts = self.script[name] if name in self.script else self.script[""]
             self.attempts[name] += 1
             return acts[min(self.attempts[name], len(acts)) - 1]
@@ -104,9 +109,11 @@ def name_in(body: dict) -> str:
 
 
 @contextmanager
-def serve_stub(script: Mapping[str, Sequence[Act]], takes_schema: bool = True) -> Iterator[Stub]:
+def serve_stub(
+    script: Mapping[str, Sequence[Act]], takes_schema: bool = True, refuses: Refuse | None = None
+) -> Iterator[Stub]:
     """Serve chat completions until the block ends."""
-    stub = Stub(script, takes_schema)
+    stub = Stub(script, takes_schema, refuses)
     is_over = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):

@@ -46,7 +46,8 @@ def _certificates() -> ssl.SSLContext | bool:
         if not exists(Path(path)):
             raise UserError(f"{name} names {path}, which is not there: {advice}")
         try:
-            return ssl.create_default_context(**{"cafile" if name == "SSL_CERT_FILE" else "capath": path})
+            is_file = name == "SSL_CERT_FILE"
+            return ssl.create_default_context(cafile=path if is_file else None, capath=None if is_file else path)
         except (ssl.SSLError, OSError) as error:
             raise UserError(f"{name} names {path}, which holds no certificates ({error}): {advice}") from error
     return True

@@ -195,14 +195,6 @@ def test_an_error_of_the_callback_comes_through():
 # --- preflight ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_form_of_a_request_that_is_accepted():
-    forms = [request("hello", response_format={"type": "json_object"}), request("hello")]
-    for takes_schema, taken in ((True, 0), (False, 1)):
-        with serve_stub({"": [Say("x")]}, takes_schema=takes_schema) as stub:
-            assert preflight(parse_endpoint(f"{stub.url}#m"), forms) == forms[taken]
-        assert len(stub.bodies) == taken + 1
-
-
 @pytest.mark.parametrize(
     "act, message",
     [
@@ -215,7 +207,7 @@ def test_the_first_form_of_a_request_that_is_accepted():
 )
 def test_an_endpoint_that_cannot_be_used_says_why(act, message):
     with serve_stub({"": [act]}) as stub, pytest.raises(UserError, match=message):
-        preflight(parse_endpoint(f"{stub.url}#m"), [request("hello")], timeout=20)
+        preflight(parse_endpoint(f"{stub.url}#m"), request("hello"), timeout=20)
 
 
 def test_an_endpoint_that_is_down_is_reported_at_once():
@@ -224,7 +216,7 @@ def test_an_endpoint_that_is_down_is_reported_at_once():
         down = parse_endpoint(f"http://127.0.0.1:{free.getsockname()[1]}/v1#m")
         started = time.monotonic()
         with pytest.raises(UserError, match=r"connection: .*is it running"):
-            preflight(down, [request("hello")])
+            preflight(down, request("hello"))
     assert time.monotonic() - started < 20
 
 
@@ -232,9 +224,9 @@ def test_a_model_that_loads_is_waited_for():
     """Each request takes a second: the time of the warm-up decides."""
     with serve_stub({"": [Say(lambda prompt: time.sleep(1) or "loaded")]}) as stub:
         endpoint = parse_endpoint(f"{stub.url}#m")
-        preflight(endpoint, [request("hello")], timeout=20)
+        preflight(endpoint, request("hello"), timeout=20)
         with pytest.raises(UserError, match=r"timeout: .*still be loading"):
-            preflight(endpoint, [request("hello")], timeout=0.3)
+            preflight(endpoint, request("hello"), timeout=0.3)
 
 
 # --- answers of a served model --------------------------------------------------------------------------------------

@@ -128,7 +128,8 @@ def test_prompts_by_name_and_path(tmp_path):
     [
         ('{"score": 85}', 85),
         ('{"reason": "so", "score": 85}', 85),
-        ('Here:\n```json\n{"score": 85}\n```\nI hope 2 sentences help.', 85),
+        ('Here:\n```json\n{"score": 85}\n```', 85),
+        ('Here:\n```json\n{"score": 85}\n```\nI hope 2 sentences help.', "unparsable"),
         ('{"score": "85"}', 85),
         ('{"score": 85.0}', 85),
         ('{"reason": "a\nb {\\"score\\": 3}", "score": 85}', 85),
@@ -141,8 +142,9 @@ def test_prompts_by_name_and_path(tmp_path):
         ("**85**", 85),
         ("The final score is 85.", 85),
         ("<think>Is it 20?\n20\n</think>\n\n85", 85),
-        ("85\n\nThe response has 2 mistakes.", 85),
-        ("85\n85", 85),
+        ("85\n\nThe response has 2 mistakes.", "unparsable"),
+        ("The response has 2 mistakes.\n\nScore: 85", 85),
+        ("85\n85", "unparsable"),
         ("0", 0),
         ("100", 100),
         ("85.5", "unparsable"),
@@ -179,9 +181,10 @@ def test_a_reply_that_was_cut_off_counts_only_as_far_as_it_is_whole():
     assert [(v.status, v.value) for v in read.values()] == [
         ("cut_off", None),
         ("cut_off", None),
-        ("scored", 4),
-        ("scored", 4),
+        ("cut_off", None),
+        ("cut_off", None),
     ]
+    assert prompt.read('{"score": 4}\n\n', "length").value == 4  # servers that enforce a schema may go on with spaces
     assert prompt.read('{"reason": "good", "score": 4}', "stop").reason == "good"
 
 
@@ -211,7 +214,7 @@ def test_a_winner_is_read_or_refused(text, expected):
 FAULTS = {
     "fine": ([Say('{"score": 85}')], "scored", 85),
     "of": ([Say("85/100")], "scored", 85),
-    "talk": ([Say('Sure! {"score": 40} Ask me more.')], "scored", 40),
+    "talk": ([Say('Sure!\n{"score": 40}')], "scored", 40),
     "busy_once": ([Status(429, {"Retry-After": "1"}), Say("70")], "scored", 70),
     "cut_once": ([Cut(), Say("60")], "scored", 60),
     "slow": ([Hang(30)], "timeout", None),
@@ -260,7 +263,9 @@ def test_every_id_ends_scored_or_with_a_reason_and_a_second_run_asks_for_the_res
         stub.bodies.clear()
         again, rows_again = judge(stub, predictions, tmp_path, judge_timeout=2)
         assert {name: stub.asked(name) for name in FAULTS} == {
-            name: int(status != "scored") for name, (_, status, _) in FAULTS.items()
+            # what was cut off is asked with more tokens, too
+            name: {"scored": 0, "cut_off": 3}.get(status, 1)
+            for name, (_, status, _) in FAULTS.items()
         }
         assert again == result and [r["score"] for r in rows_again] == [r["score"] for r in rows]
 
