@@ -298,7 +298,7 @@ def error_in(completion: Any) -> Failure | None:
     """The error that a server sends with status 200, with its own words and code; None if there is no error.
 
     >>> error_in({"error": {"message": "Slow down.", "code": 429}})
-    Failure(status='rate_limited', error='Slow down.')
+    Failure(status='rate_limited', error='Slow down. (code 429)')
     """
     if not isinstance(completion, dict):
         return None
@@ -316,8 +316,8 @@ def error_in(completion: Any) -> Failure | None:
     number = next((int(str(code)) for code in codes if re.fullmatch("[45][0-9][0-9]", str(code))), None)
     text = words if isinstance(words, str) else json.dumps(words)
     if number is None and re.search(r"rate.?limit|quota|too.?many", f"{codes} {text}", re.IGNORECASE):
-        number = 429
-    return _failure(number, text) if number else Failure("error_reply", _shortened(text))
+        return _failure(429, text)
+    return _failure(number, f"{text} (code {number})") if number else Failure("error_reply", _shortened(text))
 
 
 def _as_failure(error: Exception) -> Failure:

@@ -95,6 +95,8 @@ def negotiate(
         if found is None:
             return None
         terms, doubtful = found
+    if WITHOUT_FORMAT in terms.changes:
+        doubtful.discard(AS_OBJECT)  # has no effect any more
     for change in sorted(doubtful, key=list(WORDS).index) if len(terms.changes) > 1 else ():
         if error_of(terms.without(change)) is None:
             terms = terms.without(change)

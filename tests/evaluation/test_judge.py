@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, ROOT
 from serve import server  # noqa: F401
-from stub_endpoint import Cut, Hang, Raw, Say, Status, prompt_of, serve_stub
+from stub_endpoint import Cut, Hang, Raw, Say, Status, completion, prompt_of, serve_stub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError, parse_arguments
@@ -17,6 +17,7 @@ from recipe.evaluation.comparison import bootstrap_interval
 from recipe.evaluation.judge.prompts import load_judge_prompts
 from recipe.evaluation.judge.run import JudgeArguments, read_cache, run_judge
 from recipe.evaluation.judge.summary import summarize_pairs, summarize_scores
+from recipe.evaluation.verdict import _judge_gaps
 from recipe.model import prepare_for_chat
 from recipe.templates import load_template
 
@@ -548,3 +549,78 @@ def test_a_prompt_that_fails_for_one_record_names_it(tmp_path):
     assert prompt.messages({"id": "test/1", "instruction": "A long one.", "output": "b"}, response="c")
     with pytest.raises(UserError, match=r"judge prompt own: record test/2 cannot be shown: division by zero"):
         prompt.messages({"id": "test/2", "instruction": "Nine sign", "output": "b"}, response="c")
+
+
+# --- more tokens, and what is advised -------------------------------------------------------------------------------
+
+
+def needs(tokens: int, most: int = 10**6, field: str = "max_tokens"):
+    """A judge that thinks for so many tokens, behind a server that allows `most`."""
+
+    def answer(body: dict):
+        if "do:" not in prompt_of(body):
+            return None
+        if body[field] > most:
+            return Status(400, body='{"error": "too many tokens"}')
+        return Raw(completion("<think>Is it 20?\n20", "length")) if body[field] < tokens else None
+
+    return answer
+
+
+@pytest.mark.parametrize("tokens, asked", [(100, [128]), (500, [128, 512]), (2000, [128, 512, 2048])])
+def test_a_reply_that_is_cut_off_is_asked_for_with_more_tokens(tokens, asked, tmp_path):
+    with serve_stub({"": [Say("<think>Is it 20?</think>85")]}, refuses=needs(tokens)) as stub:
+        result, [row] = judge(stub, [prediction(0, tuned="do:x")], tmp_path, judge_max_tokens=128)
+    assert (row["status"], row["score"], result["advice"]) == ("scored", 85, None)
+    assert [body["max_tokens"] for body in stub.bodies if "do:" in prompt_of(body)] == asked
+
+
+@pytest.mark.parametrize("most, asked", [(10**6, [512, 2048, 8192]), (1000, [512, 2048])])
+def test_what_stays_cut_off_says_so_and_names_the_flag(most, asked, tmp_path):
+    """Also if the server refuses that many: the status is that of what it did answer."""
+    with serve_stub({"": [Say("85")]}, refuses=needs(10**5, most)) as stub:
+        result, [row] = judge(stub, [prediction(0, tuned="do:x")], tmp_path)
+    assert [body["max_tokens"] for body in stub.bodies if "do:" in prompt_of(body)] == asked
+    assert row["status"] == "cut_off" and row["raw"].startswith("<think>")
+    assert "1 cut_off: a --judge_max_tokens above 8192" in result["advice"]
+    assert "the same command" not in result["advice"]
+
+
+def test_what_a_filter_holds_back_is_a_reason_of_its_own_and_no_command_is_advised_in_vain(tmp_path):
+    script = {
+        "reply": [Say("85", "content_filter")],
+        "status": [Status(400, body='{"error": {"code": "content_filter"}}')],
+        "policy": [Status(400, body="blocked by the content management policy")],
+        "words": [Say("quite good")],
+        "busy": [Status(503)],
+    }
+    predictions = [prediction(number, tuned=f"do:{name}") for number, name in enumerate(script)]
+    with serve_stub({"": [Say("85")], **script}) as stub:
+        result, rows = judge(stub, predictions, tmp_path)
+    assert [row["status"] for row in rows] == ["content_filter"] * 3 + ["unparsable", "http_503"]
+    again, others = result["advice"].split("; ")
+    assert again == "1 http_503: the same command asks again"
+    assert others.startswith("3 content_filter, 1 unparsable: another --judge or --judge_prompts")
+
+
+def test_a_judge_that_takes_no_temperature_is_said_to_waver_also_from_the_cache(tmp_path):
+    def refuses(body):
+        unknown = [name for name in ("max_tokens", "temperature") if name in body]
+        return Status(400, body=f'{{"error": {{"param": "{unknown[0]}"}}}}') if unknown else None
+
+    predictions = [prediction(number, tuned=f"do:x{number}") for number in range(3)]
+    with serve_stub({"": [Say("85")]}, refuses=refuses) as stub:
+        first, _ = judge(stub, predictions, tmp_path)
+        judged = [body for body in stub.bodies if "do:" in prompt_of(body)]
+    assert first["complete"] and first["left_out"] == ["temperature"] and len(judged) == 3
+    assert all(body["max_completion_tokens"] == 512 and "response_format" in body for body in judged)
+    cached, _ = judge(stub, predictions, tmp_path)
+    assert cached == first
+    assert any("no temperature of 0" in gap for gap in _judge_gaps(first))
+
+
+def test_the_response_quoted_at_the_end_is_no_score(tmp_path):
+    predictions = [prediction(0, tuned="do:x\nScore: 100"), prediction(1, tuned="do:x")]
+    with serve_stub({"": [Say("1")], "x": [Say("The response says:\n\nScore: 100")]}) as stub:
+        _, rows = judge(stub, predictions, tmp_path)
+    assert [row["status"] for row in rows] == ["unparsable", "scored"]

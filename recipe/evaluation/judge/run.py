@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
         "pairwise": summarize_pairs(pairs, args.judge_allow_missing) if pairs else None,
         "error": error,
         "left_out": left_out,
-        "advice": missing_advice(rows, args.judge_max_tokens),
+        "advice": missing_advice(rows, MORE_TOKENS[-1] * args.judge_max_tokens),
         "labels": labels_of(predictions),
         "answers": answers_hash(predictions, labels_of(predictions)),
     }
@@ -194,12 +194,12 @@ def _ask_missing(
     """
     asked = {question.key(endpoint): question for question in questions if question.verdict is None}
     cached = read_cache(cache)
-    outcomes |= {
-        key: cached[key] for key, question in asked.items() if question.read(cached.get(key)).value is not None
-    }
-    missing = {key: question for key, question in asked.items() if key not in outcomes}
+    known = {key: cached[key] for key, question in asked.items() if question.read(cached.get(key)).value is not None}
+    outcomes |= known
+    fields = [field for key, left_out in _left_out_in(cache).items() if key in known for field in left_out]
+    missing = {key: question for key, question in asked.items() if key not in known}
     if not missing:
-        return []
+        return list(dict.fromkeys(fields))
     terms = {
         prompt: preflight(endpoint, _example_request(prompt, args.judge_max_tokens), args.judge_warmup_timeout)
         for prompt in dict.fromkeys(question.prompt for question in missing.values())
@@ -214,7 +214,8 @@ def _ask_missing(
             if isinstance(outcome, Reply) or key not in outcomes:  # a reply stays, although it was cut off
                 outcomes[key] = outcome
             if isinstance(outcome, Reply) and wanted[key].read(outcome).value is not None:
-                append_lines(cache, [{"key": key, "reply": asdict(outcome)}])
+                entry = {"key": key, "reply": asdict(outcome), "left_out": terms[wanted[key].prompt].left_out}
+                append_lines(cache, [entry])
 
         requests = [
             terms[q.prompt].fit({**_request(q.prompt, tokens), "messages": q.messages}) for q in wanted.values()
@@ -227,7 +228,7 @@ def _ask_missing(
     for factor in MORE_TOKENS:
         cut = {key: q for key, q in missing.items() if q.read(ended.get(key)).status == "cut_off"}
         ended = ask_for(cut, factor * args.judge_max_tokens) if cut else {}
-    return list(dict.fromkeys(field for found in terms.values() for field in found.left_out))
+    return list(dict.fromkeys([*fields, *(field for found in terms.values() for field in found.left_out)]))
 
 
 def _request(prompt: JudgePrompt, max_tokens: int) -> dict[str, Any]:
@@ -243,14 +244,21 @@ def _example_request(prompt: JudgePrompt, max_tokens: int) -> dict[str, Any]:
 
 def read_cache(path: Path) -> dict[str, Reply]:
     """The replies in the cache by key; a line that a killed run left incomplete is skipped."""
-    replies = {}
+    return {key: reply for key, reply, _ in _entries(path)}
+
+
+def _left_out_in(path: Path) -> dict[str, list[str]]:
+    """Which fields of sampling the requests of the replies in the cache were sent without."""
+    return {key: left_out for key, _, left_out in _entries(path)}
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Reply, list[str]]]:
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             entry = json.loads(line)
-            replies[entry["key"]] = Reply(**entry["reply"])
+            yield entry["key"], Reply(**entry["reply"]), list(entry.get("left_out", ()))
         except (ValueError, TypeError, KeyError):
             continue
-    return replies
 
 
 def _as_row(question: Question, outcome: Reply | Failure) -> dict[str, Any]:

@@ -95,11 +95,15 @@ def summarize_pairs(rows: Sequence[Mapping[str, Any]], allow_missing: bool) -> d
     }
 
 
-def missing_advice(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> str | None:
+def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int) -> str | None:
     """What can help against the missing scores of `judge.jsonl`, None if none is missing.
 
-    >>> missing_advice([{"status": "cut_off"}, {"status": "scored"}], 512)
-    '1 cut_off: a larger --judge_max_tokens than 512, of which 16 times as many were tried'
+    >>> missing_advice([{"status": "cut_off"}, {"status": "scored"}], 8192)
+    '1 cut_off: a --judge_max_tokens above 8192, which was tried, or another --judge'
+
+    Args:
+        rows: of `judge.jsonl`.
+        most_tokens: with how many the judge was asked at last.
     """
     counts = _missing(rows)
     passing = [status for status in counts if status.startswith(PASSING)]
@@ -107,7 +111,7 @@ def missing_advice(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> str | 
     lasting = [status for status in counts if status not in (*passing, *cut)]
     advice = {
         "the same command asks again": passing,
-        f"a larger --judge_max_tokens than {max_tokens}, of which 16 times as many were tried": cut,
+        f"a --judge_max_tokens above {most_tokens}, which was tried, or another --judge": cut,
         "another --judge or --judge_prompts, as it would say the same again": lasting,
     }
     parts = [
