@@ -181,19 +181,18 @@ def ask(
         retries: of a request; default: 3.
 
     Raises:
-        UserError: the environment names a proxy or certificates that cannot be used, see `open_client`.
+        UserError: see `open_client`.
 
     Example::
 
-        endpoint = parse_endpoint("http://localhost:11434/v1#llama3")
         [reply] = ask(endpoint, [{"messages": [{"role": "user", "content": "Name a colour."}]}])
         reply.text, reply.finish_reason  # 'Blue.', 'stop'
     """
-    # the client's timeout starts again at each byte, so that a slow stream of bytes would never end
+    # the client's timeout starts again at each byte: a slow stream of bytes would never end
     limit = time_limit or (MAX_RETRIES + 1) * timeout + MAX_RETRIES * LONGEST_PAUSE
     key = read_key(KEY_VARIABLE) or "none"  # local servers want none, the client wants one
-    retries = MAX_RETRIES if retries is None else retries
-    client = open_client(endpoint.url, key, timeout, retries)
+    attempts = MAX_RETRIES if retries is None else retries
+    client = open_client(endpoint.url, key, timeout, attempts)
     slots = asyncio.Semaphore(concurrency)
     failed_in_a_row: list[Failure] = []
 
@@ -202,7 +201,7 @@ def ask(
             count = len(failed_in_a_row)
             if count >= max(GIVE_UP_AFTER, 2 * concurrency):
                 return Failure("not_asked", f"{count} requests in a row had failed, the last: {failed_in_a_row[-1]}")
-            outcome = await _complete(client, {**requests[index], "model": endpoint.model}, limit, retries)
+            outcome = await _complete(client, {**requests[index], "model": endpoint.model}, limit, attempts)
             if isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT):
                 failed_in_a_row.append(outcome)
             else:
