@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from recipe.redaction import learn_from_config
 from recipe.setting_checks import json_problem, range_problem, type_problem, what_instead
 
 
@@ -190,7 +192,7 @@ def parse_arguments(
         _check_keys(content, known, config_path)
         _check_types(content, dataclass_types, config_path)
         _drop_replaced_model(content, flags)
-        settings = {**settings, **content}
+        settings = {**settings, **_no_for_false(content, dataclass_types)}
 
     # Lists and mappings are checked here; everything else goes through the type checks of the flags.
     values = Namespace(**{name: value for name, value in settings.items() if isinstance(value, list | dict)})
@@ -206,7 +208,18 @@ def parse_arguments(
     except UserError:
         raise
     except Exception as error:  # TrainingArguments checks that its fields go together, and starts the device
-        raise UserError(f"{config_path or 'command line'}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"{_source_of(said, known, config_path, flags)}: {said}") from error
+
+
+def _source_of(said: str, known: Collection[str], config_path: str | None, flags: list[str]) -> str:
+    """Where the settings stand that an error names: in flags, in the config file, or in both."""
+    # a class such as AcceleratorConfig is named in the place of its setting
+    words = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower() for word in re.findall(r"\w+", said)}
+    of_flags = words & set(known) & {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+    if config_path is None or not of_flags:
+        return config_path or "command line"
+    return f"command line: {', '.join(f'--{name}' for name in sorted(of_flags))}"
 
 
 def _check_flags(rest: list[str], known: Collection[str]) -> None:
@@ -221,12 +234,13 @@ def _check_flags(rest: list[str], known: Collection[str]) -> None:
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
+        learn_from_config(text)
         content: Any = yaml.safe_load(text)
         node: Any = yaml.compose(text)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
     if (repeated := _repeated_key(node)) is not None:
@@ -264,6 +278,13 @@ def _check_types(content: dict[str, Any], dataclass_types: list[type], path: str
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _no_for_false(content: dict[str, Any], dataclass_types: list[type]) -> dict[str, Any]:
+    """YAML reads `save_strategy: no` as false; where a setting takes no truth value, "no" is what was written."""
+    hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    takes_bool = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
+    return {key: "no" if value is False and key not in takes_bool else value for key, value in content.items()}
 
 
 def _drop_replaced_model(content: dict[str, Any], flags: list[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recipe.config import UserError
+from recipe.keys import clean_hub_token
 from recipe.redaction import redact
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
@@ -53,6 +54,7 @@ def run_script(
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     stopped = False
     try:
+        clean_hub_token()
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -67,6 +69,13 @@ def run_script(
     if stopped:
         gc.collect()  # progress bars show themselves once more when they go: before our words, not after them
         sys.exit(f"interrupted: {interrupted}")
+
+
+def _close_progress_bars() -> None:
+    """Let the bars that an error has left in the middle end their line."""
+    library: Any = sys.modules.get("tqdm.std")
+    for bar in list(library.tqdm._instances) if library else ():
+        bar.close()
 
 
 def _reader_has_left() -> bool:
@@ -87,6 +96,7 @@ def _exit(message: str) -> NoReturn:
     if rank != "0":
         time.sleep(SECONDS_OF_PATIENCE)
         message = f"process {rank}: {message}"
+    _close_progress_bars()
     sys.exit(redact(message))
 
 

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from recipe.config import UserError
 from recipe.redaction import redact
+
+
+def check_place(output_dir: str | Path | None) -> None:
+    """Refuse a folder that cannot be made or written to, before anything is computed.
+
+    Raises:
+        UserError: none is named, it is or would be in a file, or the system refuses.
+    """
+    if not str(output_dir or ""):
+        raise UserError("say where the results go: --output_dir FOLDER")
+    path = Path(str(output_dir)).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {nearest} is a file; name a folder")
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".recipe-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output_dir}: {nearest} cannot be written to ({error.strerror}); name another folder"
+        ) from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

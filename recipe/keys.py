@@ -22,6 +22,15 @@ def read_key(variable: str) -> str | None:
     return checked_key(variable, os.environ.get(variable, ""))
 
 
+def clean_hub_token() -> None:
+    """Take what came with copying off the Hub's token, which the Hub's library itself reads and puts into requests."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        value = os.environ.get(variable, "")
+        if strip_key(value) != value:
+            os.environ[variable] = strip_key(value)
+            print(f"{variable}: left out {_around(value)} around it", file=sys.stderr)
+
+
 @cache  # so that it is said once
 def checked_key(name: str, value: str) -> str | None:
     """A key without the white space, quotes and invisible characters around it; says so in a line if there are some.
@@ -37,14 +46,18 @@ def checked_key(name: str, value: str) -> str | None:
     """
     key = strip_key(value)
     if key and key != value:
-        before, _, behind = value.partition(key)
-        print(f"{name}: left out {' and '.join(sorted(set(map(_kind, before + behind))))} around it", file=sys.stderr)
+        print(f"{name}: left out {_around(value)} around it", file=sys.stderr)
     if key.startswith(f"{name}="):
         raise UserError(f"{name} begins with its own name; {COPY_AGAIN}")
     for position, char in enumerate(key, start=1):
         if not "!" <= char <= "~":
             raise UserError(f"{name}: its character {position} of {len(key)} is {_kind(char)}; {COPY_AGAIN}")
     return key or None
+
+
+def _around(value: str) -> str:
+    before, _, behind = value.partition(strip_key(value))
+    return " and ".join(sorted(set(map(_kind, before + behind))))
 
 
 def _kind(char: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -206,7 +207,11 @@ def _library_errors(subject: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = textwrap.shorten(str(error), 300, placeholder=" ...")
-        if isinstance(error, KeyError):
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and "connect" in said and "huggingface.co" in said:
+            said = "not in the cache, and HF_HUB_OFFLINE is set; unset it, or give the path of a folder"
+        elif isinstance(error, UnicodeEncodeError):
+            said = f"the address or HF_TOKEN has a character that a request cannot hold ({said})"
+        elif isinstance(error, KeyError):
             said = f"it does not know {said}"
         elif isinstance(error, OSError) and "model.safetensors" in said:
             said = f"{said}; only safetensors are loaded: if you trust other weights, save them anew: {CONVERSION}"

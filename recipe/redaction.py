@@ -1,8 +1,9 @@
 """Takes secrets out of every text that leaves the process: messages, files, and what a push sends.
 
-A secret is the value of an environment variable whose name says so (`OPENAI_API_KEY`, `db_password`), of a flag whose
-name says so (`--hub_token`), a token of the Hub that `hf auth login` has stored, or the password of an address in a
-variable or a flag (`https://me:password@host`). Each is found in these spellings, mixed ones and parts of longer words
+A secret is the value of an environment variable whose name says so (`OPENAI_API_KEY`, `db_password`), of a flag or a
+line of the config file whose name says so (`--hub_token`), a token of the Hub wherever it stands in flags or config
+file, or that `hf auth login` has stored, or the password of an address in a variable, a flag or the config file
+(`https://me:password@host`). Each is found in these spellings, mixed ones and parts of longer words
 too:
 
 - as it is, and without the white space, quotes and invisible characters around it, see `strip_key`;
@@ -35,6 +36,9 @@ from urllib.parse import unquote
 TOKEN_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4}))"
 HUB_TOKEN = re.compile(TOKEN_START + r"(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
 SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
+SECRET_LINE = re.compile(
+    r"^\s*[\"']?(\w*(?:token|key|password|secret))[\"']?\s*:\s*(\S.*)$", re.IGNORECASE | re.MULTILINE
+)
 SECRET_VARIABLE = re.compile(
     r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|(?<![A-Z])PASS|(?<![A-Z])CREDENTIAL)S?(?![A-Z])", re.IGNORECASE
 )
@@ -92,13 +96,25 @@ def strip_key(value: str) -> str:
 def secrets() -> frozenset[tuple[str, str]]:
     """The secrets that this process knows: the name of a variable, a flag or a file, and the value."""
     named = [(name, raw) for name, raw in os.environ.items() if is_secret_variable(name)]
-    named += [*_flags(), *_stored_tokens()]
+    named += [*_flags(), *_stored_tokens(), *_config_secrets]
+    named += [("a flag", token) for word in sys.argv[1:] for token in HUB_TOKEN.findall(word)]
     found = {(name, value) for name, raw in named for value in _values(name, raw)}
-    for name, raw in [*os.environ.items(), *(("a flag", word) for word in sys.argv)]:
+    for name, raw in [*os.environ.items(), *(("a flag", word) for word in sys.argv), *_config_addresses]:
         for user_and_password, password in CREDENTIALS.findall(raw) if "://" in raw else ():
             found |= {(name, user_and_password)} if len(password) >= SHORTEST_SECRET // 2 else set()
             found |= {(name, value) for value in _values("PASSWORD", password)}
     return frozenset(found)
+
+
+def learn_from_config(text: str) -> None:
+    """Remember the secrets of a config file, before anything is said about it: it may be no valid YAML."""
+    _config_secrets.update((name, value) for name, value in SECRET_LINE.findall(text))
+    _config_secrets.update(("the config file", token) for token in HUB_TOKEN.findall(text))
+    _config_addresses.update(("the config file", found[0]) for found in CREDENTIALS.finditer(text))
+
+
+_config_secrets: set[tuple[str, str]] = set()  # the name of a setting, and the text of its value
+_config_addresses: set[tuple[str, str]] = set()  # with a password
 
 
 def is_secret_variable(name: str) -> bool:

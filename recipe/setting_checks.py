@@ -16,11 +16,12 @@ LOWEST: dict[str, float] = {
                      "generation_max_new_tokens", "max_tokens_per_batch", "eval_accumulation_steps",
                      "torch_empty_cache_steps", "save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb",
                      "ddp_timeout", "num_proc"), 1),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
                      "warmup_steps", "eval_delay", "num_sample_generations", "dataloader_num_workers",
                      "neftune_noise_alpha", "seed", "data_seed"), 0),
 }  # fmt: skip
-ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")  # below 1 the last three are shares
+# below 1 the last three are shares; without an epsilon, Adam divides 0 by 0 where a gradient is 0
+ABOVE_ZERO = ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps")
 HIGHEST = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32 - 1, "data_seed": 2**32 - 1}  # as numpy takes seeds
 # What took the place of settings that transformers 4 had, or that other trainers have.
 REPLACED = {
@@ -63,7 +64,8 @@ def range_problem(name: str, value: Any, settings: Any) -> str | None:
         return "give a finite number"
     if value < LOWEST.get(name, -INFINITY) or value > HIGHEST.get(name, INFINITY):
         return f"give at least {LOWEST[name]}" + (f", at most {HIGHEST[name]}" if name in HIGHEST else "")
-    counts = getattr(settings, name.replace("_steps", "_strategy"), None) == "steps" or name == "num_train_epochs"
+    is_step = name.endswith("_steps")
+    counts = not is_step or getattr(settings, name.replace("_steps", "_strategy"), None) == "steps"
     return "give a number above 0" if name in ABOVE_ZERO and counts and value <= 0 else None
 
 

@@ -21,7 +21,7 @@ from recipe.evaluation.generate import EvalArguments, generate_predictions, mode
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
-from recipe.files import read_json, read_json_lines, write_json
+from recipe.files import check_place, read_json, read_json_lines, write_json
 from recipe.provenance import read_run
 
 
@@ -62,16 +62,26 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     args, data_args, judge_args = parse_arguments(types, argv, description)
     from recipe.model import check_folder, check_weights  # here: models take two seconds, and --help needs none
 
+    check_place(args.output_dir)
     run, defaults = None, {}
     for name in args.model:
         if model_kind(name) == "weights":
             check_folder(name)
             check_weights(name)
+            if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+                raise UserError(
+                    f"--model {name}: no finished model is there (no config.json); name a finished run's folder"
+                )
             run = run or read_run(name)
             saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
             defaults = defaults or ({"template": str(saved)} if saved.is_file() else {})
     defaults = {**(run["config"]["data"] if run else {}), **defaults}
     args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
+    absent = [name for name in args.model if model_kind(name) == "weights" and not Path(name).is_dir()]
+    if data_args.data is None and absent:
+        raise UserError(
+            f"--model {absent[0]}: no such folder; for a model of the Hub, name the records too: --data FILE"
+        )
     if args.split == ["all"]:  # every record counts, held out or not
         data_args.validation_ratio = data_args.test_ratio = 0.0
     return args, data_args, judge_args, run

@@ -17,6 +17,7 @@ from recipe.config import (
     setting,
 )
 from recipe.console import run_script
+from recipe.files import check_place
 
 
 @dataclass
@@ -36,6 +37,8 @@ class InspectionArguments(InstructionTrainingArguments):
         for name, lowest in (("per_device_train_batch_size", 1), ("show", 0)):
             if getattr(self, name) < lowest:
                 raise UserError(f"--{name} {getattr(self, name)}: give a number from {lowest} up")
+        if min(self.limits, default=2) < 2:
+            raise UserError(f"--limits {' '.join(map(str, self.limits))}: a record needs at least 2 tokens")
 
 
 def main(argv: list[str]) -> None:
@@ -104,14 +107,13 @@ def results_folder(argv: list[str], args: InspectionArguments) -> Path:
     """`--output_dir` of the command line; for outputs/demo of a YAML file, outputs/demo-data beside it.
 
     Raises:
-        UserError: neither is given, or it is a file.
+        UserError: neither is given, or it cannot be written to.
     """
     if args.output_dir is None:
         raise UserError("name a folder for the results with --output_dir")
     is_flag = any(word.startswith(("--output_dir", "--output-dir")) for word in argv)
     output_dir = Path(args.output_dir if is_flag else f"{Path(args.output_dir)}-data")
-    if output_dir.is_file():
-        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
+    check_place(output_dir)
     return output_dir
 
 

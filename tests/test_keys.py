@@ -1,9 +1,12 @@
 """Keys are stripped of what copying adds, and refused without being shown."""
 
+import os
+
 import pytest
+from huggingface_hub import get_token
 
 from recipe.config import UserError
-from recipe.keys import checked_key, read_key
+from recipe.keys import checked_key, clean_hub_token, read_key
 
 KEY = "sk-0123/4567+89=="
 
@@ -41,6 +44,14 @@ def test_what_is_no_key_is_refused_and_not_shown(monkeypatch, capsys, raw, messa
     with pytest.raises(UserError, match=f"SOME_KEY:? {message}") as refused:
         read_key("SOME_KEY")
     assert "0123" not in str(refused.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raw", ["“hf_abcdefghijklmnopqrstuvwxyz”", "hf_abcdefghijklmnopqrstuvwxyz\r\n"])
+def test_the_hubs_library_gets_its_token_without_what_copying_adds(monkeypatch, capsys, raw):
+    monkeypatch.setenv("HF_TOKEN", raw)
+    clean_hub_token()
+    assert os.environ["HF_TOKEN"] == get_token() == "hf_abcdefghijklmnopqrstuvwxyz"
+    assert "HF_TOKEN: left out" in capsys.readouterr().err
 
 
 def test_no_key_is_none(monkeypatch, capsys):

@@ -2,14 +2,17 @@
 
 import json
 import os
+import runpy
 import string
 import sys
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from secret_samples import SECRETS, spellings
 
+from recipe.console import run_script
 from recipe.files import write_json, write_json_lines
 from recipe.redaction import find_secrets, redact, secrets
 
@@ -97,6 +100,32 @@ def test_what_is_one_goes(monkeypatch, name, value):
 def test_values_of_flags_are_secrets(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["t.py", "--hub_token", "1b4dAcE0123456", "--api_key=1b4dAcE6543210", "--n", "1"])
     assert redact("1b4dAcE0123456, 1b4dAcE6543210") == "***, ***"
+
+
+HUB = "hf_" + "aB3dE" * 6
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "secret"),
+    [
+        (f'learning_rate: 0.1\nhub_token: "{HUB}\n', [], HUB),  # no valid YAML
+        (f"hub_token: [{HUB}]\n", [], HUB),
+        (f"hub_token: {HUB}\n", [], HUB),
+        (f"{HUB}: 1\n", [], HUB),
+        ("data: https://me:hunter2-hunter2@host/a.jsonl\n", [], "hunter2-hunter2"),
+        ("judge_key: 'Zq3_0123456789-abcdef'\n", [], "Zq3_0123456789-abcdef"),
+        ("seed: 1\n", ["--learning_rate", HUB], HUB),
+        ("seed: 1\n", [HUB], HUB),
+        ("seed: 1\n", [f"--{HUB}=1"], HUB),
+    ],
+)
+def test_secrets_of_config_files_and_flags_are_in_no_message(content, flags, secret, tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "run.yaml"), *flags])
+    main = runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"]
+    with pytest.raises(SystemExit) as end:
+        run_script(main, interrupted="")
+    assert end.value.code.startswith("error: ") and "Traceback" not in end.value.code and secret not in end.value.code
 
 
 def test_tokens_that_are_stored_are_secrets(monkeypatch, tmp_path):

@@ -45,6 +45,11 @@ def check_settings(model_args: ModelArguments, data_args: DataArguments, args: I
             f"--optim_args {args.optim_args} has no effect on --optim {OptimizerNames(args.optim).value}; use "
             "--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay and --learning_rate, or leave it out"
         )
+    if "underflow_overflow" in str(args.debug) and (args.num_sample_generations or args.eval_generate):
+        raise UserError(
+            "--debug underflow_overflow cannot watch a model that answers: add --num_sample_generations 0, without "
+            "--eval_generate"
+        )
     accumulated = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # of the accelerate file
     if accumulated.isdigit() and int(accumulated) not in (1, args.gradient_accumulation_steps):
         raise UserError(

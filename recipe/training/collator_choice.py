@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import PartialState
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +16,7 @@ from recipe.training.layout_check import why_never_one_row, why_not
 
 def default_attention(config: PreTrainedConfig) -> str | None:
     """Our attention for shared prefixes where the model's class takes attentions by name; else None, for its own."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
     return attention.NAME if model_class._supports_attention_backend else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from recipe.config import InstructionTrainingArguments, UserError
+from recipe.files import check_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,16 +28,18 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         UserError: the folder holds another run and neither resuming nor overwriting was asked for; nothing to resume.
     """
     output_dir, checkpoint = Path(args.output_dir or ""), args.resume_from_checkpoint
-    _check_place(output_dir)
+    check_place(args.output_dir)
     resume = (checkpoint or "false").lower()
     if resume == "false":
         checkpoint = None
     elif resume in ("true", "last"):
         checkpoint = last_whole_checkpoint(output_dir)
     if resume != "false" and (checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file()):
+        is_empty = not output_dir.exists() or not any(output_dir.iterdir())
+        new = "leave the flag out" if is_empty else "start a new one with --overwrite_output_dir true"
         raise UserError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; name a checkpoint-N "
-            "folder, or leave the flag out to start a new run"
+            f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there, so nothing to resume; name "
+            f"a checkpoint-N folder, or {new}"
         )
     if checkpoint is not None and not any(file for name in OPTIMIZER_FILES for file in Path(checkpoint).glob(name)):
         raise UserError(
@@ -47,22 +49,23 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         )
     resumes_this_run = checkpoint is not None and output_dir.resolve() in Path(checkpoint).resolve().parents
     if not (resumes_this_run or args.overwrite_output_dir) and output_dir.exists() and any(output_dir.iterdir()):
+        resume = "add --resume_from_checkpoint true to resume it, " if last_whole_checkpoint(output_dir) else "add "
         raise UserError(
-            f"--output_dir {output_dir} already holds another run or other files; add --resume_from_checkpoint true to "
-            "resume it, --overwrite_output_dir to start over, or name another folder"
+            f"--output_dir {output_dir} already holds another run or other files; {resume}--overwrite_output_dir true "
+            "to start over, or name another folder"
+        )
+    if args.overwrite_output_dir and (output_dir / "README.md").is_file() and not _holds_a_run(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir} holds a README.md that is of no run, and the model card would replace it; move "
+            "it, or name another folder"
         )
     return checkpoint
 
 
-def _check_place(output_dir: Path) -> None:
-    """Refuse a place that cannot hold the run's folder."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
-    nearest = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    if not nearest.is_dir():
-        raise UserError(f"--output_dir {output_dir}: {nearest} is a file; name another folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written to; name another folder")
+def _holds_a_run(output_dir: Path) -> bool:
+    """Whether a run, finished or not, has written into the folder."""
+    names = ("run.json", "trainer_state.json", "config.json", "samples.jsonl")
+    return any((output_dir / name).is_file() for name in names) or any(output_dir.glob("checkpoint-*"))
 
 
 def last_whole_checkpoint(output_dir: Path) -> str | None:

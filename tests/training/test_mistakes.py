@@ -18,8 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipe import model as models
-from recipe.config import UserError
+from recipe.config import InstructionTrainingArguments, UserError, parse_arguments
 from recipe.console import run_script
+from recipe.training.output_dir import find_checkpoint
 
 BASE = str(DEMO / "base")
 TINY = ["--model_type", "gpt2", "--tokenizer_name", BASE]
@@ -87,8 +88,13 @@ MISTAKES = [
     ("--bf16 true --fp16 true", "At most one of fp16 and bf16"),
     ("--deepspeed /no/such.json", "--deepspeed /no/such.json: | the path of a file"),
     ("--fsdp full_shard", "--fsdp true: Using fsdp only works in distributed training"),
+    ("--adam_epsilon 0", "--adam_epsilon 0.0: give a number above 0"),
+    ("--debug underflow_overflow --num_sample_generations 1 --eval_strategy epoch", "add --num_sample_generations 0"),
     # names and places
-    ("--resume_from_checkpoint /no/such", "--resume_from_checkpoint /no/such: no checkpoint there"),
+    ("--output_dir=", "say where the results go: --output_dir FOLDER"),
+    ("--output_dir /proc/run", "--output_dir /proc/run: /proc cannot be written to ("),
+    ("--resume_from_checkpoint /no/such",
+     "--resume_from_checkpoint /no/such: no checkpoint there | start a new one with --overwrite_output_dir true"),
     ("--output_dir /dev/null/run", "/dev/null is a file"),
     ("--group_by_length true", "unknown flag --group_by_length; use train_sampling_strategy: group_by_length"),
     ("--evaluation_strategy epoch", "unknown flag --evaluation_strategy; use eval_strategy"),
@@ -224,6 +230,45 @@ def test_a_yaml_file_with_lists_in_the_place_of_numbers(work):
         f'{path}: seed: {{"a": 1}} is a mapping; give one whole number',
     ]
     assert content(work / "run") == before
+
+
+def test_what_yaml_reads_as_false_is_the_word_no(work, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("save_strategy: no\neval_strategy: off\nbf16: no\n", encoding="utf-8")
+    [args] = parse_arguments([InstructionTrainingArguments], [str(path), "--output_dir", str(tmp_path)], "")
+    assert (args.save_strategy, args.eval_strategy, args.bf16) == ("no", "no", False)
+
+
+def test_an_error_about_a_flag_is_not_blamed_on_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 0.1\nload_best_model_at_end: true\n", encoding="utf-8")
+    for flags, source in (
+        (["--load_best_model_at_end", "false", "--accelerator_config", '{"foo": 1}'],
+         "command line: --accelerator_config: "),
+        (["--load_best_model_at_end", "false", "--bf16", "true", "--fp16", "true"], "command line: --bf16, --fp16: "),
+        ([], f"{path}: "),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            parse_arguments([InstructionTrainingArguments], [str(path), "--output_dir", str(tmp_path), *flags], "")
+        assert str(error.value).startswith(source)
+
+
+def test_a_folder_with_other_files_is_told_what_can_be_done(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("")
+    for resume, words in ((None, "files; add --overwrite_output_dir true"), ("true", "so nothing to resume; ")):
+        args = InstructionTrainingArguments(str(tmp_path), resume_from_checkpoint=resume)
+        with pytest.raises(UserError, match=words) as error:
+            find_checkpoint(args)
+        assert "--overwrite_output_dir true" in str(error.value)
+        assert "--resume_from_checkpoint true to" not in str(error.value)
+
+
+def test_a_readme_of_the_users_own_is_not_replaced(tmp_path):
+    (tmp_path / "README.md").write_text("# My notes")
+    with pytest.raises(UserError, match=r"holds a README.md that is of no run, and the model card would replace it"):
+        find_checkpoint(InstructionTrainingArguments(str(tmp_path), overwrite_output_dir=True))
+    (tmp_path / "run.json").write_text("{}")
+    assert find_checkpoint(InstructionTrainingArguments(str(tmp_path), overwrite_output_dir=True)) is None
 
 
 def test_in_a_process_of_its_own_as_a_user_sees_it(work):
