@@ -62,15 +62,14 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     args, data_args, judge_args = parse_arguments(types, argv, description)
     from recipe.model import check_folder, check_weights  # here: models take two seconds, and --help needs none
 
-    run, defaults = None, {}
+    run = None
     for name in args.model:
         if model_kind(name) == "weights":
             check_folder(name)
             check_weights(name)
             run = run or read_run(name)
-            saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
-            defaults = defaults or ({"template": str(saved)} if saved.is_file() else {})
-    defaults = {**(run["config"]["data"] if run else {}), **defaults}
+    # no template: each model is asked in its own, if no flag says otherwise
+    defaults = {**(run["config"]["data"] if run else {}), "template": ""}
     args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
     if args.split == ["all"]:  # every record counts, held out or not
         data_args.validation_ratio = data_args.test_ratio = 0.0

@@ -21,6 +21,7 @@ ENOUGH_TO_JUDGE = 20
 ENDINGS = {  # of responses, by `stop_reason`, that may lack their end
     "length": "reached the limit of --max_new_tokens",
     "context": "reached the end of the context",
+    "refused": "are empty, because the server refused the prompt",
     None: "ended in an unknown way, and may have been cut off",
 }
 

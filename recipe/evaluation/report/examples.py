@@ -14,6 +14,9 @@ from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.verdict import model_name
 
 
+SHOWN = ("text", "tokens", "stop_reason", "reasoning", "error")  # fields of an answer
+
+
 def example_columns(
     predictions: Sequence[Mapping[str, Any]],
     labels: Sequence[str],
@@ -44,7 +47,7 @@ def example_columns(
         },
         "answers": {
             label: {
-                **{key: [line[label].get(key) for line in predictions] for key in ("text", "tokens", "stop_reason")},
+                **{key: [line[label].get(key) for line in predictions] for key in SHOWN},
                 "scores": {k: v.round(6).tolist() for k, v in example_scores(predictions, label).items()},
                 "judge": judgements[label],
             }
