@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from recipe.memory import halve_if_out_of_memory
-from recipe.model import context_length
+from recipe.model import context_length, virtual_tokens
 from recipe.templates import common_prefix
 from recipe.tokens import as_ids
 
@@ -43,8 +44,10 @@ STEPS = 16  # tokens to generate before rows that have ended are taken out
 class Response:
     """What a model answered to one prompt.
 
-    `token_ids` exclude the end-of-text token. `stop_reason` is `eos` (the model ended the response), `length` (cut at
-    `max_new_tokens`) or `context` (no position is left). `seconds` is the batch's time divided by its responses.
+    `text` is without begin-of-text, end-of-text and padding tokens, but with any other special token, such as the tags
+    of an answer. `token_ids` exclude the end token. `stop_reason` is `eos` (the model ended the response), `length`
+    (cut at `max_new_tokens`) or `context` (no position is left). `seconds` is the batch's time divided by its
+    responses.
     """
 
     text: str
@@ -95,6 +98,45 @@ def generate_responses(
     return [responses[index] for index in range(len(prompts))]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """What ends a response: tokens, the tokenizer's own end-of-text token first, and strings in its text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    token_ids: list[int]
+    strings: list[str]
+
+    def cut(self, token_ids: list[int]) -> tuple[list[int], bool]:
+        """The tokens before the first end token, or up to the one that completes a stop string; whether it ended."""
+        first = min((token_ids.index(end) for end in self.token_ids if end in token_ids), default=len(token_ids))
+        ended, token_ids = first < len(token_ids), token_ids[:first]
+        if not self._stops(token_ids):
+            return token_ids, ended
+        count = next(count for count in range(1, len(token_ids) + 1) if self._stops(token_ids[:count]))
+        return token_ids[:count], True
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of a response, with the special tokens that are part of an answer."""
+        tokenizer = self.tokenizer
+        hidden = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *self.token_ids}
+        return str(tokenizer.decode([token for token in token_ids if token not in hidden]))
+
+    def _stops(self, token_ids: list[int]) -> bool:
+        text = self.text(token_ids) if self.strings else ""
+        return any(stop in text for stop in self.strings)
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ends:
+    """The end-of-text token of the tokenizer, and what the model's own `generation_config` stops at."""
+    config = model.generation_config
+    named = config.eos_token_id if config is not None else None
+    further = named if isinstance(named, list) else [named]
+    token_ids = dict.fromkeys([tokenizer.eos_token_id, *further])
+    stops = (config.stop_strings if config is not None else None) or []
+    strings = [stops] if isinstance(stops, str) else [*stops]
+    return Ends(tokenizer, [token for token in token_ids if token is not None], strings)
+
+
 @torch.inference_mode()
 def iter_responses(
     model: PreTrainedModel,
@@ -106,20 +148,23 @@ def iter_responses(
 ) -> Iterator[tuple[list[int], list[Response]]]:
     """Each batch as soon as it is finished: indices into `prompts`, and their responses.
 
-    Prompts are sorted by length, longest first, and padded on the left, whatever the tokenizer's padding settings. A
-    prompt that leaves no position for a response gets an empty one with the stop reason `context`. A batch that does
-    not fit in memory is halved, and so are later ones.
+    A response ends at the tokenizer's end-of-text token, and at the end tokens and stop strings that the model's
+    `generation_config` names. Prompts are sorted by length, longest first, and padded on the left, whatever the
+    tokenizer's padding settings. A prompt that leaves no position for a response gets an empty one with the stop reason
+    `context`. A batch that does not fit in memory is halved, and so are later ones.
 
     Raises:
         UserError: not even one prompt fits in memory.
     """
     if not prompts:
         return
-    token_ids, positions = as_ids(tokenizer, prompts), context_length(model.config) or sys.maxsize
+    token_ids, ends = as_ids(tokenizer, prompts), ends_of(model, tokenizer)
+    positions = (context_length(model.config) or sys.maxsize) - virtual_tokens(model)
     was_training, saved_config = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()  # `generate` takes from it whatever is not given below
-    batches = _batches([len(ids) for ids in token_ids], decoding.max_new_tokens, batch_size, positions)
+    lengths, alike = [len(ids) for ids in token_ids], bool(virtual_tokens(model))
+    batches = _batches(lengths, decoding.max_new_tokens, batch_size, positions, alike)
     prefix = common_prefix([ids for ids in token_ids if len(ids) < positions])
 
     @functools.cache  # computed in the first batch, where an out-of-memory error is handled
@@ -132,9 +177,9 @@ def iter_responses(
         limit, reason = min((decoding.max_new_tokens, "length"), (room, "context"))
         generated: list[list[int]] = [[] for _ in batch]
         if limit > 0:
-            generated = _generate_batch(model, tokenizer, batch, limit, decoding, prefix_cache())
+            generated = _generate_batch(model, ends, batch, limit, decoding, prefix_cache())
         seconds = (time.perf_counter() - start) / len(batch)
-        return [_as_response(ids, tokenizer, reason, seconds) for ids in generated]
+        return [_as_response(ids, ends, reason, seconds) for ids in generated]
 
     # smoothing=0: batches differ in length, so their mean speed predicts the end better than the latest speed
     progress = tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None, smoothing=0)
@@ -148,30 +193,35 @@ def iter_responses(
         model.generation_config = saved_config
 
 
-def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, positions: int) -> Iterator[list[int]]:
-    """Indices of prompts to generate together, longest first.
+def _batches(
+    lengths: list[int], max_new_tokens: int, batch_size: int, positions: int, alike: bool
+) -> Iterator[list[int]]:
+    """Indices of prompts to generate together, longest first, and with `alike` only prompts of one length.
 
-    Prompts near the end of the context go one by one: in a batch, the longest would leave the others less room.
+    Prompts near the end of the context go one by one: in a batch, the longest would leave the others less room. PEFT
+    puts its virtual tokens before the padding of a batch, so that they would be farther from a short prompt.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     tight = [index for index in order if lengths[index] + max_new_tokens > positions]
     roomy = order[len(tight) :]
     yield from ([index] for index in tight)
-    yield from (roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size))
+    groups = [list(group) for _, group in itertools.groupby(roomy, lengths.__getitem__)] if alike else [roomy]
+    for group in groups:
+        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
 
 def _generate_batch(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    ends: Ends,
     batch: list[list[int]],
     max_new_tokens: int,
     decoding: Decoding,
     prefix_cache: list[BlockwiseLayer] | None,
 ) -> list[list[int]]:
-    """The tokens of each response, (batch,) lists; after an end-of-text token there may be padding."""
-    width, eos = max(map(len, batch)), tokenizer.eos_token_id
+    """The tokens of each response, (batch,) lists; after an end there may be padding, or more of a finished row."""
+    width, pad = max(map(len, batch)), ends.token_ids[0]
     padding = torch.tensor([width - len(row) for row in batch])
-    input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in batch], device=model.device)
+    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
     attention_mask = (torch.arange(width) >= padding[:, None]).long().to(model.device)  # (batch, width)
     sampling, noise = LogitsProcessorList(), SeededGumbelNoise(batch, decoding.seed, model.device)
     if decoding.temperature > 0:
@@ -188,13 +238,13 @@ def _generate_batch(
             logits_processor=sampling,
             max_new_tokens=min(steps, max_new_tokens - done),
             do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos,
+            eos_token_id=ends.token_ids,
+            pad_token_id=pad,
             use_cache=True,
         )
         for row, token_ids in zip(rows, input_ids[:, width + done :].tolist(), strict=True):
             responses[row] += token_ids
-        unfinished = [index for index, row in enumerate(rows) if eos not in responses[row]]
+        unfinished = [index for index, row in enumerate(rows) if not ends.cut(responses[row])[1]]
         if not unfinished or done + steps >= max_new_tokens or cache is None:
             break
         attention_mask = torch.nn.functional.pad(attention_mask, (0, steps), value=1)
@@ -239,8 +289,11 @@ class BlockwiseLayer(DynamicLayer):
 def compute_cache(model: PreTrainedModel, token_ids: list[int]) -> list[BlockwiseLayer] | None:
     """Keys and values of one row of tokens, layer by layer; None for a model that caches something else.
 
-    Mamba keeps a state instead, and a sliding window drops tokens. The row may be empty.
+    Mamba keeps a state instead, a sliding window drops tokens, and PEFT puts virtual tokens in front. The row may be
+    empty.
     """
+    if virtual_tokens(model):
+        return None
     layers = DynamicCache(config=model.config).layers
     if "past_key_values" not in inspect.signature(model.forward).parameters or {*map(type, layers)} != {DynamicLayer}:
         return None
@@ -292,8 +345,10 @@ class SeededGumbelNoise(LogitsProcessor):
         return scores - noise.log()  # type: ignore[return-value]
 
 
-def _as_response(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, reason: str, seconds: float) -> Response:
-    """The response up to its first end-of-text token; those after it are padding."""
-    if tokenizer.eos_token_id in token_ids:
-        token_ids, reason = token_ids[: token_ids.index(tokenizer.eos_token_id)], "eos"
-    return Response(str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids, reason, seconds)
+def _as_response(token_ids: list[int], ends: Ends, reason: str, seconds: float) -> Response:
+    """The response up to its first end; tokens after it are padding."""
+    token_ids, ended = ends.cut(token_ids)
+    text = ends.text(token_ids)
+    for stop in ends.strings:
+        text = text.partition(stop)[0]
+    return Response(text, token_ids, "eos" if ended else reason, seconds)

@@ -176,9 +176,21 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     special_tokens = {key: getattr(tokenizer, key) for key in SPECIAL_TOKEN_IDS}
+    ends = _end_tokens(model, tokenizer)
     model.config.update(special_tokens)
     longest = min(256, (context_length(model.config) or 512) // 2)
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=longest, **special_tokens)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=longest, **special_tokens | {"eos_token_id": ends}
+    )
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+    """The end of text that is learned, and further special tokens at which the model has stopped until now."""
+    known = model.generation_config.eos_token_id if model.generation_config is not None else None
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    further = [token for token in (known if isinstance(known, list) else [known]) if token in special]
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *further]))
+    return ends if len(ends) > 1 else ends[0]
 
 
 def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -186,6 +198,12 @@ def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.padding_side = "left"
     # undocumented in transformers: `save_pretrained` writes only the attributes that `init_kwargs` names
     tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions PEFT's prompt or prefix tuning takes in front of each text; 0 for any other model."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

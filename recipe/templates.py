@@ -1,13 +1,15 @@
 """Renders records as prompts, with the Jinja chat template that is saved with the tokenizer.
 
-Training, evaluation and `apply_chat_template` of the saved tokenizer all render this one template.
+Training, evaluation and `apply_chat_template` of the saved tokenizer all render this one template. Templates of other
+models (ChatML, Llama, Gemma, ...) know nothing of a record's input: there it stands in the content of the message.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from recipe.config import UserError
 
+OWN = "tokenizer"  # the name of the template that a tokenizer brings
 BUILT_IN = Path(__file__).with_name("chat_templates")
 SAMPLE = {"instruction": "the-instruction", "input": "the-input", "output": "the-output"}
 BEGIN = "{#- This model's prompts begin with its begin-of-text token. -#}{{- bos_token }}"
@@ -32,6 +35,17 @@ def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:
     return [{"role": "user", "content": record["instruction"] or "", "input": record.get("input") or ""}]
 
 
+def message_text(record: Mapping[str, str | None]) -> str:
+    """A record as the content of one message, for servers and templates that read nothing else of a message.
+
+    The Alpaca template renders this text to the prompt of training.
+
+    >>> message_text({"instruction": "Make it plural.", "input": "cat"})
+    'Make it plural.\\n\\n### Input:\\ncat'
+    """
+    return (record["instruction"] or "") + (f"\n\n### Input:\n{record['input']}" if record.get("input") else "")
+
+
 @dataclass(frozen=True)
 class Template:
     """A Jinja chat template and the prompts it renders.
@@ -43,6 +57,13 @@ class Template:
     name: str
     chat_template: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... by name
+    input_in_content: bool = False  # because the template reads nothing of a message but its content
+
+    def messages(self, record: Mapping[str, str | None]) -> list[dict[str, str]]:
+        """The chat messages that this template, and `apply_chat_template` with it, renders to the record's prompt."""
+        if self.input_in_content:
+            return [{"role": "user", "content": message_text(record)}]
+        return to_messages(record)
 
     def prompt(self, record: Mapping[str, str | None]) -> str:
         """The text before the response."""
@@ -50,7 +71,7 @@ class Template:
 
     def prompts(self, records: Iterable[Mapping[str, str | None]]) -> list[str]:
         """`prompt` of many records."""
-        conversations = [to_messages(record) for record in records]
+        conversations = [self.messages(record) for record in records]
         return _render(conversations, self.chat_template, add_generation_prompt=True, **self.special_tokens)
 
     def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -88,9 +109,11 @@ def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
 
 
 def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """A built-in template (`alpaca`, `phi3`) or your own `.jinja` file, checked on a sample record.
+    """A template to train with, checked on a sample record: built-in, the tokenizer's own, or a file of yours.
 
     Args:
+        name_or_path: `alpaca`, `phi3`, `tokenizer` (the chat template that the tokenizer brings), or the path of a
+            `.jinja` file.
         tokenizer: gives the special tokens, for templates that name them, and its rule about the beginning of a text:
             see `Template.for_tokenizer`.
 
@@ -98,39 +121,81 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
         UserError: no such template, a Jinja error, a template that loses the instruction, the input or the response,
             or one that puts text between the prompt and the response.
     """
-    path = BUILT_IN / f"{name_or_path}.jinja"
-    if not path.is_file():
-        path = Path(name_or_path)
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.jinja")))
-        raise UserError(f"unknown template {name_or_path!r}: give one of {names} or the path of a .jinja file")
-    try:
-        template = Template(name_or_path, path.read_text(encoding="utf-8-sig"))  # editors of Windows write a BOM
-        if tokenizer is not None:
-            template = template.for_tokenizer(tokenizer)
-        _check(template)
-    except UnicodeDecodeError as error:
-        raise UserError(f"template {path}: it is not UTF-8 text ({error}); save it as UTF-8") from error
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, OSError) as error:
-        line = getattr(error, "lineno", None)
-        raise UserError(f"template {path}{f' line {line}' if line else ''}: {error}") from error
+    if name_or_path == OWN and tokenizer is not None:
+        template = saved_template(tokenizer)
+    else:
+        path = _template_path(name_or_path)
+        try:
+            source = path.read_text(encoding="utf-8-sig")  # editors of Windows write a BOM
+        except UnicodeDecodeError as error:
+            raise UserError(f"template {path}: it is not UTF-8 text ({error}); save it as UTF-8") from error
+        except OSError as error:
+            raise UserError(f"template {path}: {error}") from error
+        template = _prepare(Template(name_or_path, source), tokenizer, str(path))
+    with _template_errors(name_or_path):
+        _check_response(template)
     return template
 
 
-def _check(template: Template) -> None:
-    """Refuse a template that loses a field of a record, or that adds text between its prompt and its response."""
-    record, prompt = SAMPLE, template.prompt(SAMPLE)
+def saved_template(tokenizer: PreTrainedTokenizerBase, subject: str = "the tokenizer") -> Template:
+    """The chat template that a tokenizer brings, to ask its model with; the `default` one if it has several.
+
+    Nothing is asked of what it does to responses, since some templates of others strip or move them.
+
+    Raises:
+        UserError: it has none, or the prompt of a sample record fails or loses its instruction or its input.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"{subject} has no chat template of its own; give alpaca, phi3 or the path of a .jinja file")
+    with _template_errors(f"of {subject}"):
+        source = tokenizer.get_chat_template()
+    return _prepare(Template(OWN, source), tokenizer, f"of {subject}")
+
+
+def _template_path(name_or_path: str) -> Path:
+    built_in = BUILT_IN / f"{name_or_path}.jinja"
+    path = built_in if built_in.is_file() else Path(name_or_path)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.jinja")))
+        raise UserError(
+            f"unknown template {name_or_path!r}: give one of {names}, {OWN} (its own), or the path of a .jinja file"
+        )
+    return path
+
+
+@contextmanager
+def _template_errors(subject: str) -> Iterator[None]:
+    """Turn what Jinja and a template's own expressions raise into one line about the template."""
+    try:
+        yield
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(f"template {subject}{f' line {line}' if line else ''}: {error}") from error
+
+
+def _prepare(template: Template, tokenizer: PreTrainedTokenizerBase | None, subject: str) -> Template:
+    """The template for a tokenizer, with the input where the template shows it; refused if a field is lost."""
+    with _template_errors(subject):
+        if tokenizer is not None:
+            template = template.for_tokenizer(tokenizer)
+        if SAMPLE["input"] not in template.prompt(SAMPLE):
+            template = replace(template, input_in_content=True)
+        prompt = template.prompt(SAMPLE)
     for part, variable in (("instruction", "message.content"), ("input", "message.input")):
-        if record[part] not in prompt:
-            raise UserError(
-                f"template {template.name}: the prompt loses the record's {part}; write {{{{ {variable} }}}}"
-            )
-    conversation = [*to_messages(record), {"role": "assistant", "content": record["output"]}]
+        if SAMPLE[part] not in prompt:
+            raise UserError(f"template {subject}: the prompt loses the record's {part}; write {{{{ {variable} }}}}")
+    return template
+
+
+def _check_response(template: Template) -> None:
+    """Refuse a template that adds text between its prompt and its response, or loses the response."""
+    expected = template.prompt(SAMPLE) + SAMPLE["output"]
+    conversation = [*template.messages(SAMPLE), {"role": "assistant", "content": SAMPLE["output"]}]
     [rendered] = _render([conversation], template.chat_template, **template.special_tokens)
-    if not rendered.startswith(prompt + record["output"]):
+    if not rendered.startswith(expected):
         raise UserError(
             f"template {template.name}: a whole conversation must begin with the prompt and the response\n"
-            f"  prompt and response: {prompt + record['output']!r}\n  conversation:        {rendered!r}"
+            f"  prompt and response: {expected!r}\n  conversation:        {rendered!r}"
         )
 
 

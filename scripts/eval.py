@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     from recipe.model import check_folder, check_weights  # here: models take two seconds, and --help needs none
 
     check_place(args.output_dir)
-    run, defaults = None, {}
+    run = None
     for name in args.model:
         if model_kind(name) == "weights":
             check_folder(name)
@@ -73,9 +73,8 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
                     f"--model {name}: no finished model is there (no config.json); name a finished run's folder"
                 )
             run = run or read_run(name)
-            saved = Path(name) / "chat_template.jinja"  # the template of training, wherever that came from
-            defaults = defaults or ({"template": str(saved)} if saved.is_file() else {})
-    defaults = {**(run["config"]["data"] if run else {}), **defaults}
+    # no template: each model is asked in its own, if no flag says otherwise
+    defaults = {**(run["config"]["data"] if run else {}), "template": ""}
     args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
     absent = [name for name in args.model if model_kind(name) == "weights" and not Path(name).is_dir()]
     if data_args.data is None and absent:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 import recipe.attention  # registers "shared_prefix"
 from recipe.config import UserError
+from recipe.evaluation.likelihood import reference_losses
 from recipe.generation import CACHE_BLOCK, STEPS, BlockwiseLayer, Decoding, generate_responses, iter_responses
 from recipe.templates import load_template
 
@@ -349,3 +350,61 @@ def test_memory_that_really_runs_out_halves_the_batch():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "out of memory: continuing with batches of" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens_are_in_front_of_each_prompt(kind):
+    """PEFT's prompt and prefix tuning, beside PEFT's own `generate` of each prompt alone."""
+    peft = pytest.importorskip("peft")
+    config_class = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=48, initializer_range=0.5,
+    )  # fmt: skip
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_config(config), config_class(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=3.0)
+    model.eval()
+    prompts = [[11, 12, 13, 14, 15, 16, 17], [11, 12, 13, 20], [11, 12, 13, 14, 30, 31]]
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=6)
+    for prompt, response in zip(prompts, responses, strict=True):
+        expected = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
+        ours = response.token_ids
+        assert ours == expected[0, -6:].tolist()[: len(ours)] and (len(ours) == 6 or response.stop_reason == "eos")
+    with torch.no_grad():
+        plain = model.get_base_model()(torch.tensor([prompts[0]])).logits[0, -1].argmax().item()
+    assert responses[0].token_ids[0] != plain  # what it would say without them
+    [response] = generate_responses(model, tokenizer, [list(range(11, 51))], max_new_tokens=20)
+    assert (len(response.token_ids), response.stop_reason) == (3, "context")  # 48 positions, 5 of them virtual
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_how_likely_references_are_with_virtual_tokens(kind):
+    peft = pytest.importorskip("peft")
+    config_class = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=48, initializer_range=0.3,
+    )  # fmt: skip
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_config(config), config_class(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    )
+    prompts, references = [[11, 12, 13, 14], [21, 22], [11, 12, 13]], ["Blue.", "two cats", "no"]
+    found = reference_losses(model, tokenizer, prompts, references)
+    model.eval()
+    for prompt, reference, (nats, count) in zip(prompts, references, found, strict=True):
+        targets = [*tokenizer.encode(reference, add_special_tokens=False), tokenizer.eos_token_id]
+        with torch.no_grad():  # `generate`'s own forward pass for one row: the last logits are those of the row's end
+            logits = model(input_ids=torch.tensor([prompt + targets])).logits[0, -len(targets) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
+        assert count == len(targets) and nats == pytest.approx(expected, rel=1e-4)

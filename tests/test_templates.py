@@ -82,7 +82,10 @@ def test_own_template(tmp_path, demo_tokenizer):
     [
         ("{{ messages[0].content }", "line 1"),
         ("{% if messages %}", "line 1"),
-        ("{{ messages[0].content }}: {{ messages[1].content if messages|length > 1 }}", "loses the record's input"),
+        (
+            "{{ messages[0].content[:20] }}: {{ messages[1].content if messages|length > 1 }}",
+            "loses the record's input",
+        ),
         ("{{ messages[0].input }}", "loses the record's instruction"),
         ("{{ messages[0].content + messages[0].input }}", "must begin with the prompt and the response"),
         ("{{ raise_exception('no') }}", "no"),
@@ -98,8 +101,34 @@ def test_templates_that_cannot_work_are_refused(tmp_path, text, message):
     assert "bad.jinja" in str(error.value)
 
 
+@pytest.mark.parametrize("shown", ["message.content", "message['content']|trim"])
+def test_a_template_that_reads_content_alone_has_the_input_in_it(tmp_path, shown):
+    path = tmp_path / "own.jinja"
+    path.write_text(f"{{% for message in messages %}}[{{{{ message.role }}}}] {{{{ {shown} }}}}\n{{% endfor %}}"
+                    "{% if add_generation_prompt %}[assistant] {% endif %}")  # fmt: skip
+    template = load_template(str(path))
+    assert template.prompt({"instruction": "Make it plural.", "input": "cat"}) == (
+        "[user] Make it plural.\n\n### Input:\ncat\n[assistant] "
+    )
+    assert template.prompt({"instruction": "Name a colour.", "input": None}) == "[user] Name a colour.\n[assistant] "
+    assert "### Input" not in load_template("phi3").prompt({"instruction": "Make it plural.", "input": "cat"})
+
+
+def test_the_tokenizers_own_template_can_be_trained_with():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
+    with pytest.raises(UserError, match="the tokenizer has no chat template of its own; give alpaca"):
+        load_template("tokenizer", tokenizer)
+    tokenizer.chat_template = load_template("phi3").chat_template
+    assert load_template("tokenizer", tokenizer).prompts([WITH_INPUT, WITHOUT]) == load_template("phi3").prompts(
+        [WITH_INPUT, WITHOUT]
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}: {% endfor %}<think>"
+    with pytest.raises(UserError, match="template tokenizer: a whole conversation must begin with the prompt"):
+        load_template("tokenizer", tokenizer)
+
+
 def test_an_unknown_template_names_those_there_are():
-    with pytest.raises(UserError, match=r"unknown template 'alpacca': give one of alpaca, phi3 or the path"):
+    with pytest.raises(UserError, match=r"unknown template 'alpacca': give one of alpaca, phi3, tokenizer"):
         load_template("alpacca")
 
 

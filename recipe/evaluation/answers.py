@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 TEXT_FIELDS = ("instruction", "input", "output")
 ECHO = "echo"
+STOP_REASONS = ("eos", "length", "context", "refused", None)
 ANSWER_FIELDS = {
     "text": (str,),
+    "reasoning": (str, NoneType),  # before the text, of a model that thinks
+    "error": (str, NoneType),  # of the server that refused the prompt
     "tokens": (int, NoneType),
     "seconds": (int, float, NoneType),
     "reference_loss": (int, float, NoneType),
@@ -85,7 +88,7 @@ def check_prediction(row: Mapping[str, Any], where: str) -> None:
     for label, answer in row.items():
         if isinstance(answer, Mapping):
             wrong = [name for name, types in ANSWER_FIELDS.items() if type(answer.get(name)) not in types]
-            wrong += ["stop_reason"] if answer.get("stop_reason") not in ("eos", "length", "context", None) else []
+            wrong += ["stop_reason"] if answer.get("stop_reason") not in STOP_REASONS else []
             problems += [f"{name!r} of {label!r} is {answer.get(name)!r}" for name in wrong]
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; fix or remove it")

@@ -36,6 +36,7 @@ NEGOTIABLE = ("http_400", "http_404", "http_422", "http_500", "http_501")  # how
 FROM_PROXY = ("connection", "timeout", "http_403", "http_407", "http_502", "http_503", "http_504")
 FILTER_WORDS = re.compile(r"content.?filter|content.?management.?policy|content.?policy|ResponsibleAI", re.IGNORECASE)
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
+STOP_REASONS = {"stop": "eos", "length": "length", "content_filter": "refused"}  # by finish_reason
 USAGE = ("prompt_tokens", "completion_tokens")
 ADVICE = {  # by the status of a failure
     "connection": "is it running, and is the port right?",
@@ -229,25 +230,15 @@ def chat_request(text: str, decoding: Decoding) -> dict[str, Any]:
     }
 
 
-def message_text(record: Mapping[str, Any]) -> str:
-    """A record as the text of one message, because a server reads nothing of a message but its content.
-
-    The Alpaca template renders this text to the prompt of training.
-
-    >>> message_text({"instruction": "Make it plural.", "input": "cat"})
-    'Make it plural.\\n\\n### Input:\\ncat'
-    """
-    return (record["instruction"] or "") + (f"\n\n### Input:\n{record['input']}" if record.get("input") else "")
-
-
 def as_answer(reply: Reply) -> dict[str, Any]:
     """What predictions.jsonl holds of a reply; the server's count of tokens often includes the end-of-text token."""
-    return {
+    answer = {
         "text": reply.text,
         "tokens": reply.usage["completion_tokens"] if reply.usage else None,
-        "stop_reason": {"stop": "eos", "length": "length"}.get(reply.finish_reason or ""),
+        "stop_reason": STOP_REASONS.get(reply.finish_reason or ""),
         "seconds": reply.seconds,
     }
+    return {**answer, "reasoning": reply.reasoning} if reply.reasoning else answer
 
 
 def writable(text: str) -> str:

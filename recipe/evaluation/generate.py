@@ -1,12 +1,12 @@
-"""Which models answer which records: the generate stage of an evaluation."""
+"""Which models answer which records, and in which prompts: the generate stage of an evaluation."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,15 +14,18 @@ import torch
 from accelerate import PartialState
 
 from recipe.config import DataArguments, ModelArguments, UserError, setting
-from recipe.evaluation import answers, endpoints
+from recipe.evaluation import answers, ask, endpoints
 from recipe.files import file_hash, read_json, write_json
 from recipe.provenance import command_line, hardware, versions, weights_hash
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from transformers import PreTrainedTokenizerBase
 
-    from recipe.generation import Decoding, Response
+    from recipe.generation import Decoding
+    from recipe.templates import Template
 
+ITS_OWN = "its own"
 STAGES = ("generate", "score", "judge", "report")
 # no further model gets such a label: roles, and fields of a record
 RESERVED = ("baseline", "tuned", "base", "id", "split", "family", *answers.TEXT_FIELDS)
@@ -59,6 +62,9 @@ class EvalArguments:
     )
     endpoint_concurrency: int = setting(8, "Requests to a served model at the same time.")
     endpoint_timeout: float = setting(120.0, "Seconds a served model has for an answer.")
+    endpoint_allow_missing: bool = setting(
+        False, "Count prompts that a served model fails to answer as answers without text."
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "endpoint_concurrency"):
@@ -95,21 +101,25 @@ class EvalArguments:
 def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
     """Append every answer that is missing to predictions.jsonl, then merge its lines by record."""
     from recipe.data.split import data_hash  # here, as below: datasets and models take seconds, and --help needs none
-    from recipe.templates import load_template
+    from recipe.generation import Decoding
+    from recipe.model import load_tokenizer
 
     with state.main_process_first():  # the other processes read what it caches
         records, predictions = select_records(args, data_args, run)
-    models, template = name_models(args), load_template(data_args.template)
-    ends = end_of_text_tokens(models.values())
+    models = name_models(args)
+    weights = {label: name for label, name in models.items() if model_kind(name) == "weights"}
+    tokenizers = {label: load_tokenizer(ModelArguments(name)) for label, name in weights.items()}
+    templates = choose_templates(weights, tokenizers, data_args.template)
+    ends = {str(tokenizer.eos_token) for tokenizer in tokenizers.values()}
     predictions = [strip_end(prediction, ends) for prediction in predictions]
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     evaluation: dict[str, Any] = {
-        "models": {label: {"name": n, "weights": content_hash(n)} for label, n in models.items()},
+        "models": {label: describe_model(name, templates.get(label)) for label, name in models.items()},
         "data": data_args.data or args.model[0],
         "data_hash": data_hash(records),
         "splits": Counter(prediction["split"] for prediction in predictions),
-        "template_name": template.name,
-        "template": template.chat_template,
-        "generation": {**asdict(decoding_of(args)), "dtype": args.dtype},
+        "generation": {**asdict(decoding), "dtype": args.dtype},
+        "left_out": {},  # fields of it that an endpoint did not accept, by model
         "command": command_line(),
         "versions": versions(),
         "hardware": hardware(),
@@ -131,7 +141,10 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         if len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
-            append_answers_of(label, name, missing, path, args, template.name, state, ends)
+            template = templates.get(label)
+            if unsent := append_answers_of(label, name, missing, path, args, decoding, template, state, ends):
+                evaluation["left_out"][label] = unsent
+                write_json(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))
@@ -185,7 +198,7 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
         raise UserError(f"{output_dir} holds answers, but no evaluation.json that says to what; {advice}")
     earlier, models = read_json(path), dict(evaluation["models"])
     try:
-        changed = [key for key in ("data_hash", "template", "generation") if earlier[key] != evaluation[key]]
+        changed = [key for key in ("data_hash", "generation") if earlier[key] != evaluation[key]]
         for label, model in earlier["models"].items():
             count = sum(label in row for row in rows)
             if label in models:
@@ -199,15 +212,41 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
     if changed:
         raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
-    return {**evaluation, "models": models, "command": "\n".join(dict.fromkeys(commands))}
+    kept = {"models": models, "left_out": earlier.get("left_out", {})}
+    return {**evaluation, **kept, "command": "\n".join(dict.fromkeys(commands))}
 
 
-def end_of_text_tokens(names: Iterable[str]) -> set[str]:
-    """How the models that are weights write the end of a text."""
-    from recipe.model import load_tokenizer
+def choose_templates(
+    names: Mapping[str, str], tokenizers: Mapping[str, PreTrainedTokenizerBase], given: str
+) -> dict[str, Template]:
+    """The template in which each model that is weights is asked, by label; its name says whose it is.
 
-    tokenizers = (load_tokenizer(ModelArguments(name)) for name in names if model_kind(name) == "weights")
-    return {str(tokenizer.eos_token) for tokenizer in tokenizers if tokenizer.eos_token}
+    That is its own saved one; for a model without one, that of the tuned model; or `given` for all.
+    """
+    from recipe.templates import load_template, saved_template
+
+    if given:
+        return {label: load_template(given, tokenizer) for label, tokenizer in tokenizers.items()}
+    own = {
+        label: replace(saved_template(tokenizer, f"model {names[label]!r}"), name=ITS_OWN)
+        for label, tokenizer in tokenizers.items()
+        if tokenizer.chat_template
+    }
+    if "tuned" in own:
+        fallback = replace(own["tuned"], name="the tuned model's")
+    else:
+        fallback = load_template(DataArguments().template)
+    return {label: own.get(label) or fallback.for_tokenizer(tokenizer) for label, tokenizer in tokenizers.items()}
+
+
+def describe_model(name: str, template: Template | None) -> dict[str, str | None]:
+    """What evaluation.json holds of a model: its name, a hash, and in what prompts it is asked."""
+    asked: tuple[str | None, str | None]
+    if template is not None:
+        asked = (template.name, template.chat_template)
+    else:
+        asked = ("chat messages" if model_kind(name) == "endpoint" else None, None)
+    return {"name": name, "weights": content_hash(name), "template_name": asked[0], "template": asked[1]}
 
 
 def strip_end(record: dict[str, Any], ends: Iterable[str]) -> dict[str, Any]:
@@ -223,94 +262,34 @@ def append_answers_of(
     predictions: list[dict],
     path: Path,
     args: EvalArguments,
-    template: str,
+    decoding: Decoding,
+    template: Template | None,
     state: PartialState,
     ends: Iterable[str] = (),
-) -> None:
-    """Append one model's answers to `predictions`; weights answer a share of them on each process."""
+) -> list[str]:
+    """Append one model's answers to `predictions`; weights answer a share of them on each process.
+
+    Returns:
+        the fields of sampling that an endpoint did not accept.
+    """
     kind = model_kind(name)
-    if kind == "weights":
+    if template is not None:
         with state.split_between_processes(predictions) as share:
             try:
-                ask_weights(label, name, share, path, args, template, state)
+                model = ModelArguments(name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
+                ask.ask_weights(label, model, share, path, decoding, args.batch_size, template, state)
             except UserError as error:
                 if not state.is_main_process:  # the main process prints its own error
                     print(f"error: process {state.process_index}: {error}", file=sys.stderr, flush=True)
                 raise
     elif state.is_main_process and kind == "endpoint":
-        ask_endpoint(label, name, predictions, path, args)
+        settings = (args.endpoint_concurrency, args.endpoint_timeout, args.endpoint_allow_missing)
+        return ask.ask_endpoint(label, name, predictions, path, decoding, *settings)
     elif state.is_main_process:
         strip = functools.partial(strip_end, ends=ends)
         rows = answers.echoes(predictions) if kind == "echo" else answers.pair_answers(name, predictions, strip)
-        answers.append_answers(path, label, predictions, rows)
-
-
-def ask_weights(
-    label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments, template: str, state: PartialState
-) -> None:
-    """Append a model's answers batch by batch, each with how likely the model finds the reference."""
-    from recipe.evaluation.likelihood import reference_losses
-    from recipe.generation import iter_responses
-    from recipe.model import load_model, load_tokenizer
-    from recipe.templates import load_template
-    from recipe.tokens import prompt_ids
-
-    model_args = ModelArguments(model_name_or_path=name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
-    tokenizer = load_tokenizer(model_args)
-    model, _ = load_model(model_args, tokenizer)
-    model.to(state.device)
-    prompts = prompt_ids(load_template(template, tokenizer), tokenizer, predictions)
-    references = [prediction["output"] for prediction in predictions]
-    bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
-    losses = reference_losses(model, tokenizer, prompts, references, args.batch_size, bars[0])
-    for indices, responses in iter_responses(model, tokenizer, prompts, decoding_of(args), args.batch_size, bars[1]):
-        rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
-        answers.append_answers(path, label, [predictions[index] for index in indices], rows)
-
-
-def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> dict[str, Any]:
-    """What predictions.jsonl holds of a response."""
-    nats, targets = reference_loss or (None, None)
-    return {
-        "text": response.text,
-        "tokens": len(response.token_ids),
-        "stop_reason": response.stop_reason,
-        "seconds": round(response.seconds, 4),
-        "reference_loss": None if nats is None else round(nats, 4),
-        "reference_tokens": targets,
-    }
-
-
-def ask_endpoint(label: str, name: str, predictions: list[dict], path: Path, args: EvalArguments) -> None:
-    """Append a served model's answers as they come; the error counts those that did not come, with reasons."""
-    endpoint, decoding = endpoints.parse_endpoint(name), decoding_of(args)
-    warm_up = {**endpoints.chat_request("Hello.", decoding), "max_tokens": 1}
-    terms = endpoints.preflight(endpoint, warm_up, max(300.0, args.endpoint_timeout))
-
-    def keep(index: int, outcome: endpoints.Reply | endpoints.Failure) -> None:
-        if isinstance(outcome, endpoints.Reply):
-            answers.append_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
-
-    texts = map(endpoints.message_text, predictions)
-    requests = [terms.fit(endpoints.chat_request(text, decoding)) for text in texts]
-    concurrency, timeout, bar = args.endpoint_concurrency, args.endpoint_timeout, f"Asking {endpoint} ({label})"
-    outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=bar)
-    failed = [(p["id"], o) for p, o in zip(predictions, outcomes, strict=True) if isinstance(o, endpoints.Failure)]
-    if failed:
-        counts = Counter(failure.status for _, failure in failed)
-        first = "\n".join(f"  {id_}: {failure}" for id_, failure in failed[:5])
-        raise UserError(
-            f"{endpoint} left {len(failed)} of {len(predictions)} prompts without an answer "
-            f"({', '.join(f'{status} {count}' for status, count in counts.items())}); the first:\n{first}\n"
-            "the others are kept: the same command, without --overwrite_output_dir, asks for these"
-        )
-
-
-def decoding_of(args: EvalArguments) -> Decoding:
-    """How all models decode."""
-    from recipe.generation import Decoding
-
-    return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+        ask.append_answers(path, label, predictions, rows)
+    return []
 
 
 def name_models(args: EvalArguments) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
 from recipe.memory import halve_if_out_of_memory
-from recipe.model import context_length
+from recipe.model import context_length, virtual_tokens
 from recipe.tokens import as_ids, response_ids
 
 
@@ -52,7 +52,7 @@ def reference_losses(
     if not prompts:
         return losses
     features = _encode(tokenizer, prompts, references)
-    positions = context_length(model.config) or math.inf
+    positions = (context_length(model.config) or math.inf) - virtual_tokens(model)
     lengths = [len(feature["input_ids"]) - 1 for feature in features]  # nothing is predicted from the last token
     fitting = [index for index, length in enumerate(lengths) if length <= positions]
     fitting.sort(key=lambda index: -lengths[index])  # the largest batch first: it shows at once what fits in memory

@@ -21,6 +21,7 @@ ENOUGH_TO_JUDGE = 20
 ENDINGS = {  # of responses, by `stop_reason`, that may lack their end
     "length": "reached the limit of --max_new_tokens",
     "context": "reached the end of the context",
+    "refused": "are empty, because the server refused the prompt",
     None: "ended in an unknown way, and may have been cut off",
 }
 
@@ -206,6 +207,7 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
         *_incomplete_scores(metrics),
         *(_judge_gaps(metrics["judge"]) if metrics["judge"] else ()),
         *_cut_answers(predictions, labels),
+        *_not_greedy(metrics["provenance"]),
     ]
 
 
@@ -261,6 +263,11 @@ def _cut_answers(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
                 share = PERCENT.value(reasons[reason] / len(predictions))
                 count = f"{reasons[reason]:,} of {len(predictions):,} responses ({share})"
                 yield f"{count} of the {role_of(label)} model {ending}."
+
+
+def _not_greedy(provenance: Mapping[str, Any]) -> Iterator[str]:
+    for label, fields in provenance.get("left_out", {}).items():
+        yield f"The server of the {role_of(label)} model does not accept {', '.join(fields)}; its own settings decoded."
 
 
 def _reasons(score: Mapping[str, Any]) -> str:

@@ -78,8 +78,7 @@ def make_model_card(
         parameters=sum(count for file in weights for count in file.parameter_count.values()),
         sources=sources,
         address=json.dumps(repo_id or public_path(str(output_dir)), ensure_ascii=False),
-        example=EXAMPLE,
-        prompt=rendered_prompt(output_dir),
+        **example_prompt(output_dir),
         has_curve=(output_dir / "loss.png").is_file(),
         evaluation=evaluation_parts(evaluation) if evaluation else None,
         escape=escape,
@@ -192,14 +191,16 @@ def sources(data: Any) -> Iterator[tuple[str | None, str]]:
             yield split, source
 
 
-def rendered_prompt(output_dir: Path) -> str:
-    """The prompt of the example, as the saved tokenizer makes it."""
+def example_prompt(output_dir: Path) -> dict[str, str]:
+    """The chat of the example, as Python, and its prompt, as the saved tokenizer makes it."""
     from transformers import AutoTokenizer  # here: --help needs none of it
 
-    from recipe.templates import to_messages
+    from recipe.templates import saved_template
 
     tokenizer: Any = AutoTokenizer.from_pretrained(output_dir)
-    return tokenizer.apply_chat_template(to_messages(EXAMPLE), tokenize=False, add_generation_prompt=True)
+    messages = saved_template(tokenizer).messages(EXAMPLE)
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return {"chat": json.dumps(messages, ensure_ascii=False), "prompt": prompt}
 
 
 def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:

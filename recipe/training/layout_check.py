@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
+from recipe.model import virtual_tokens
 
 Layout = Literal["padded", "mask", "segments"]
 
@@ -47,7 +48,7 @@ def why_not(model: nn.Module, layout: Layout) -> str | None:
 
 def why_never_one_row(model: nn.Module) -> str | None:
     """What the class and the config of a model say against a shared row; None if nothing."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if virtual_tokens(model):
         return "prompt and prefix tuning put virtual tokens before each row, not before each example"
     base: Any = base_model(model)
     kind, config = type(base).__name__, base.config.get_text_config(decoder=True)

@@ -23,6 +23,7 @@ from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
+from recipe.reasoning import split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
 from recipe.training.layout_check import why_not
@@ -300,7 +301,9 @@ class InstructionTrainer(Trainer):
             )
         answers = [(response.text, response.stop_reason) for response in responses]
         texts, reasons = zip(*(answers if sharded else gather_object(answers)), strict=True)
-        scores = score_responses(texts, self._generation_references, reasons)
+        references = self._generation_references
+        scored = [split_scored(*pair)[0] for pair in zip(texts, references, strict=True)]
+        scores = score_responses(scored, references, reasons)
         output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
         return output
 

@@ -15,12 +15,11 @@ from recipe.evaluation.endpoints import (
     ask,
     chat_request,
     is_endpoint,
-    message_text,
     parse_endpoint,
     preflight,
 )
 from recipe.generation import Decoding, generate_responses
-from recipe.templates import load_template
+from recipe.templates import load_template, message_text
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from recipe.evaluation.reasoning import final_part, split_answer
+from recipe.reasoning import final_part, split_answer
 
 PAIRS = [
     ("<think>", "</think>"),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.evaluation.reasoning import final_part
+from recipe.reasoning import final_part
 
 CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons; Mistral calls the end of the context model_length
 FILTERED = ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "sensitive")

@@ -13,6 +13,8 @@ from recipe.evaluation.comparison import PER_EXAMPLE, example_scores
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.verdict import model_name
 
+SHOWN = ("text", "tokens", "stop_reason", "reasoning", "error")  # fields of an answer
+
 
 def example_columns(
     predictions: Sequence[Mapping[str, Any]],
@@ -44,7 +46,7 @@ def example_columns(
         },
         "answers": {
             label: {
-                **{key: [line[label].get(key) for line in predictions] for key in ("text", "tokens", "stop_reason")},
+                **{key: [line[label].get(key) for line in predictions] for key in SHOWN},
                 "scores": {k: v.round(6).tolist() for k, v in example_scores(predictions, label).items()},
                 "judge": judgements[label],
             }

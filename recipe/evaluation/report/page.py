@@ -93,6 +93,7 @@ def write_report(
         pairs=pairs_sentence(judge and judge["pairwise"]),
         examples=example_columns(predictions, labels, judge_rows, judge or {}),
         provenance=metrics["provenance"],
+        templates=templates_in_use(metrics["provenance"]["models"]),
         # without a judgement, judge.jsonl is of earlier answers
         files={f: FILES[f] for f in FILES if (output_dir / f).is_file() and (judge or f != "judge.jsonl")},
     )
@@ -142,6 +143,22 @@ def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str])
     return section
 
 
+def templates_in_use(models: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The models asked in each template, by the template's source."""
+    templates: dict[str, list[str]] = {}
+    for label, model in models.items():
+        if model.get("template"):
+            templates.setdefault(model["template"], []).append(label)
+    return templates
+
+
+def asked_in(template_name: str) -> str:
+    """How a model was asked, to follow "asked in"; the name of a template is whose it is, or its own name."""
+    if template_name == "chat messages":
+        return template_name
+    return f"{template_name} template" if template_name.startswith(("its", "the")) else f"the template {template_name}"
+
+
 def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
     """The judge's result on both responses side by side."""
     if not pairs:
@@ -167,7 +184,7 @@ def render(**context: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters.update(nonbreaking=nonbreaking, name=model_name, embed=embed_json)
+    environment.filters.update(nonbreaking=nonbreaking, name=model_name, embed=embed_json, asked_in=asked_in)
     # a content security policy names an inline text by its hash
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)

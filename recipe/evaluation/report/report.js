@@ -4,7 +4,7 @@
 const PAGE_SIZE = 25;
 const CLAMP = 600; // characters of a long text that are shown first
 const DIFF_CELLS = 250000; // largest table of a word diff: 500 x 500 words
-const STOPS = new Map([["eos", "stopped"], ["length", "hit the cap"], ["context", "out of context"]]);
+const STOPS = new Map([["eos", "stopped"], ["length", "hit the cap"], ["context", "out of context"], ["refused", "refused by the server"]]);
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]/gu;
 
 startThemeEarly();
@@ -382,7 +382,7 @@ function startBrowser(data) {
   }
 
   function answer(label, row) {
-    const { tokens, stop_reason: stops, judge } = data.answers[label];
+    const { tokens, stop_reason: stops, reasoning, error, judge } = data.answers[label];
     const section = make("section", "answer");
     section.dataset.label = label;
     const heading = make("h4");
@@ -396,6 +396,12 @@ function startBrowser(data) {
     if (!response) section.append(make("p", "none", "empty"));
     else if (runs) section.append(marked(runs));
     else section.append(block(response, "text response"));
+    if (error[row]) section.append(isolated(error[row], "alert"));
+    if (reasoning[row]) {
+      const details = make("details");
+      details.append(make("summary", "", "Reasoning, not scored"), block(reasoning[row], "text"));
+      section.append(details);
+    }
     const points = make("dl", "points");
     for (const [key, title] of Object.entries(data.scores)) {
       const value = data.answers[label].scores[key][row];

@@ -68,6 +68,18 @@ def split_answer(text: str) -> tuple[str, str | None]:
     return _split_blocks(text, list(_marks(text)))
 
 
+def split_scored(text: str, reference: str) -> tuple[str, str | None]:
+    """`split_answer`, except where the reference begins with reasoning, too: then this is what is to be learned.
+
+    >>> split_scored("<think>1 + 1</think>2", "2"), split_scored("<think>1 + 1</think>2", "<think>Easy.</think>2")
+    (('2', '1 + 1'), ('<think>1 + 1</think>2', None))
+    """
+    answer, reasoning = split_answer(text)
+    if reasoning is None or split_answer(reference)[1] is not None:
+        return text, None
+    return answer, reasoning
+
+
 def final_part(text: str) -> str | None:
     """What follows all reasoning, wherever in the text it stands; None if the text ends inside of reasoning.
 

@@ -1,0 +1,145 @@
+"""One model's answers to the records of an evaluation, appended as they come."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+
+from recipe.config import ModelArguments, UserError
+from recipe.evaluation import answers, endpoints
+from recipe.reasoning import split_scored
+from recipe.templates import message_text
+
+if TYPE_CHECKING:
+    from recipe.generation import Decoding, Response
+    from recipe.templates import Template
+
+Answer = dict[str, Any]
+# statuses of a request that the server will refuse again, because of what it asks
+REFUSALS = {"http_400", "http_413", "http_422", "content_filter"}
+CONTEXT = re.compile(r"context.{0,20}(length|window|size)|max_model_len|too (long|large|many tokens)", re.IGNORECASE)
+
+
+def ask_weights(
+    label: str,
+    model_args: ModelArguments,
+    predictions: Sequence[Mapping[str, Any]],
+    path: Path,
+    decoding: Decoding,
+    batch_size: int,
+    template: Template,
+    state: PartialState,
+) -> None:
+    """Append a model's answers batch by batch, each with how likely the model finds the reference."""
+    from recipe.evaluation.likelihood import reference_losses  # here, as below: models take seconds
+    from recipe.generation import iter_responses
+    from recipe.model import load_model, load_tokenizer
+    from recipe.tokens import prompt_ids
+
+    tokenizer = load_tokenizer(model_args)
+    model, _ = load_model(model_args, tokenizer)
+    model.to(state.device)
+    prompts = prompt_ids(template, tokenizer, predictions)
+    references = [prediction["output"] for prediction in predictions]
+    bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
+    losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0])
+    for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
+        rows = [_of_response(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
+        append_answers(path, label, [predictions[index] for index in indices], rows)
+
+
+def ask_endpoint(
+    label: str,
+    name: str,
+    predictions: Sequence[Mapping[str, Any]],
+    path: Path,
+    decoding: Decoding,
+    concurrency: int,
+    timeout: float,
+    allow_missing: bool,
+) -> list[str]:
+    """Append a served model's answers as they come; returns the fields of sampling that the server did not accept.
+
+    A prompt that the server refuses, such as one longer than its context, gets an answer without text and the reason,
+    as another request for it would end in the same way; with `allow_missing`, so does one that failed otherwise.
+
+    Raises:
+        UserError: other requests failed, or all were refused; it counts those that have no answer, with reasons.
+    """
+    endpoint = endpoints.parse_endpoint(name)
+    warm_up = {**endpoints.chat_request("Hello.", decoding), "max_tokens": 1}
+    terms = endpoints.preflight(endpoint, warm_up, max(300.0, timeout))
+    refused: dict[int, endpoints.Failure] = {}
+
+    def keep(index: int, outcome: endpoints.Reply | endpoints.Failure) -> None:
+        if isinstance(outcome, endpoints.Reply):
+            append_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
+        elif outcome.status in REFUSALS or allow_missing:
+            refused[index] = outcome
+
+    requests = [terms.fit(endpoints.chat_request(message_text(prediction), decoding)) for prediction in predictions]
+    outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=f"Asking {endpoint} ({label})")
+    if len(refused) < len(predictions):  # else the fault may be of all requests, not of what they ask
+        append_answers(path, label, [predictions[i] for i in refused], map(_of_refusal, refused.values()))
+    else:
+        refused.clear()
+    failed = [
+        (prediction["id"], outcome)
+        for index, (prediction, outcome) in enumerate(zip(predictions, outcomes, strict=True))
+        if isinstance(outcome, endpoints.Failure) and index not in refused
+    ]
+    if failed:
+        counts = Counter(failure.status for _, failure in failed)
+        first = "\n".join(f"  {id_}: {failure}" for id_, failure in failed[:5])
+        raise UserError(
+            f"{endpoint} left {len(failed)} of {len(predictions)} prompts without an answer "
+            f"({', '.join(f'{status} {count}' for status, count in counts.items())}); the first:\n{first}\n"
+            "the others are kept: the same command, without --overwrite_output_dir, asks for these; with "
+            "--endpoint_allow_missing true, those that fail again count as answers without text"
+        )
+    return terms.left_out
+
+
+def append_answers(
+    path: Path, label: str, predictions: Sequence[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Append one model's answers, with their reasoning apart."""
+    rows = [without_reasoning(row, prediction["output"]) for row, prediction in zip(rows, predictions, strict=True)]
+    answers.append_answers(path, label, predictions, rows)
+
+
+def without_reasoning(answer: Mapping[str, Any], reference: str) -> Answer:
+    """An answer whose reasoning, `<think>...</think>` before it, is in a field of its own and is not scored.
+
+    >>> without_reasoning({"text": "<think>Plural.</think>cats"}, "cats")
+    {'text': 'cats', 'reasoning': 'Plural.'}
+    """
+    text, reasoning = split_scored(answer["text"], reference)
+    if reasoning is None:
+        return {**answer}
+    before = answer.get("reasoning")
+    return {**answer, "text": text, "reasoning": f"{before}\n{reasoning}" if before else reasoning}
+
+
+def _of_response(response: Response, reference_loss: tuple[float, int] | None) -> Answer:
+    """What predictions.jsonl holds of a response."""
+    nats, targets = reference_loss or (None, None)
+    return {
+        "text": response.text,
+        "tokens": len(response.token_ids),
+        "stop_reason": response.stop_reason,
+        "seconds": round(response.seconds, 4),
+        "reference_loss": None if nats is None else round(nats, 4),
+        "reference_tokens": targets,
+    }
+
+
+def _of_refusal(failure: endpoints.Failure) -> Answer:
+    """The same of a prompt that the server refused."""
+    reason = "context" if CONTEXT.search(failure.error) else "refused"
+    return {"text": "", "tokens": None, "stop_reason": reason, "seconds": None, "error": str(failure)}

@@ -1,0 +1,100 @@
+"""What a served model refuses, thinks, or is cut off in: an answer with its reason, and the others are scored."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from stub_endpoint import Raw, Say, Status, serve_stub
+
+from recipe.config import UserError
+
+RECORDS = [{"instruction": f"Say {number}.", "input": "", "output": str(number)} for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "scripts" / "eval.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["eval_script"] = script  # its dataclasses look their module up
+    spec.loader.exec_module(script)
+    return lambda *flags: script.main([str(flag) for flag in flags])
+
+
+def refusal(message: str, code: int = 400) -> Status:
+    return Status(code, body=json.dumps({"error": {"message": message, "type": "invalid_request_error"}}))
+
+
+def completion(finish_reason: str = "stop", **message) -> Raw:
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish_reason}
+    return Raw(json.dumps({"id": "1", "object": "chat.completion", "model": "m", "choices": [choice]}).encode())
+
+
+def run(evaluate, tmp_path, acts: dict, *flags) -> list[dict]:
+    """The answers to the records, of which the n-th has the acts of the word `do:n`."""
+    records = [{**record, "input": f"do:r{number}"} for number, record in enumerate(RECORDS)]
+    (tmp_path / "few.json").write_text(json.dumps(records), encoding="utf-8")
+    scripted = {"": [Say("hello")]} | {f"r{n}": [Say(str(n))] for n in range(4)} | acts
+    with serve_stub(scripted) as stub:
+        name = f"{stub.url}#m"
+        evaluate("--model", name, "--data", json.dumps({"test": str(tmp_path / "few.json")}), "--output_dir",
+                 tmp_path / "out", *flags)  # fmt: skip
+        asked = stub.asked("r1")
+        evaluate("--model", name, "--data", json.dumps({"test": str(tmp_path / "few.json")}), "--output_dir",
+                 tmp_path / "out", *flags)  # fmt: skip
+        assert stub.asked("r1") == asked  # the same command does not ask again what will be refused again
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["tuned"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("act", "stop_reason"),
+    [
+        (refusal("This model's maximum context length is 512 tokens. Your messages resulted in 600."), "context"),
+        (refusal("Input is too long: `inputs` must have less than 512 tokens. Given: 600", 422), "context"),
+        (refusal("Request too large", 413), "context"),
+        (refusal("The response was filtered due to the prompt triggering our content management policy."), "refused"),
+        (completion("content_filter", content=""), "refused"),
+        (completion("content_filter", content=None), "refused"),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_the_server_refuses_is_an_answer_with_its_reason(act, stop_reason, evaluate, tmp_path):
+    answers = run(evaluate, tmp_path, {"r1": [act]})
+    assert [answer["text"] for answer in answers] == ["0", "", "2", "3"]
+    assert answers[1]["stop_reason"] == stop_reason
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["metrics"]["exact_match"]["tuned"] == 0.75 and metrics["behaviour"]["empty_rate"]["tuned"] == 0.25
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    ending = {"context": "reached the end of the context", "refused": "because the server refused the prompt"}
+    assert "1 of 4 responses (25.0\N{NO-BREAK SPACE}%) of the tuned model" in page and ending[stop_reason] in page
+
+
+def test_where_all_prompts_are_refused_the_fault_is_not_theirs(evaluate, tmp_path):
+    everywhere = {f"r{n}": [refusal("adapter not loaded")] for n in range(4)}
+    with pytest.raises(UserError, match=r"left 4 of 4 prompts without an answer \(http_400 4\)[^$]*adapter not loaded"):
+        run(evaluate, tmp_path, everywhere)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Say("<think>Is it 1?\n\n2?</think>\n\n1"),
+        Say("It must be 1.</think>1"),
+        completion(content="1", reasoning_content="Is it 1?"),
+        completion(content="1", reasoning="Is it 1?"),
+        completion(
+            content="<|channel|>analysis<|message|>Is it 1?<|end|><|start|>assistant<|channel|>final<|message|>1"
+        ),
+    ],
+)
+def test_reasoning_is_kept_apart_and_shown(act, evaluate, tmp_path):
+    answers = run(evaluate, tmp_path, {"r1": [act]})
+    assert [answer["text"] for answer in answers] == ["0", "1", "2", "3"]
+    assert "1" in answers[1]["reasoning"] and "reasoning" not in answers[0]
+    assert "Reasoning, not scored" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_reasoning_that_is_cut_off_leaves_an_empty_answer(evaluate, tmp_path):
+    answers = run(evaluate, tmp_path, {"r1": [Say("<think>Is it 1", finish_reason="length")]})
+    assert answers[1]["text"] == "" and answers[1]["stop_reason"] == "length" and answers[1]["reasoning"] == "Is it 1"
