@@ -153,7 +153,9 @@ def paired_scores(
     joined = np.hstack(blocks)  # (examples, columns)
     sums = np.vstack([joined.sum(axis=0), resample_sums(joined, resamples, seed)])  # (1 + resamples, columns)
     ends = np.cumsum([block.shape[1] for block in blocks])
-    swapped = np.vstack([sums[:1], _swapped_sums(blocks, labels, resamples, seed)]) if baseline is not None else sums[:1]
+    swapped = sums[:1]
+    if baseline is not None:
+        swapped = np.vstack([swapped, _swapped_sums(blocks, labels, resamples, seed)])
 
     scores = {}
     parts = (np.split(table, ends[:-1], axis=1) for table in (sums, swapped))
@@ -173,7 +175,7 @@ def _values(measure: Measure, known: Sequence[str], sums: np.ndarray) -> dict[st
 def _swapped_sums(
     blocks: Sequence[np.ndarray], labels: Sequence[Sequence[str]], resamples: int, seed: int
 ) -> np.ndarray:
-    """The sums of all blocks where, in each of the resamples, every example's sides are swapped with a chance of 1/2."""
+    """The sums of all blocks where, in each of the resamples, each example's sides are swapped with a chance of 1/2."""
     gains = []  # what the sum of a column gains if an example's sides are swapped
     for block, known in zip(blocks, labels, strict=True):
         first, second = np.split(block[:, 1:], 2, axis=1) if len(known) == 2 else (block[:, 1:], block[:, 1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from accelerate import PartialState
 
 from recipe.config import DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, endpoints
+from recipe.evaluation.headline import check_headline, choose_headline
 from recipe.files import file_hash, read_json, write_json
 from recipe.provenance import command_line, hardware, versions, weights_hash
 
@@ -48,6 +50,9 @@ class EvalArguments:
     output_dir: str = setting("", "Where answers, scores and report go.")
     overwrite_output_dir: bool = setting(False, "Start over in an output_dir that is in use.")
     stages: list[str] = setting(lambda: [*STAGES], "Stages to run: generate score judge report.")
+    headline: str | None = setting(
+        None, "Score that decides the verdict. Default: exact_match where references are short answers, else chrf."
+    )
     gate: list[str] = setting(list, "Conditions for exit code 0: exact_match>=0.8 ...")
     max_new_tokens: int = setting(128, "Cap on each response, in tokens.")
     temperature: float = setting(0.0, "0 for greedy decoding; above, sampling.")
@@ -78,6 +83,7 @@ class EvalArguments:
             raise UserError("say what to score: --model")
         if self.stages == ["generate"] and self.gate:
             raise UserError("--gate needs scores: add the score stage")
+        check_headline(self.headline)
         output_dir = Path(self.output_dir).resolve()
         for name in [*self.model, self.baseline or ""]:
             kind = model_kind(name)
@@ -95,15 +101,25 @@ class EvalArguments:
 def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
     """Append every answer that is missing to predictions.jsonl, then merge its lines by record."""
     from recipe.data.split import data_hash  # here, as below: datasets and models take seconds, and --help needs none
+    from recipe.evaluation.likelihood import tokenizer_hash
+    from recipe.model import check_finite, load_tokenizer
     from recipe.templates import load_template
 
     with state.main_process_first():  # the other processes read what it caches
         records, predictions = select_records(args, data_args, run)
     models, template = name_models(args), load_template(data_args.template)
+    weights = [name for name in models.values() if model_kind(name) == "weights"]
+    tokenizers = {name: tokenizer_hash(load_tokenizer(ModelArguments(name))) for name in weights}
+    for name in weights:
+        check_finite(name)
     ends = end_of_text_tokens(models.values())
     predictions = [strip_end(prediction, ends) for prediction in predictions]
     evaluation: dict[str, Any] = {
-        "models": {label: {"name": n, "weights": content_hash(n)} for label, n in models.items()},
+        "models": {
+            label: {"name": name, "weights": content_hash(name), "tokenizer": tokenizers.get(name)}
+            for label, name in models.items()
+        },
+        "headline": args.headline or choose_headline([prediction["output"] for prediction in predictions]),
         "data": data_args.data or args.model[0],
         "data_hash": data_hash(records),
         "splits": Counter(prediction["split"] for prediction in predictions),
@@ -118,7 +134,8 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     path = output_dir / "predictions.jsonl"
     answered = {} if args.overwrite_output_dir else answers.read_answers(path)
     if answered:
-        evaluation = resume_evaluation(output_dir, evaluation, [answered.get(p["id"], {}) for p in predictions])
+        rows = [answered.get(p["id"], {}) for p in predictions]
+        evaluation = resume_evaluation(output_dir, evaluation, rows, args.headline)
     state.wait_for_everyone()  # all have read before the main process writes
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -131,7 +148,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         if len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
-            append_answers_of(label, name, missing, path, args, template.name, state, ends)
+            append_answers_of(label, name, missing, path, args, template.name, state, ends, data_args)
     state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))
@@ -151,7 +168,7 @@ def select_records(
 
     files = [name for name in args.model if model_kind(name) == "file"]
     if data_args.data is None and files:  # recorded answers bring their records along
-        records, predictions, _ = answers.read_answer_file(files[0])
+        records, predictions, _ = answers.read_answer_file(files[0], data_args)
         names = chosen_splits(args.split or ["all"], split_names(predictions))
         return records, [prediction for prediction in predictions if prediction["split"] in names]
     records, _ = load_records(data_args)
@@ -173,11 +190,16 @@ def chosen_splits(names: list[str], known: list[str]) -> list[str]:
     return known if names == ["all"] else names
 
 
-def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def resume_evaluation(
+    output_dir: Path, evaluation: dict[str, Any], rows: list[dict[str, Any]], headline: str | None = None
+) -> dict[str, Any]:
     """This evaluation, with the further models of which `rows`, one per record, hold all answers already.
 
+    Its headline score stays, since answers may have been seen; `headline` is the one that is asked for now.
+
     Raises:
-        UserError: the folder holds answers to other prompts, or of other models under the same labels.
+        UserError: the folder holds answers to other prompts, or of other models under the same labels, or was begun
+            with another headline score.
     """
     advice = "add --overwrite_output_dir to start over, or name another --output_dir"
     path = output_dir / "evaluation.json"
@@ -186,10 +208,13 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
     earlier, models = read_json(path), dict(evaluation["models"])
     try:
         changed = [key for key in ("data_hash", "template", "generation") if earlier[key] != evaluation[key]]
+        kept = earlier.get("headline", evaluation["headline"])
+        changed += ["headline score"] if headline not in (None, kept) else []
         for label, model in earlier["models"].items():
             count = sum(label in row for row in rows)
             if label in models:
-                changed += [f"model {label!r}"] if count and model != models[label] else []
+                now = [models[label][key] for key in ("name", "weights")]
+                changed += [f"model {label!r}"] if count and [model["name"], model["weights"]] != now else []
             elif count == len(rows):
                 models[label] = model
             elif count:
@@ -199,7 +224,7 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
     if changed:
         raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
-    return {**evaluation, "models": models, "command": "\n".join(dict.fromkeys(commands))}
+    return {**evaluation, "models": models, "headline": kept, "command": "\n".join(dict.fromkeys(commands))}
 
 
 def end_of_text_tokens(names: Iterable[str]) -> set[str]:
@@ -226,6 +251,7 @@ def append_answers_of(
     template: str,
     state: PartialState,
     ends: Iterable[str] = (),
+    data_args: DataArguments | None = None,
 ) -> None:
     """Append one model's answers to `predictions`; weights answer a share of them on each process."""
     kind = model_kind(name)
@@ -241,7 +267,10 @@ def append_answers_of(
         ask_endpoint(label, name, predictions, path, args)
     elif state.is_main_process:
         strip = functools.partial(strip_end, ends=ends)
-        rows = answers.echoes(predictions) if kind == "echo" else answers.pair_answers(name, predictions, strip)
+        if kind == "echo":
+            rows = answers.echoes(predictions)
+        else:
+            rows = answers.pair_answers(name, predictions, strip, data_args)
         answers.append_answers(path, label, predictions, rows)
 
 
@@ -271,6 +300,7 @@ def ask_weights(
 def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> dict[str, Any]:
     """What predictions.jsonl holds of a response."""
     nats, targets = reference_loss or (None, None)
+    nats = nats if nats is not None and math.isfinite(nats) else None  # its tokens stay, and tell why it is missing
     return {
         "text": response.text,
         "tokens": len(response.token_ids),

@@ -205,7 +205,11 @@ def test_loss_is_weighted_by_tokens_and_leaves_out_what_is_missing():
         ("distinct_2", {"predictions": ["水水水"]}, 1 / 2),
         ("repeated_4grams", {"predictions": ["a b c d", "a b c"]}, 0.0),
         ("repeated_4grams", {"predictions": ["x x x x x x", "a b c d a b c d"]}, (2 / 3 + 1 / 5) / 2),
-        ("repeated_4grams", {"predictions": ["水火水火水火", "水,水,水,水,水", "नमस्ते " * 5]}, (1 / 3 + 1 / 2 + 1 / 2) / 3),
+        (
+            "repeated_4grams",
+            {"predictions": ["水火水火水火", "水,水,水,水,水", "नमस्ते " * 5]},
+            (1 / 3 + 1 / 2 + 1 / 2) / 3,
+        ),
         ("empty_rate", {"predictions": ["", " \n\t", "a", "."]}, 0.5),
     ],
 )
