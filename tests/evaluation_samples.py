@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.judge.summary import WITH_VALUE, summarize_pairs, summarize_scores
+from recipe.evaluation.significance import adjust
 
 SPLITS = ("test", "test_unseen")
 PROMPT = "score_0_100"
@@ -105,7 +106,7 @@ def make_metrics(predictions: list[dict[str, Any]], judge: dict[str, Any] | None
     }
     splits = {name: compare(rows) for name, rows in by_split.items()}
     others = [label for label in labels_of(predictions) if label not in ("baseline", "tuned")]
-    return {
+    metrics: dict[str, Any] = {
         **next(iter(splits.values())),
         "judge": judge,
         "splits": splits,
@@ -115,7 +116,7 @@ def make_metrics(predictions: list[dict[str, Any]], judge: dict[str, Any] | None
                 "baseline": {"name": "recipe/demo/base", "weights": "sha256:0123456789abcdef"},
                 "tuned": {"name": "outputs/demo", "weights": "sha256:fedcba9876543210"},
             },
-            "data": "recipe/demo/records", "data_hash": "f639a785bf6ce6ca",
+            "headline": "exact_match", "data": "recipe/demo/records", "data_hash": "f639a785bf6ce6ca",
             "splits": {name: len(rows) for name, rows in by_split.items()},
             "template": "{% for message in messages %}### Instruction:\n{{ message['content'] }}\n{% endfor %}",
             "template_name": "alpaca",
@@ -125,6 +126,8 @@ def make_metrics(predictions: list[dict[str, Any]], judge: dict[str, Any] | None
             "hardware": "x86_64, 2 cores",
         },
     }  # fmt: skip
+    adjust(metrics)
+    return metrics
 
 
 LOG_HISTORY = [

@@ -13,6 +13,8 @@ from recipe.evaluation.measures import BEHAVIOUR, MEASURES, METRICS, Measure, fi
 
 PER_EXAMPLE = {name: measure for name, measure in METRICS.items() if measure.per_example}
 RESAMPLES = 10_000
+NO_NUMBERS = "what the model computes is NaN or infinite, though its weights are finite; try --dtype float32"
+TOO_LARGE = "it is larger than a number can be"
 OTHER_TOKENIZER = "the models' tokenizers differ, so tokens are not the same unit; compare the bits per byte"
 DRAWN_AT_ONCE = 1_000_000  # bounds the memory of resampling to about 30 MB, for any number of examples
 
@@ -62,6 +64,10 @@ def compare(
     base = _statistics(MEASURES, predictions, baseline) if paired else None
     per_token = paired and _tokenizers_differ(predictions, model, baseline, tokenizers or {})
     scores = _without_loss_per_token(paired_scores(MEASURES, tuned, base), per_token)
+    for label, side in {model: "tuned", **({baseline: "baseline"} if paired else {})}.items():
+        for name in ("reference_loss", "perplexity", "bits_per_byte"):
+            if scores[name][side] is None and any(is_not_a_number(line[label]) for line in predictions):
+                scores[name]["reason"] = NO_NUMBERS
 
     families = {}
     for family in dict.fromkeys(line.get("family") for line in predictions if line.get("family")):
@@ -77,6 +83,11 @@ def compare(
         "families": families,
         "outcomes": _outcomes(tuned, base) if base else {},
     }
+
+
+def is_not_a_number(answer: Mapping[str, Any]) -> bool:
+    """Whether a model's outputs for the reference were NaN or infinite: it has tokens, and a loss that is null."""
+    return answer.get("reference_tokens") is not None and answer.get("reference_loss", 0) is None
 
 
 def _tokenizers_differ(
@@ -211,7 +222,9 @@ def _score(
         interval = None if None in bounds else bounds
     found = {"baseline": baseline, "tuned": tuned, "delta": delta, "ci95": interval, "p": p_value}
     missing = [side for side in sides if found[side] is None]
-    reason = measure.missing if len(missing) == len(sides) else f"{measure.missing} ({', '.join(missing)})"
+    reason = TOO_LARGE if any(side in values and np.isinf(values[side][0]) for side in missing) else measure.missing
+    if len(missing) < len(sides):
+        reason += f" ({', '.join({'baseline': 'base'}.get(side, side) for side in missing)})"
     return {**found, "better": measure.better, "n": n, **({"reason": reason} if missing else {})}
 
 

@@ -272,8 +272,7 @@ METRICS: dict[str, Measure] = {
     "reference_loss": Measure("Reference loss", LOSSES, _loss_statistics, _ratio_of_sums, "lower",
         "Bengio et al. 2003, A neural probabilistic language model", NO_LOSS),
     "perplexity": Measure("Perplexity", LOSSES, _loss_statistics, _perplexity_from_sums, "lower",
-        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks",
-        f"{NO_LOSS}, or it is larger than a number can be"),
+        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks", NO_LOSS),
     "bits_per_byte": Measure("Bits per byte", ("loss_sums", "references"), _bits_statistics, _ratio_of_sums, "lower",
         "Gao et al. 2020, The Pile, arXiv:2101.00027", NO_LOSS),
 }  # fmt: skip

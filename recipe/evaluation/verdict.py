@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recipe.evaluation.comparison import is_not_a_number
 from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.significance import (
@@ -266,7 +267,7 @@ def _losses_that_are_no_numbers(
     """Where a model's outputs were NaN or infinite: its reference has tokens, but no loss."""
     for label in labels:
         answers = [prediction[label] for prediction in predictions]
-        broken = sum(a.get("reference_tokens") is not None and a.get("reference_loss") is None for a in answers)
+        broken = sum(map(is_not_a_number, answers))
         if broken:
             dtype = metrics["provenance"].get("generation", {}).get("dtype", "their dtype")
             yield (

@@ -573,7 +573,7 @@ def test_few_records_show_no_difference(browser, tmp_path):
         said = page.locator(".verdict").text_content().replace("\N{NO-BREAK SPACE}", " ")
         assert "on 6 test_unseen records" in said and "fewer than 20 records are too few to show one." in said
         assert "No family got significantly better." in page.locator(".card.better").text_content()
-    families = forest_groups(make_metrics(predictions)["splits"]["test"])["Families"]
+    families = forest_groups(make_metrics(predictions)["splits"]["test"], "exact_match")["Families"]
     assert {(score["ci95"][0] > 0, direction(score)) for _, score in families} == {(True, "unclear")}
 
 
