@@ -40,7 +40,7 @@ FOUR = [
 
 def with_losses(predictions: list[dict], **losses: list) -> list[dict]:
     """Reference losses of each label, (nats, tokens) or None."""
-    changed = copy.deepcopy(predictions)
+    changed = [copy.deepcopy(line) for line in predictions]
     for label, values in losses.items():
         for line, value in zip(changed, values, strict=True):
             nats, tokens = value or (None, None)
@@ -166,7 +166,7 @@ def test_a_side_without_any_loss_is_missing_alone():
 def test_losses_per_token_of_different_tokenizers_are_not_compared(how):
     """The same nats over twice as many tokens look like half the loss; the bits per byte are the same."""
     tokens = {"counts": 6, "hashes": 3}[how]
-    lines = with_losses(FOUR * 10, baseline=[(9, 3)] * 40, tuned=[(9, tokens)] * 40)
+    lines = with_losses([dict(line) for line in FOUR * 10], baseline=[(9, 3)] * 40, tuned=[(9, tokens)] * 40)
     for number, line in enumerate(lines):
         line["id"] = str(number)
     scores = compare(lines, tokenizers={"baseline": "a", "tuned": "b"} if how == "hashes" else None)

@@ -14,8 +14,8 @@ from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import encode_records, load_records
 from recipe.evaluation.comparison import is_not_a_number
 from recipe.evaluation.generate import as_answer
-from recipe.evaluation.likelihood import reference_losses
-from recipe.evaluation.metrics import Perplexity, ReferenceLoss
+from recipe.evaluation.likelihood import reference_losses, tokenizer_hash
+from recipe.evaluation.metrics import BitsPerByte, Perplexity, ReferenceLoss
 from recipe.generation import Response, generate_responses
 from recipe.templates import load_template
 from recipe.tokens import prompt_ids
@@ -230,19 +230,19 @@ def test_bits_per_byte_are_the_log2_probabilities_per_byte_of_text(demo_model, d
 
 
 def test_reference_loss_and_bits_per_byte_are_lm_evals_on_the_same_requests(demo_model, demo_tokenizer, pairs):
-    """lm-eval scores the reference without its end; the end-of-text token written behind it makes the requests equal."""
+    """lm-eval would score the reference without its end, and with the prompt's last newline: it gets the token ids."""
     pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
     from lm_eval.api.metrics import bits_per_byte
     from lm_eval.models.huggingface import HFLM
 
     prompts, references = first(pairs, 8)
+    end = demo_tokenizer.eos_token_id
     model = HFLM(pretrained=demo_model.eval(), tokenizer=demo_tokenizer, batch_size=4, device="cpu")
     requests = [
-        Instance("loglikelihood", {}, (prompt, reference + demo_tokenizer.eos_token), 0)
+        ((prompt, reference), demo_tokenizer(prompt)["input_ids"], [*demo_tokenizer(reference)["input_ids"], end])
         for prompt, reference in zip(prompts, references, strict=True)
     ]
-    theirs = [log_likelihood for log_likelihood, _ in model.loglikelihood(requests, disable_tqdm=True)]
+    theirs = [log_likelihood for log_likelihood, _ in model._loglikelihood_tokens(requests, disable_tqdm=True)]
     found = reference_losses(demo_model, demo_tokenizer, prompts, references)
     assert [nats for nats, _ in found] == pytest.approx([-value for value in theirs], rel=1e-4)
     weighted = [(value, len(reference.encode())) for value, reference in zip(theirs, references, strict=True)]

@@ -114,7 +114,7 @@ def test_of_fourteen_equal_families_none_is_named_in_95_of_100_evaluations():
 
 
 def test_the_family_wise_error_of_skewed_scores_is_five_percent():
-    """4,000 evaluations of 14 families; skewed differences without a mean. Two standard errors of chance are allowed."""
+    """4,000 evaluations of 14 families; differences of two exponential scores. Two standard errors are allowed."""
     draw, evaluations, named = np.random.default_rng(3), 4000, 0
     for _ in range(evaluations):
         gains = draw.exponential(size=(14, 30)) - draw.exponential(size=(14, 30))
