@@ -110,9 +110,9 @@ class Measure:
         from_sums: takes sums (..., k) over examples and their number (...), returns scores (...), NaN if undefined.
         better: whether "higher" or "lower" is an improvement; None if neither is.
         source: where its definition comes from.
-        missing: why a score is missing, where it is.
         per_example: whether a single example has this score.
         resampled: False if the score of examples drawn with replacement does not estimate the score.
+        missing: why a score is missing, where it is.
     """
 
     title: str
@@ -121,9 +121,9 @@ class Measure:
     from_sums: Callable[[np.ndarray, Any], np.ndarray]
     better: Literal["higher", "lower"] | None
     source: str
-    missing: str
     per_example: bool = False
     resampled: bool = True
+    missing: str = "it cannot be computed"
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -255,42 +255,40 @@ TEXTS = ("predictions", "references")
 LOSSES = ("loss_sums", "token_counts")
 SQUAD = "Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250"
 
-NO_TEXT = "there are no texts"
 NO_LOSS = "the likelihood of the references is not known, as of served and of recorded answers"
 
 METRICS: dict[str, Measure] = {
     "exact_match": Measure("Exact match", TEXTS, _each(exact_match), _mean, "higher",
-        f"{SQUAD}, without its normalisation", NO_TEXT, per_example=True),
-    "token_f1": Measure("Token F1", TEXTS, _each(token_f1), _mean, "higher", SQUAD, NO_TEXT, per_example=True),
+        f"{SQUAD}, without its normalisation", per_example=True),
+    "token_f1": Measure("Token F1", TEXTS, _each(token_f1), _mean, "higher", SQUAD, per_example=True),
     "rouge_l": Measure("ROUGE-L", TEXTS, _each(rouge_l), _mean, "higher",
-        "Lin 2004, ROUGE: a package for automatic evaluation of summaries", NO_TEXT, per_example=True),
+        "Lin 2004, ROUGE: a package for automatic evaluation of summaries", per_example=True),
     "chrf": Measure("chrF", TEXTS, _chrf_statistics, _chrf_from_sums, "higher",
-        "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation", NO_TEXT, per_example=True),
+        "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation", per_example=True),
     "bleu": Measure("BLEU", TEXTS, _bleu_statistics, _bleu_from_sums, "higher",
         "Papineni et al. 2002, BLEU; Post 2018, sacreBLEU, arXiv:1804.08771",
-        "no reference has four words, so no 4-gram can match"),
+        missing="no reference has four words, so no 4-gram can match"),
     "reference_loss": Measure("Reference loss", LOSSES, _loss_statistics, _ratio_of_sums, "lower",
-        "Bengio et al. 2003, A neural probabilistic language model", NO_LOSS),
+        "Bengio et al. 2003, A neural probabilistic language model", missing=NO_LOSS),
     "perplexity": Measure("Perplexity", LOSSES, _loss_statistics, _perplexity_from_sums, "lower",
-        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks", NO_LOSS),
+        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks", missing=NO_LOSS),
     "bits_per_byte": Measure("Bits per byte", ("loss_sums", "references"), _bits_statistics, _ratio_of_sums, "lower",
-        "Gao et al. 2020, The Pile, arXiv:2101.00027", NO_LOSS),
+        "Gao et al. 2020, The Pile, arXiv:2101.00027", missing=NO_LOSS),
 }  # fmt: skip
 
 BEHAVIOUR: dict[str, Measure] = {
     "stop_rate": Measure("Stop rate", ("stop_reasons",), _stop_statistics, _mean, "higher",
         "Welleck et al. 2020, Consistency of a recurrent language model, arXiv:2002.02492 (its complement)",
-        "it is not known how each response ended"),
+        missing="it is not known how each response ended"),
     "length_ratio": Measure("Length ratio", TEXTS, _length_statistics, _ratio_of_sums, None,
-        "Papineni et al. 2002, BLEU (the ratio in its brevity penalty)", "no reference has a word"),
+        "Papineni et al. 2002, BLEU (the ratio in its brevity penalty)", missing="no reference has a word"),
     "distinct_2": Measure("Distinct-2", ("predictions",), _distinct_statistics, _ratio_of_sums, "higher",
         "Li et al. 2016, A diversity-promoting objective function, arXiv:1510.03055",
-        "no response has two words", resampled=False),
+        missing="no response has two words", resampled=False),
     "repeated_4grams": Measure("Repeated 4-grams", ("predictions",), _each(_repeated_4grams), _mean, "lower",
-        "Welleck et al. 2020, Neural text generation with unlikelihood training, arXiv:1908.04319 (seq-rep-4)",
-        NO_TEXT),
+        "Welleck et al. 2020, Neural text generation with unlikelihood training, arXiv:1908.04319 (seq-rep-4)"),
     "empty_rate": Measure("Empty rate", ("predictions",), _each(lambda text: not text.strip()), _mean, "lower",
-        "the share of responses without any text", NO_TEXT),
+        "the share of responses without any text"),
 }  # fmt: skip
 
 MEASURES = {**METRICS, **BEHAVIOUR}
