@@ -82,15 +82,9 @@ def check_prediction(row: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: with `where`, and the name and the value of each field of a wrong type.
     """
-    from recipe.data.readers import half_character  # here: datasets takes a second, and --help needs none of it
-
     texts = ("id", "split", "instruction", "output")
     problems = [f"{name!r} is {row[name]!r}, not text" for name in texts if type(row.get(name, "")) is not str]
     problems += [f"'input' is {row['input']!r}, not text"] if type(row.get("input")) not in (str, NoneType) else []
-    fields = {repr(name): value for name, value in row.items()}
-    fields |= {f"'text' of {label!r}": a.get("text") for label, a in row.items() if isinstance(a, Mapping)}
-    halves = {name: half_character(text) for name, text in fields.items() if isinstance(text, str)}
-    problems += [f"{name} {half[0]}{half[1]}" for name, half in halves.items() if half]
     for label, answer in row.items():
         if isinstance(answer, Mapping):
             wrong = [name for name, types in ANSWER_FIELDS.items() if type(answer.get(name)) not in types]
@@ -166,7 +160,8 @@ def read_answer_file(
     Raises:
         UserError: no such column, an answer that is not text, or an id in two rows.
     """
-    from recipe.data.records import read_records  # here: datasets takes a second, and --help needs none of it
+    from recipe.data.readers import half_character  # here: datasets takes a second, and --help needs none of it
+    from recipe.data.records import read_records
 
     splits, _ = read_records(_answer_arguments(path, data_args), extra=("model_response", "tuned", "id", "split"))
     if len(splits) != 1:
@@ -187,6 +182,8 @@ def read_answer_file(
         answer = other.get(column)
         answer = answer if isinstance(answer, dict) and "text" in answer else {"text": answer}
         check_prediction({**names, column: answer}, where)
+        if half := half_character(answer["text"]):
+            raise UserError(f"{where}: the answer {half[0]}{half[1]}")
         if names["id"] in predictions:
             raise UserError(f"{where}: the id {names['id']!r} is in a row above, too; remove one")
         predictions[names["id"]] = {**names, **_record_fields(row)}

@@ -112,11 +112,11 @@ def test_bytes_that_are_no_text_inside_a_nested_answer_of_parquet_are_refused(tm
 
 
 @pytest.mark.parametrize("field", ["instruction", "output", "text"])
-def test_half_a_character_in_predictions_is_refused_by_line(tmp_path, field):
+def test_half_a_character_in_another_evaluations_answers_is_refused_by_row(tmp_path, field):
     row = {"id": "test/0", "split": "test", "instruction": "Do.", "input": "", "output": "x", "tuned": answer("y")}
     row |= {"tuned": answer("\udc00 y")} if field == "text" else {field: "\ud83d x"}
-    with pytest.raises(UserError, match=r"line 1: .*holds half a character \(\\ud"):
-        read_answers(Path(write(tmp_path / "predictions.jsonl", [row])), strict=True)
+    with pytest.raises(UserError, match=r"row 0: .*holds half a character \(\\ud"):
+        read_answer_file(write(tmp_path / "predictions.jsonl", [row]))
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
