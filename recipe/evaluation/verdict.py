@@ -147,8 +147,8 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
 
 
 def _no_baseline(metrics: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    asked = "baseline" in metrics.get("provenance", {}).get("models", {})
-    return f"it is missing for the base model: {score.get('reason')}" if asked else "there is no baseline"
+    asked = "baseline" in metrics.get("provenance", {}).get("models", {}) and score.get("reason")
+    return f"it is missing for the base model: {score['reason']}" if asked else "there is no baseline"
 
 
 @dataclass(frozen=True)
