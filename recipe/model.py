@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -34,6 +35,8 @@ CONVERSION = (
     "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) and the same with AutoTokenizer (for .gguf with "
     "gguf_file=FILE in both); or give a model or --model_revision of the Hub that has model.safetensors"
 )
+TRAINED_TO_NAN = "its training has diverged, or the file is damaged; take an earlier checkpoint"
+HALF_OVERFLOWS = f"float16 ends at 65,504: try --dtype float32; if that is refused too, {TRAINED_TO_NAN}"
 SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -87,6 +90,10 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
             f"{subject} has no weights for {', '.join(sorted(missing)[:3])}, ...; they would be random: "
             "keep the model's shape in --config_overrides, or use --model_type"
         )
+    if name is not None:
+        for parameter, values in model.named_parameters():
+            advice = HALF_OVERFLOWS if config.dtype == "float16" else TRAINED_TO_NAN
+            _refuse_not_finite(f"{name!r}: its weights in {config.dtype}", parameter, values, advice)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise UserError(
@@ -131,6 +138,30 @@ def check_weights(name: str) -> None:
             f"{name!r} has its weights in {others[0]}, and only safetensors are loaded, which cannot run code; "
             f"if you trust the file, save it anew: {CONVERSION}"
         )
+
+
+def check_finite(name: str) -> None:
+    """Refuse a folder with weights that are NaN or infinite: whatever is asked, such a model answers nothing.
+
+    Raises:
+        UserError: with the file, the tensor, and what it holds.
+    """
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 - no mapping: it cannot be iterated
+                _refuse_not_finite(f"{name!r}: {path.name}", tensor, file.get_tensor(tensor), TRAINED_TO_NAN)
+
+
+def _refuse_not_finite(where: str, name: str, tensor: torch.Tensor, advice: str) -> None:
+    if not tensor.is_floating_point():
+        return
+    tensor = tensor.detach()
+    values = tensor if tensor.element_size() > 1 else tensor.float()  # 8-bit numbers have no isfinite
+    finite = values.isfinite()
+    if not finite.all():
+        what = "nan" if values.isnan().any() else "inf"
+        count = int((~finite).sum())
+        raise UserError(f"model {where} is not finite: {name} holds {what} ({count:,} of {values.numel():,}); {advice}")
 
 
 def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

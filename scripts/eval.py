@@ -18,7 +18,9 @@ from recipe.evaluation.answers import read_answers, read_metrics
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
 from recipe.evaluation.generate import EvalArguments, generate_predictions, model_kind, split_names
+from recipe.evaluation.headline import choose_headline
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
+from recipe.evaluation.significance import adjust
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
 from recipe.files import check_place, read_json, read_json_lines, write_json
@@ -88,9 +90,13 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
 
 def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
     """Write metrics.json and keep an earlier judgement if it is of these answers."""
+    evaluation = read_json(output_dir / "evaluation.json")
+    # an earlier version wrote no headline; the references alone decide it
+    evaluation.setdefault("headline", choose_headline([prediction["output"] for prediction in predictions]))
+    tokenizers = {label: model.get("tokenizer") for label, model in evaluation["models"].items()}
     by_split = {name: [p for p in predictions if p["split"] == name] for name in split_names(predictions)}
     scores = {
-        label: {name: compare(rows, model=label) for name, rows in by_split.items()}
+        label: {name: compare(rows, model=label, tokenizers=tokenizers) for name, rows in by_split.items()}
         for label in dict.fromkeys(["tuned", *labels_of(predictions)])
         if label != "baseline"
     }
@@ -101,8 +107,9 @@ def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
         "judge": judged if judged and judged["answers"] == answers_hash(predictions, judged["labels"]) else None,
         "splits": splits,
         "other_models": scores,
-        "provenance": read_json(output_dir / "evaluation.json"),
+        "provenance": evaluation,
     }
+    adjust(metrics)
     write_json(path, metrics)
 
 
@@ -111,7 +118,9 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
     metrics = read_metrics(output_dir)
     try:
         judged = run_judge(predictions, judge_args, output_dir)
-        write_json(output_dir / "metrics.json", {**metrics, "judge": judged})
+        metrics["judge"] = judged
+        adjust(metrics)
+        write_json(output_dir / "metrics.json", metrics)
         error = judged["error"]
     except UserError as raised:
         error = raised

@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.judge.summary import WITH_VALUE, summarize_pairs, summarize_scores
+from recipe.evaluation.significance import adjust
 
 SPLITS = ("test", "test_unseen")
 PROMPT = "score_0_100"
@@ -17,6 +18,8 @@ FAMILIES = {
     "counting": ("Give the number of words.", ["The painter hurried to the beach.", "Ann sleeps.", "It was late."]),
 }
 WORDS = ["the", "list", "of", "Peter", "is", "hat", "and", "then", "a", "small", "red", "house", "by", "sea"]
+
+TEMPLATE = "{% for message in messages %}### Instruction:\n{{ message['content'] }}\n{% endfor %}"
 
 
 def make_predictions(
@@ -105,26 +108,28 @@ def make_metrics(predictions: list[dict[str, Any]], judge: dict[str, Any] | None
     }
     splits = {name: compare(rows) for name, rows in by_split.items()}
     others = [label for label in labels_of(predictions) if label not in ("baseline", "tuned")]
-    return {
+    metrics: dict[str, Any] = {
         **next(iter(splits.values())),
         "judge": judge,
         "splits": splits,
         "other_models": {label: {name: compare(rows, label) for name, rows in by_split.items()} for label in others},
         "provenance": {
             "models": {
-                "baseline": {"name": "recipe/demo/base", "weights": "sha256:0123456789abcdef"},
-                "tuned": {"name": "outputs/demo", "weights": "sha256:fedcba9876543210"},
+                "baseline": {"name": "recipe/demo/base", "weights": "sha256:0123456789abcdef",
+                             "template_name": "the tuned model's", "template": TEMPLATE},
+                "tuned": {"name": "outputs/demo", "weights": "sha256:fedcba9876543210",
+                          "template_name": "its own", "template": TEMPLATE},
             },
-            "data": "recipe/demo/records", "data_hash": "f639a785bf6ce6ca",
+            "headline": "exact_match", "data": "recipe/demo/records", "data_hash": "f639a785bf6ce6ca",
             "splits": {name: len(rows) for name, rows in by_split.items()},
-            "template": "{% for message in messages %}### Instruction:\n{{ message['content'] }}\n{% endfor %}",
-            "template_name": "alpaca",
             "generation": {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 123, "dtype": "float32"},
             "command": "python scripts/eval.py --model outputs/demo --baseline recipe/demo/base --output_dir outputs/x",
             "versions": {"python": "3.11.7", "torch": "2.11.0", "transformers": "5.17.0"},
             "hardware": "x86_64, 2 cores",
         },
     }  # fmt: skip
+    adjust(metrics)
+    return metrics
 
 
 LOG_HISTORY = [

@@ -234,15 +234,32 @@ def _families(values: list[Any] | pa.Array) -> pa.Array:
 
 
 def _extra(rows: list[dict[str, Any]] | pa.RecordBatch, columns: Columns) -> list[str]:
-    records = rows if isinstance(rows, list) else rows.to_pylist()
-    return [json.dumps({name: r[name] for name in columns.extra if name in r}, default=str) for r in records]
+    """Other columns as JSON; what JSON has no type for, such as a date, comes as its type and text, not as text."""
+    records = rows if isinstance(rows, list) else _python_rows(rows, columns.extra)
+    return [json.dumps({name: r[name] for name in columns.extra if name in r}, default=_typed) for r in records]
+
+
+def _python_rows(rows: pa.RecordBatch, names: Iterable[str]) -> list[dict[str, Any]]:
+    """The values of some columns row by row; bytes that are not UTF-8 become surrogates, as in the other formats."""
+    try:
+        columns = {name: _column(rows, name, None) for name in names if name in rows.schema.names}
+    except UnicodeDecodeError as error:  # inside a nested value
+        raise UnreadableFileError(
+            f" holds an answer that is not UTF-8 text ({error}); save the file as UTF-8"
+        ) from error
+    lists = [values if isinstance(values, list) else values.to_pylist() for values in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)] or [{}] * len(rows)
+
+
+def _typed(value: Any) -> dict[str, str]:
+    return {type(value).__name__: str(value)}
 
 
 def value_problem(field: str, value: Any) -> Problem | None:
     """Why a field cannot have this value; an input may be null, missing or blank, but not a number."""
     fix = "write the instruction" if field == "instruction" else "write a response"
     if isinstance(value, str):
-        if not value.isascii() and (half := _half_character(value)):
+        if half := half_character(value):
             return Problem(f"{field!r} {half[0]}", f"{field!r} {half[0]}{half[1]}")
         if field in OPTIONAL or value.strip():
             return None
@@ -261,10 +278,11 @@ def value_problem(field: str, value: Any) -> Problem | None:
     )
 
 
-def _half_character(text: str) -> tuple[str, str] | None:
+def half_character(text: str) -> tuple[str, str] | None:
     """What is wrong with a text that UTF-8 cannot hold, and what to do; None if nothing is."""
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
         return None
     except UnicodeEncodeError as error:
         code = ord(text[error.start])

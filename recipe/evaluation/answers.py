@@ -9,6 +9,7 @@ While models answer, each new line holds a record's id and one answer, so that a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, UserError
+from recipe.evaluation.significance import adjust
 from recipe.files import read_json, write_json_lines
 from recipe.redaction import redact
 
@@ -85,6 +87,7 @@ def check_prediction(row: Mapping[str, Any], where: str) -> None:
     """
     texts = ("id", "split", "instruction", "output")
     problems = [f"{name!r} is {row[name]!r}, not text" for name in texts if type(row.get(name, "")) is not str]
+    problems += [f"'input' is {row['input']!r}, not text"] if type(row.get("input")) not in (str, NoneType) else []
     for label, answer in row.items():
         if isinstance(answer, Mapping):
             wrong = [name for name, types in ANSWER_FIELDS.items() if type(answer.get(name)) not in types]
@@ -135,6 +138,7 @@ def read_metrics(output_dir: Path) -> dict[str, Any]:
     try:
         metrics["judge"], metrics["other_models"], metrics["provenance"]["models"]["tuned"]["name"]
         next(iter(metrics["splits"].values()))["metrics"]
+        adjust(metrics)  # an earlier version did not
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path}: not what the score stage writes; remove it and run the score stage") from error
     return metrics
@@ -147,18 +151,22 @@ def is_answer_file(name: str) -> bool:
     return Path(name).suffix.lower() in FORMATS and Path(name).is_file()
 
 
-def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list[dict[str, Any]]]:
+def read_answer_file(
+    path: str, data_args: DataArguments | None = None
+) -> tuple[DatasetDict, list[dict[str, Any]], list[dict[str, Any]]]:
     """Recorded answers: the records of a file, their predictions without answers, and the answer to each.
 
     An answer is in the column `model_response`, as the book's code writes it, or in `tuned`, as `predictions.jsonl`
-    has it; `id` and `split` of the latter are kept.
+    has it; `id` and `split` of the latter are kept. The record is in the columns that `data_args` names; the answers of
+    another evaluation, which has names of its own, need no flags.
 
     Raises:
         UserError: no such column, an answer that is not text, or an id in two rows.
     """
-    from recipe.data.records import read_records  # here: datasets takes a second, and --help needs none of it
+    from recipe.data.readers import half_character  # here: datasets takes a second, and --help needs none of it
+    from recipe.data.records import read_records
 
-    splits, _ = read_records(DataArguments(data=path), extra=("model_response", "tuned", "id", "split"))
+    splits, _ = read_records(_answer_arguments(path, data_args), extra=("model_response", "tuned", "id", "split"))
     if len(splits) != 1:
         raise UserError(f"--model {path}: {len(splits)} splits; name one file")
     [dataset] = splits.values()
@@ -175,8 +183,10 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
         names = names if has_ids else {"id": f"all/{row['row']}", "split": "all"}
         where = f"{path} row {row['row']}"
         answer = other.get(column)
-        answer = answer if isinstance(answer, dict) else {"text": answer}
+        answer = answer if isinstance(answer, dict) and "text" in answer else {"text": answer}
         check_prediction({**names, column: answer}, where)
+        if half := half_character(answer["text"]):
+            raise UserError(f"{where}: the answer {half[0]}{half[1]}")
         if names["id"] in predictions:
             raise UserError(f"{where}: the id {names['id']!r} is in a row above, too; remove one")
         predictions[names["id"]] = {**names, **_record_fields(row)}
@@ -184,15 +194,33 @@ def read_answer_file(path: str) -> tuple[DatasetDict, list[dict[str, Any]], list
     return splits, list(predictions.values()), answers
 
 
+def _answer_arguments(path: str, data_args: DataArguments | None) -> DataArguments:
+    """How a file of answers is read: its records have the columns of the data, unless an evaluation wrote it."""
+    from recipe.data.json_values import json_values
+    from recipe.data.sources import FORMATS
+
+    if FORMATS[Path(path).suffix.lower()] == "json":
+        first = None
+        with open(path, "rb") as file, contextlib.suppress(ValueError):  # what is broken is refused below, with its row
+            first = next((value for _, value in json_values(file)), None)
+        if isinstance(first, dict) and {"id", "split", *TEXT_FIELDS} <= first.keys():
+            return DataArguments(data=path)
+    named = ("instruction_column", "input_column", "output_column", "bad_records")
+    return DataArguments(data=path, **{name: getattr(data_args, name) for name in named if data_args})
+
+
 def pair_answers(
-    path: str, predictions: Sequence[Mapping[str, Any]], clean: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    path: str,
+    predictions: Sequence[Mapping[str, Any]],
+    clean: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    data_args: DataArguments | None = None,
 ) -> list[dict[str, Any]]:
     """The recorded answer to each prediction's record, found by the texts of the record, after `clean`.
 
     Raises:
         UserError: records without an answer, or two different answers to one record.
     """
-    _, rows, answers = read_answer_file(path)
+    _, rows, answers = read_answer_file(path, data_args)
     recorded: dict[tuple, dict[str, Any]] = {}
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         first = recorded.setdefault(_texts(clean(row)), answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -129,6 +130,7 @@ def without_reasoning(answer: Mapping[str, Any], reference: str) -> Answer:
 def _of_response(response: Response, reference_loss: tuple[float, int] | None) -> Answer:
     """What predictions.jsonl holds of a response."""
     nats, targets = reference_loss or (None, None)
+    nats = nats if nats is not None and math.isfinite(nats) else None  # its tokens stay, and tell why it is missing
     return {
         "text": response.text,
         "tokens": len(response.token_ids),

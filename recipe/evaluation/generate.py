@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from recipe.config import DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, ask, endpoints
+from recipe.evaluation.headline import check_headline, choose_headline
 from recipe.files import file_hash, read_json, write_json
 from recipe.provenance import command_line, hardware, versions, weights_hash
 
@@ -51,6 +52,9 @@ class EvalArguments:
     output_dir: str = setting("", "Where answers, scores and report go.")
     overwrite_output_dir: bool = setting(False, "Start over in an output_dir that is in use.")
     stages: list[str] = setting(lambda: [*STAGES], "Stages to run: generate score judge report.")
+    headline: str | None = setting(
+        None, "Score that decides the verdict. Default: exact_match where references are short answers, else chrf."
+    )
     gate: list[str] = setting(list, "Conditions for exit code 0: exact_match>=0.8 ...")
     max_new_tokens: int = setting(128, "Cap on each response, in tokens.")
     temperature: float = setting(0.0, "0 for greedy decoding; above, sampling.")
@@ -84,6 +88,7 @@ class EvalArguments:
             raise UserError("say what to score: --model")
         if self.stages == ["generate"] and self.gate:
             raise UserError("--gate needs scores: add the score stage")
+        check_headline(self.headline)
         output_dir = Path(self.output_dir).resolve()
         for name in [*self.model, self.baseline or ""]:
             kind = model_kind(name)
@@ -101,8 +106,7 @@ class EvalArguments:
 def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
     """Append every answer that is missing to predictions.jsonl, then merge its lines by record."""
     from recipe.data.split import data_hash  # here, as below: datasets and models take seconds, and --help needs none
-    from recipe.generation import Decoding
-    from recipe.model import load_tokenizer
+    from recipe.model import check_finite, load_tokenizer
 
     with state.main_process_first():  # the other processes read what it caches
         records, predictions = select_records(args, data_args, run)
@@ -110,15 +114,19 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     weights = {label: name for label, name in models.items() if model_kind(name) == "weights"}
     tokenizers = {label: load_tokenizer(ModelArguments(name)) for label, name in weights.items()}
     templates = choose_templates(weights, tokenizers, data_args.template)
+    for name in weights.values():
+        check_finite(name)
     ends = {str(tokenizer.eos_token) for tokenizer in tokenizers.values()}
     predictions = [strip_end(prediction, ends) for prediction in predictions]
-    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     evaluation: dict[str, Any] = {
-        "models": {label: describe_model(name, templates.get(label)) for label, name in models.items()},
+        "models": {
+            label: describe_model(name, tokenizers.get(label), templates.get(label)) for label, name in models.items()
+        },
+        "headline": args.headline or choose_headline([prediction["output"] for prediction in predictions]),
         "data": data_args.data or args.model[0],
         "data_hash": data_hash(records),
         "splits": Counter(prediction["split"] for prediction in predictions),
-        "generation": {**asdict(decoding), "dtype": args.dtype},
+        "generation": {**asdict(decoding_of(args)), "dtype": args.dtype},
         "left_out": {},  # fields of it that an endpoint did not accept, by model
         "command": command_line(),
         "versions": versions(),
@@ -128,7 +136,8 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     path = output_dir / "predictions.jsonl"
     answered = {} if args.overwrite_output_dir else answers.read_answers(path)
     if answered:
-        evaluation = resume_evaluation(output_dir, evaluation, [answered.get(p["id"], {}) for p in predictions])
+        rows = [answered.get(p["id"], {}) for p in predictions]
+        evaluation = resume_evaluation(output_dir, evaluation, rows, args.headline)
     state.wait_for_everyone()  # all have read before the main process writes
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -142,7 +151,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
             template = templates.get(label)
-            if unsent := append_answers_of(label, name, missing, path, args, decoding, template, state, ends):
+            if unsent := append_answers_of(label, name, missing, path, args, data_args, template, state, ends):
                 evaluation["left_out"][label] = unsent
                 write_json(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
@@ -164,7 +173,7 @@ def select_records(
 
     files = [name for name in args.model if model_kind(name) == "file"]
     if data_args.data is None and files:  # recorded answers bring their records along
-        records, predictions, _ = answers.read_answer_file(files[0])
+        records, predictions, _ = answers.read_answer_file(files[0], data_args)
         names = chosen_splits(args.split or ["all"], split_names(predictions))
         return records, [prediction for prediction in predictions if prediction["split"] in names]
     records, _ = load_records(data_args)
@@ -186,11 +195,16 @@ def chosen_splits(names: list[str], known: list[str]) -> list[str]:
     return known if names == ["all"] else names
 
 
-def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def resume_evaluation(
+    output_dir: Path, evaluation: dict[str, Any], rows: list[dict[str, Any]], headline: str | None = None
+) -> dict[str, Any]:
     """This evaluation, with the further models of which `rows`, one per record, hold all answers already.
 
+    Its headline score stays, since answers may have been seen; `headline` is the one that is asked for now.
+
     Raises:
-        UserError: the folder holds answers to other prompts, or of other models under the same labels.
+        UserError: the folder holds answers to other prompts, or of other models under the same labels, or was begun
+            with another headline score.
     """
     advice = "add --overwrite_output_dir to start over, or name another --output_dir"
     path = output_dir / "evaluation.json"
@@ -199,10 +213,14 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
     earlier, models = read_json(path), dict(evaluation["models"])
     try:
         changed = [key for key in ("data_hash", "generation") if earlier[key] != evaluation[key]]
+        kept = {"headline": earlier.get("headline", evaluation["headline"]), "left_out": earlier.get("left_out", {})}
+        changed += ["headline score"] if headline not in (None, kept["headline"]) else []
         for label, model in earlier["models"].items():
             count = sum(label in row for row in rows)
             if label in models:
-                changed += [f"model {label!r}"] if count and model != models[label] else []
+                fields = {"name": "model", "weights": "model", "template": "template of"}
+                others = {words for key, words in fields.items() if model[key] != models[label][key]}
+                changed += [f"{words} {label!r}" for words in sorted(others)] if count else []
             elif count == len(rows):
                 models[label] = model
             elif count:
@@ -212,8 +230,7 @@ def resume_evaluation(output_dir: Path, evaluation: dict[str, Any], rows: list[d
         raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
     if changed:
         raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
-    kept = {"models": models, "left_out": earlier.get("left_out", {})}
-    return {**evaluation, **kept, "command": "\n".join(dict.fromkeys(commands))}
+    return {**evaluation, **kept, "models": models, "command": "\n".join(dict.fromkeys(commands))}
 
 
 def choose_templates(
@@ -239,14 +256,19 @@ def choose_templates(
     return {label: own.get(label) or fallback.for_tokenizer(tokenizer) for label, tokenizer in tokenizers.items()}
 
 
-def describe_model(name: str, template: Template | None) -> dict[str, str | None]:
-    """What evaluation.json holds of a model: its name, a hash, and in what prompts it is asked."""
+def describe_model(
+    name: str, tokenizer: PreTrainedTokenizerBase | None, template: Template | None
+) -> dict[str, str | None]:
+    """What evaluation.json holds of a model: its name, hashes of weights and tokenizer, and how it is asked."""
+    from recipe.evaluation.likelihood import tokenizer_hash
+
     asked: tuple[str | None, str | None]
     if template is not None:
         asked = (template.name, template.chat_template)
     else:
         asked = ("chat messages" if model_kind(name) == "endpoint" else None, None)
-    return {"name": name, "weights": content_hash(name), "template_name": asked[0], "template": asked[1]}
+    hashes = {"weights": content_hash(name), "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer)}
+    return {"name": name, **hashes, "template_name": asked[0], "template": asked[1]}
 
 
 def strip_end(record: dict[str, Any], ends: Iterable[str]) -> dict[str, Any]:
@@ -262,7 +284,7 @@ def append_answers_of(
     predictions: list[dict],
     path: Path,
     args: EvalArguments,
-    decoding: Decoding,
+    data_args: DataArguments,
     template: Template | None,
     state: PartialState,
     ends: Iterable[str] = (),
@@ -272,7 +294,7 @@ def append_answers_of(
     Returns:
         the fields of sampling that an endpoint did not accept.
     """
-    kind = model_kind(name)
+    kind, decoding = model_kind(name), decoding_of(args)
     if template is not None:
         with state.split_between_processes(predictions) as share:
             try:
@@ -287,9 +309,19 @@ def append_answers_of(
         return ask.ask_endpoint(label, name, predictions, path, decoding, *settings)
     elif state.is_main_process:
         strip = functools.partial(strip_end, ends=ends)
-        rows = answers.echoes(predictions) if kind == "echo" else answers.pair_answers(name, predictions, strip)
+        if kind == "echo":
+            rows = answers.echoes(predictions)
+        else:
+            rows = answers.pair_answers(name, predictions, strip, data_args)
         ask.append_answers(path, label, predictions, rows)
     return []
+
+
+def decoding_of(args: EvalArguments) -> Decoding:
+    """How all models decode."""
+    from recipe.generation import Decoding
+
+    return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 def name_models(args: EvalArguments) -> dict[str, str]:

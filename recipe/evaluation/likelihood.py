@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +44,7 @@ def reference_losses(
 
     Returns:
         a pair (nats, targets) for each prompt, in their order; None if prompt and reference have more tokens than the
-        model has positions, or if the loss is not finite.
+        model has positions. The nats are NaN or infinite where the model's outputs are.
 
     Example::
 
@@ -67,12 +71,33 @@ def reference_losses(
     try:
         with tqdm(total=len(fitting), desc=description, unit="reference", disable=description is None) as progress:
             for indices, computed in halve_if_out_of_memory(batches, compute):
-                for index, (nats, targets) in zip(indices, computed, strict=True):
-                    losses[index] = (nats, targets) if math.isfinite(nats) else None
+                for index, loss in zip(indices, computed, strict=True):
+                    losses[index] = loss
                 progress.update(len(indices))
     finally:
         model.train(was_training)
     return losses
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies how a tokenizer splits text: losses per token of two models can be compared if it is the same.
+
+    Special tokens do not count: a record's text is never read as one, and adding some is usual in fine-tuning.
+
+    Example::
+
+        tokenizer_hash(AutoTokenizer.from_pretrained("recipe/demo/base"))  # 'sha256:5f0c…'
+    """
+    parts: dict[str, Any]
+    if isinstance(backend := getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        whole = json.loads(backend.to_str())
+        parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model")}
+    else:
+        parts = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    added = [token for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    parts["added"] = sorted(token.content for token in added)
+    content = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def _encode(

@@ -7,9 +7,6 @@ score of a whole split, of one task family and of a bootstrap resample differ on
 from __future__ import annotations
 
 import math
-import re
-import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 from rouge_score.scoring import fmeasure
-from rouge_score.tokenize import tokenize as rouge_words
 from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
+
+from recipe.evaluation.words import answer_words, apart, composed, words
 
 CHAR_ORDER = 6  # chrF's longest character n-gram, as in sacrebleu
 WORD_ORDER = 4  # BLEU's longest word n-gram
@@ -33,19 +31,22 @@ def exact_match(prediction: str, reference: str) -> float:
     >>> exact_match("He goes  home.\\n", "He goes home."), exact_match("he goes home", "He goes home.")
     (1.0, 0.0)
     """
-    predicted, expected = (" ".join(unicodedata.normalize("NFC", text).split()) for text in (prediction, reference))
+    predicted, expected = (" ".join(composed(text).split()) for text in (prediction, reference))
     return float(predicted == expected)
 
 
 def token_f1(prediction: str, reference: str) -> float:
     """Harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250).
 
-    Words are lower-cased, without punctuation and without the articles a, an, the. Two empty texts score 1.
+    Words are those of `recipe.evaluation.words.answer_words`: in lower case, without punctuation and articles, but with
+    the signs that SQuAD loses, and characters in scripts without spaces. Two empty texts score 1.
 
     >>> token_f1("The cat sat.", "A black cat sat")  # 2 words in common of 2 and of 3
     0.8
+    >>> token_f1("5", "-5"), token_f1("", "A")
+    (0.0, 0.0)
     """
-    predicted, expected = _squad_words(prediction), _squad_words(reference)
+    predicted, expected = answer_words(prediction), answer_words(reference)
     if not predicted or not expected:
         return float(predicted == expected)
     common = (Counter(predicted) & Counter(expected)).total()
@@ -55,12 +56,12 @@ def token_f1(prediction: str, reference: str) -> float:
 def rouge_l(prediction: str, reference: str) -> float:
     """F-measure of the longest common subsequence of words (Lin 2004), as in the package `rouge_score`, unstemmed.
 
-    Words are runs of a-z and 0-9: a text without any, for example in another script, scores 0.
+    Words are those of `recipe.evaluation.words.words`, of any script; for text of a-z and 0-9 they are the package's.
 
-    >>> rouge_l("He goes to school.", "He walks to school.")
-    0.75
+    >>> rouge_l("He goes to school.", "He walks to school."), rouge_l("答案是水。", "答案是火。")
+    (0.75, 0.75)
     """
-    predicted, expected = rouge_words(prediction, None), rouge_words(reference, None)
+    predicted, expected = words(prediction), words(reference)
     if not predicted or not expected:
         return 0.0
     common = _longest_common_subsequence(predicted, expected)
@@ -70,15 +71,12 @@ def rouge_l(prediction: str, reference: str) -> float:
 def chrf(prediction: str, reference: str) -> float:
     """F2-measure of character 1- to 6-grams without white space (Popović 2015), as `sacrebleu.sentence_chrf` / 100.
 
+    Texts are put into Unicode's composed form (NFC) first.
+
     >>> round(chrf("He goes to school.", "He walks to school."), 3)
     0.589
     """
     return float(_chrf_from_sums(_chrf_statistics([prediction], [reference])[0], 1))
-
-
-def _squad_words(text: str) -> list[str]:
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
@@ -114,6 +112,7 @@ class Measure:
         source: where its definition comes from.
         per_example: whether a single example has this score.
         resampled: False if the score of examples drawn with replacement does not estimate the score.
+        missing: why a score is missing, where it is.
     """
 
     title: str
@@ -124,6 +123,7 @@ class Measure:
     source: str
     per_example: bool = False
     resampled: bool = True
+    missing: str = "it cannot be computed"
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -154,7 +154,7 @@ def _chrf_statistics(predictions: Sequence[str], references: Sequence[str]) -> n
     rows = []
     for texts in zip(predictions, references, strict=True):
         row: list[int] = []
-        for predicted, expected in zip(*(extract_all_char_ngrams(t, CHAR_ORDER) for t in texts), strict=True):
+        for predicted, expected in zip(*(extract_all_char_ngrams(composed(t), CHAR_ORDER) for t in texts), strict=True):
             common = sum(min(count, expected[gram]) for gram, count in predicted.items() if gram in expected)
             # as in sacrebleu, the prediction's n-grams count only where the reference has some of that order
             row += [predicted.total() if expected else 0, expected.total(), common]
@@ -173,23 +173,30 @@ def _chrf_from_sums(sums: np.ndarray, n: Any) -> np.ndarray:
 
 
 def _bleu_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """(n, 10): for each order the n-grams in common, those of the prediction; then both lengths in tokens."""
+    """(n, 11): for each order the n-grams in common, those of the prediction; both lengths in tokens, 4-grams expected.
+
+    Characters of scripts without spaces are tokens, as in sacrebleu's tokenizer `zh`; else its `13a` finds the tokens.
+    """
     scorer = BLEU(effective_order=True)  # does not change the counts, and stops a warning for each sentence
     pairs = zip(predictions, references, strict=True)
-    scores = [scorer.sentence_score(prediction, [reference]) for prediction, reference in pairs]
-    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.float64)
+    scores = [scorer.sentence_score(apart(composed(p)), [apart(composed(r))]) for p, r in pairs]
+    rows = [[*s.counts, *s.totals, s.sys_len, s.ref_len, max(0, s.ref_len - WORD_ORDER + 1)] for s in scores]
+    return np.array(rows, dtype=np.float64)
 
 
 def _bleu_from_sums(sums: np.ndarray, n: Any) -> np.ndarray:
-    """Geometric mean of the precisions times the brevity penalty, smoothed as in NIST's script (sacrebleu's "exp")."""
+    """Geometric mean of the precisions times the brevity penalty, smoothed as in NIST's script (sacrebleu's "exp").
+
+    NaN where no reference has a 4-gram: right answers would have a precision of 0 of 0.
+    """
     common, predicted = sums[..., :WORD_ORDER], sums[..., WORD_ORDER : 2 * WORD_ORDER]  # each (..., order)
-    length, expected_length = sums[..., -2], sums[..., -1]
+    length, expected_length, expected_4grams = sums[..., -3], sums[..., -2], sums[..., -1]
     # the first order without a match counts half a match, the next a quarter, ...
     matches = np.where(common == 0, 0.5 ** np.cumsum(common == 0, axis=-1), common)
     logarithms = np.log(matches / np.maximum(predicted, 1))
     brevity = np.exp(np.minimum(0, 1 - expected_length / np.maximum(length, 1)))
     score = brevity * np.exp(logarithms.mean(-1))
-    return np.where(common.any(-1) & predicted.all(-1), score, 0.0)
+    return np.where(expected_4grams > 0, np.where(common.any(-1) & predicted.all(-1), score, 0.0), np.nan)
 
 
 def _loss_statistics(loss_sums: Sequence[float | None], token_counts: Sequence[int | None]) -> np.ndarray:
@@ -202,6 +209,12 @@ def _perplexity_from_sums(sums: np.ndarray, n: Any) -> np.ndarray:
         return np.exp(_ratio_of_sums(sums, n))
 
 
+def _bits_statistics(loss_sums: Sequence[float | None], references: Sequence[str]) -> np.ndarray:
+    """(n, 2): bits and bytes of UTF-8."""
+    bits = np.array(loss_sums, dtype=np.float64) / math.log(2)  # None becomes NaN
+    return np.column_stack([bits, [float(len(text.encode("utf-8", "replace"))) for text in references]])
+
+
 def _stop_statistics(stop_reasons: Sequence[str | None]) -> np.ndarray:
     """(n, 1); one unknown reason makes the whole score unknown: missing values are rarely missing at random."""
     if None in stop_reasons:
@@ -212,7 +225,7 @@ def _stop_statistics(stop_reasons: Sequence[str | None]) -> np.ndarray:
 def _length_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """(n, 2): words of the prediction and of the reference."""
     pairs = zip(predictions, references, strict=True)
-    return np.array([[len(p.split()), len(r.split())] for p, r in pairs], dtype=np.float64)
+    return np.array([[len(words(p)), len(words(r))] for p, r in pairs], dtype=np.float64)
 
 
 def _distinct_statistics(predictions: Sequence[str]) -> np.ndarray:
@@ -232,8 +245,8 @@ def _repeated_4grams(prediction: str) -> float:
 
 
 def _ngrams(text: str, order: int) -> list[tuple[str, ...]]:
-    words = text.split()
-    return list(zip(*(words[start:] for start in range(order)), strict=False))
+    found = words(text)
+    return list(zip(*(found[start:] for start in range(order)), strict=False))
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -241,6 +254,8 @@ def _ngrams(text: str, order: int) -> list[tuple[str, ...]]:
 TEXTS = ("predictions", "references")
 LOSSES = ("loss_sums", "token_counts")
 SQUAD = "Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250"
+
+NO_LOSS = "the likelihood of the references is not known, as of served and of recorded answers"
 
 METRICS: dict[str, Measure] = {
     "exact_match": Measure("Exact match", TEXTS, _each(exact_match), _mean, "higher",
@@ -251,20 +266,25 @@ METRICS: dict[str, Measure] = {
     "chrf": Measure("chrF", TEXTS, _chrf_statistics, _chrf_from_sums, "higher",
         "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation", per_example=True),
     "bleu": Measure("BLEU", TEXTS, _bleu_statistics, _bleu_from_sums, "higher",
-        "Papineni et al. 2002, BLEU; Post 2018, sacreBLEU, arXiv:1804.08771"),
+        "Papineni et al. 2002, BLEU; Post 2018, sacreBLEU, arXiv:1804.08771",
+        missing="no reference has four words, so no 4-gram can match"),
     "reference_loss": Measure("Reference loss", LOSSES, _loss_statistics, _ratio_of_sums, "lower",
-        "Bengio et al. 2003, A neural probabilistic language model"),
+        "Bengio et al. 2003, A neural probabilistic language model", missing=NO_LOSS),
     "perplexity": Measure("Perplexity", LOSSES, _loss_statistics, _perplexity_from_sums, "lower",
-        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks"),
+        "Jelinek et al. 1977, Perplexity: a measure of the difficulty of speech recognition tasks", missing=NO_LOSS),
+    "bits_per_byte": Measure("Bits per byte", ("loss_sums", "references"), _bits_statistics, _ratio_of_sums, "lower",
+        "Gao et al. 2020, The Pile, arXiv:2101.00027", missing=NO_LOSS),
 }  # fmt: skip
 
 BEHAVIOUR: dict[str, Measure] = {
     "stop_rate": Measure("Stop rate", ("stop_reasons",), _stop_statistics, _mean, "higher",
-        "Welleck et al. 2020, Consistency of a recurrent language model, arXiv:2002.02492 (its complement)"),
+        "Welleck et al. 2020, Consistency of a recurrent language model, arXiv:2002.02492 (its complement)",
+        missing="it is not known how each response ended"),
     "length_ratio": Measure("Length ratio", TEXTS, _length_statistics, _ratio_of_sums, None,
-        "Papineni et al. 2002, BLEU (the ratio in its brevity penalty)"),
+        "Papineni et al. 2002, BLEU (the ratio in its brevity penalty)", missing="no reference has a word"),
     "distinct_2": Measure("Distinct-2", ("predictions",), _distinct_statistics, _ratio_of_sums, "higher",
-        "Li et al. 2016, A diversity-promoting objective function, arXiv:1510.03055", resampled=False),
+        "Li et al. 2016, A diversity-promoting objective function, arXiv:1510.03055",
+        missing="no response has two words", resampled=False),
     "repeated_4grams": Measure("Repeated 4-grams", ("predictions",), _each(_repeated_4grams), _mean, "lower",
         "Welleck et al. 2020, Neural text generation with unlikelihood training, arXiv:1908.04319 (seq-rep-4)"),
     "empty_rate": Measure("Empty rate", ("predictions",), _each(lambda text: not text.strip()), _mean, "lower",

@@ -1,7 +1,7 @@
 """The scores of `recipe.evaluation.measures` as `evaluate.Metric` classes that need no download, alone or combined.
 
-Fractions from 0 to 1, except the reference loss (nats per token), the perplexity and the length ratio. A combination
-takes the columns of all its metrics, and each metric picks its own::
+Fractions from 0 to 1, except the reference loss (nats per token), the perplexity, the bits per byte and the length
+ratio. A combination takes the columns of all its metrics, and each metric picks its own::
 
     evaluate.combine([ExactMatch(), TokenF1(), RougeL(), StopRate()]).compute(
         predictions=["A cat."], references=["The cat."], stop_reasons=["eos"]
@@ -55,16 +55,21 @@ RougeL = _metric("RougeL", "rouge_l", "Mean of `rouge_l`.")
 ChrF = _metric("ChrF", "chrf",
     "chrF of the corpus, `sacrebleu.corpus_chrf` / 100: n-grams are summed over all pairs before the F2 is computed.")
 Bleu = _metric("Bleu", "bleu",
-    'BLEU of the corpus, `sacrebleu.corpus_bleu` / 100: 13a tokens, up to 4-grams, smoothing "exp".')
+    'BLEU of the corpus, `sacrebleu.corpus_bleu` / 100: 13a tokens (characters in scripts without spaces), up to '
+    '4-grams, smoothing "exp"; None where no reference has four tokens.')
 ReferenceLoss = _metric("ReferenceLoss", "reference_loss",
     "Cross-entropy of the references given their prompts, in nats per token, the end-of-text token included.\n\n"
     "`recipe.evaluation.likelihood.reference_losses` gives the columns; pairs with None are left out. Comparable only "
     "between models with the same tokenizer.")
 Perplexity = _metric("Perplexity", "perplexity", "The exponential of `ReferenceLoss`.")
+BitsPerByte = _metric("BitsPerByte", "bits_per_byte",
+    "Cross-entropy of the references given their prompts, in bits per byte of their UTF-8 text; the end-of-text token "
+    "counts, its bytes do not.\n\n"
+    "Takes the nats of `ReferenceLoss`. Comparable between models with different tokenizers.")
 StopRate = _metric("StopRate", "stop_rate",
     "Share of responses that the model ended itself, by an end-of-text token; None where a reason is unknown.")
 LengthRatio = _metric("LengthRatio", "length_ratio",
-    "Words of all predictions per word of all references; words are separated by white space.")
+    "Words of all predictions per word of all references; words of any script, characters where it has no spaces.")
 Distinct2 = _metric("Distinct2", "distinct_2",
     "Different word bigrams per word bigram, over all predictions together; None where there is no bigram.\n\n"
     "Li et al. divide by the number of words; dividing by bigrams is usual today, and a text without repetition "

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from recipe.console import one_line, print_table
+from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
-from recipe.evaluation.verdict import ENOUGH_TO_JUDGE, Scale, direction, judge_scale, judged, model_name, role_of, scale
+from recipe.evaluation.significance import ENOUGH_TO_JUDGE, direction, judged, standing
+from recipe.evaluation.verdict import Scale, judge_scale, model_name, role_of, scale
 
 FURTHER_MODELS = 2  # in one table of the terminal: it then fits into 80 characters
 
@@ -44,8 +46,9 @@ def _row(
         "tuned": units.value(score["tuned"]),
         "change": units.change(score["delta"]),
         "interval": units.interval(score),
-        "direction": direction(score),
+        "direction": standing(score),
         "word": direction_word(score),
+        "reason": score.get("reason", ""),
         "others": [
             {
                 "value": units.value(other["tuned"]),
@@ -64,16 +67,19 @@ def covers_all(score: Mapping[str, Any], n: int) -> bool:
 
 def direction_word(score: Mapping[str, Any]) -> str:
     """The direction of a difference as a table says it, or why there is none."""
-    result = direction(score)
+    result = standing(score)
     if result == "unclear":
+        if direction(score) != "unclear":
+            return "may be chance"  # of so many differences
         return "too few" if score["n"] < ENOUGH_TO_JUDGE else "not significant" if score["ci95"] else "no interval"
     return "" if result == "neutral" else result
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
-    """Print `metrics.json`: the scores of each split, base beside tuned, further models, and exact match by family.
+    """Print `metrics.json`: the scores of each split, base beside tuned, further models, the headline score by family.
 
-    A score that does not cover all records has their number behind its name, or behind that of a further model.
+    Why a score has no value, or is not compared, stands below them. A score that does not cover all records has their
+    number behind its name, or behind that of a further model.
     """
     columns = {"baseline": "base", "tuned": "tuned", "change": "change", "interval": "95 % interval"}
     if all(score["baseline"] is None for part in metrics["splits"].values() for score in part["metrics"].values()):
@@ -88,28 +94,38 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
                 rows.append([records, name + count, *(row[column] for column in columns)])
                 further.append([records, name, *(f"{o['value']} {o['over']}".strip() for o in row["others"])])
     names = ["split (records)", "score"]
-    print_table("Scores", [*names, *columns.values()], rows, text_columns=2)
+    print_table("Scores", [*names, *columns.values()], rows, text_columns=2, caption=_reasons(metrics["splits"]))
     models = [model_name(label) for label in metrics["other_models"]]
     for start in range(0, len(models), FURTHER_MODELS):
         end = start + FURTHER_MODELS
         rows = [row[:2] + row[2 + start : 2 + end] for row in further]
         print_table("Further models", [*names, *models[start:end]], rows, text_columns=2)
-    _print_families(metrics["splits"])
+    _print_families(metrics["splits"], headline_of(metrics))
 
 
-def _print_families(splits: Mapping[str, Mapping[str, Any]]) -> None:
+def _reasons(splits: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why scores have no value or are not compared, one line for each reason."""
+    names: dict[str, dict[str, None]] = {}  # reason → scores
+    for part in splits.values():
+        for name, score in {**part["metrics"], **part["behaviour"]}.items():
+            if score.get("reason"):
+                names.setdefault(score["reason"], {})[name] = None
+    return "\n".join(f"{', '.join(scores)}: {reason}" for reason, scores in names.items()) or None
+
+
+def _print_families(splits: Mapping[str, Mapping[str, Any]], headline: str) -> None:
     families = dict.fromkeys(family for part in splits.values() for family in part["families"])
     rows = []
     for family in families:
         cells = [str(family)]
         for part in splits.values():
             entry = part["families"].get(family)
-            match = score_row("exact_match", entry["metrics"]["exact_match"], entry["n"]) if entry else {}
+            match = score_row(headline, entry["metrics"][headline], entry["n"]) if entry else {}
             cells += [match.get(column, "") for column in ("n", "baseline", "tuned")]
         rows.append(cells)
     if rows:
         headings = ["family", *(heading for split in splits for heading in (f"{split}: n", "base", "tuned"))]
-        print_table("Exact match by family", headings, rows)
+        print_table(f"{MEASURES[headline].title} by family", headings, rows)
 
 
 def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:

@@ -7,17 +7,23 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from recipe.evaluation.comparison import is_not_a_number
+from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
+from recipe.evaluation.significance import (
+    ENOUGH_TO_JUDGE,
+    Direction,
+    Kind,
+    differences,
+    direction,
+    judged,
+    standing,
+)
 
-Direction = Literal["better", "worse", "unclear", "neutral", "missing"]
-Kind = Literal["score", "family"]
-SPELLED_OUT = ("exact_match", "reference_loss", "perplexity")  # titles that are words, not names
+SPELLED_OUT = ("exact_match", "reference_loss", "perplexity", "bits_per_byte")  # titles that are words, not names
 FEW_EXAMPLES = 100  # below, an interval is so wide that only large differences can be shown
-# bootstrap intervals of a few records are too narrow: for two equal models they exclude 0 in up to 48 % of data sets of
-# 2 records, 15 % of 5, 10 % of 10, 7.5 % of 20, and in the expected 5 % from 100 records up
-ENOUGH_TO_JUDGE = 20
 ENDINGS = {  # of responses, by `stop_reason`, that may lack their end
     "length": "reached the limit of --max_new_tokens",
     "context": "reached the end of the context",
@@ -57,6 +63,7 @@ PERCENT = Scale()
 SCALES = {
     "reference_loss": Scale(1, 3, "", "nats/token", "nats/token"),
     "perplexity": Scale(1, 2, "", "", ""),
+    "bits_per_byte": Scale(1, 3, "", "bits/byte", "bits/byte"),
     "length_ratio": Scale(1, 2, "", "", ""),
 }
 
@@ -82,16 +89,6 @@ def model_name(label: str) -> str:
     return {"baseline": "Base", "tuned": "Tuned"}.get(label, role_of(label))
 
 
-def headline_metric(scores: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The score that decides the verdict: exact match, or the next that is not missing and not zero for both models.
-
-    A score that is zero for both does not tell which is better. None if all are missing.
-    """
-    measured = [name for name, score in scores.items() if score["tuned"] is not None]
-    nonzero = [name for name in measured if scores[name]["tuned"] or scores[name]["baseline"]]
-    return next(iter([*nonzero, *measured]), None)
-
-
 def weakest_first(families: Mapping[str, Any], name: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Families by the change of a score, or by the score itself where nothing is compared; missing ones last."""
 
@@ -101,28 +98,6 @@ def weakest_first(families: Mapping[str, Any], name: str) -> list[tuple[str, Map
         return math.inf if value is None else value if score["better"] == "higher" else -value
 
     return sorted(families.items(), key=strength)
-
-
-def direction(score: Mapping[str, Any]) -> Direction:
-    """Whether the 95 % interval of a difference excludes 0, and on which side; unclear below `ENOUGH_TO_JUDGE` records.
-
-    >>> direction({"baseline": 0.1, "tuned": 0.3, "delta": 0.2, "ci95": [0.1, 0.3], "better": "higher", "n": 200})
-    'better'
-    """
-    if score["tuned"] is None:
-        return "missing"
-    if score["delta"] is None or score["better"] is None:
-        return "neutral"
-    if score["ci95"] is None or score["n"] < ENOUGH_TO_JUDGE:
-        return "unclear"
-    low, high = score["ci95"] if score["better"] == "higher" else (-score["ci95"][1], -score["ci95"][0])
-    return "better" if low > 0 else "worse" if high < 0 else "unclear"
-
-
-def judged(score: Mapping[str, Any]) -> dict[str, Any]:
-    """A judge's score as `direction` takes it: higher is better; `n` are the records that surely have both scores."""
-    lacking = sum(score["n"] - score["scored"][label] for label in ("baseline", "tuned") if label in score["scored"])
-    return {**score, "better": "higher", "n": max(0, score["n"] - lacking)}
 
 
 @dataclass(frozen=True)
@@ -145,19 +120,23 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
     The tuned model is better: exact match 25.0 % → 75.0 % on 200 records (+50.0 points, 95 % interval +40.0 to +60.0).
     """
     split = split or next(iter(metrics["splits"]))
-    part = metrics["splits"][split]
-    name = headline_metric(part["metrics"])
-    if name is None:
-        return Verdict(f"Nothing was measured: every score of {_records(part['n'], split)} is missing.", "missing")
+    part, name = metrics["splits"][split], headline_of(metrics)
     score, units = part["metrics"][name], scale(name)
     label = MEASURES[name].title
     label = label.lower() if name in SPELLED_OUT else label
+    records = _records(score["n"] or part["n"], split)
+    compared = score["delta"] is not None
+    if score["tuned"] is None or (not compared and score["baseline"] is not None):
+        reason = f": {score['reason']}" if score.get("reason") else ""
+        pair = [units.value(score[side]) for side in ("baseline", "tuned")]
+        state = "is missing" if score["tuned"] is None else f"({' → '.join(pair)}) is not compared"
+        what = f"{label}, the headline score, {state} on {records}"
+        return Verdict(f"No verdict: {what}{reason}.", "missing")
     value = f"{units.value(score['tuned'])} {units.unit}".strip()
-    records = _records(score["n"], split)
     interval = f"95 % interval {units.interval(score)}" if score["ci95"] else "no interval"
     result = direction(score)
-    if score["delta"] is None:
-        sentence = f"The tuned model reaches {label} {value} on {records} ({interval}); there is no baseline"
+    if not compared:
+        sentence = f"The tuned model reaches {label} {value} on {records} ({interval}); {_no_baseline(metrics, score)}"
     else:
         lead = f"The tuned model is {result}" if result in ("better", "worse") else "No significant difference"
         change = f"{units.change(score['delta'])} {units.unit_of_change}".strip()
@@ -166,6 +145,11 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
         if score["n"] < ENOUGH_TO_JUDGE:
             sentence += f"; fewer than {ENOUGH_TO_JUDGE} records are too few to show one"
     return Verdict(f"{sentence}.", result)
+
+
+def _no_baseline(metrics: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    asked = "baseline" in metrics.get("provenance", {}).get("models", {}) and score.get("reason")
+    return f"it is missing for the base model: {score['reason']}" if asked else "there is no baseline"
 
 
 @dataclass(frozen=True)
@@ -179,25 +163,35 @@ class Finding:
 
 
 def findings(metrics: Mapping[str, Any], wanted: Direction) -> list[Finding]:
-    """All scores, families (by the headline score) and judge means of the wanted direction, on any split."""
-    found: dict[tuple[Kind, str], Finding] = {}
-    for kind, label, units, split, score in _differences(metrics):
-        if direction(score) == wanted:
-            finding = found.setdefault((kind, label), Finding(kind, label, units.unit_of_change))
+    """All scores, families (by the headline score) and judge means that stand in the wanted direction, on any split.
+
+    The chance that any of them is there though the models are equal is at most 5 % (see `significance.adjust`).
+    """
+    found: dict[tuple[str, str], Finding] = {}
+    for kind, name, split, score in differences(metrics):
+        if standing(judged(score) if kind == "judge" else score) == wanted:
+            label, units = _label_and_units(metrics, kind, name, score)
+            shown: Kind = "family" if kind == "family" else "score"
+            finding = found.setdefault((shown, label), Finding(shown, label, units.unit_of_change))
             finding.changes[split] = units.change(score["delta"])
     return list(found.values())
 
 
-def _differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Kind, str, Scale, str, Mapping[str, Any]]]:
-    for split, part in metrics["splits"].items():
-        for name, score in {**part["metrics"], **part["behaviour"]}.items():
-            yield "score", MEASURES[name].title, scale(name), split, score
-        headline = headline_metric(part["metrics"])
-        if headline:
-            for family, entry in part["families"].items():
-                yield "family", str(family), scale(headline), split, entry["metrics"][headline]
-    for prompt, score in ((metrics["judge"] or {}).get("scores") or {}).items():
-        yield "score", f"Judge, {prompt}", judge_scale(score), next(iter(metrics["splits"])), judged(score)
+def _label_and_units(metrics: Mapping[str, Any], kind: Kind, name: str, score: Mapping[str, Any]) -> tuple[str, Scale]:
+    if kind == "judge":
+        return f"Judge, {name}", judge_scale(score)
+    return (name, scale(headline_of(metrics))) if kind == "family" else (MEASURES[name].title, scale(name))
+
+
+def looked_at(metrics: Mapping[str, Any]) -> str:
+    """How many differences were tested together, as a sentence."""
+    count = metrics.get("comparisons", 0)
+    if count < 2:
+        return ""
+    return (
+        f"{count:,} differences were looked at. What is listed holds for all of them together: if the models were "
+        "equal, any would be listed in at most 5 % of evaluations (Holm's method)."
+    )
 
 
 def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str]:
@@ -208,6 +202,7 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
         *(_judge_gaps(metrics["judge"]) if metrics["judge"] else ()),
         *_cut_answers(predictions, labels),
         *_not_greedy(metrics["provenance"]),
+        *_losses_that_are_no_numbers(metrics, predictions, labels),
     ]
 
 
@@ -221,13 +216,18 @@ def _small_splits(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def _incomplete_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
     for split, part in metrics["splits"].items():
-        titles: dict[int, list[str]] = {}  # records that have a score → the scores
+        titles: dict[int | str, list[str]] = {}  # records that have a score, or why none counts → the scores
         for name, score in {**part["metrics"], **part["behaviour"]}.items():
-            titles.setdefault(0 if score["tuned"] is None else score["n"], []).append(MEASURES[name].title)
-        for n, names in titles.items():
-            if n < part["n"]:
+            # known on both sides and not compared, or missing: with the reason; else on how many records
+            unknown = score["tuned"] is None or (score["baseline"] is not None and score["delta"] is None)
+            why = score.get("reason", 0) if unknown else score["n"]
+            titles.setdefault(why, []).append(MEASURES[name].title)
+        for why, names in titles.items():
+            if isinstance(why, str):
+                yield f"{', '.join(names)}: no value or no comparison on {_records(part['n'], split)}: {why}."
+            elif why < part["n"]:
                 yield (
-                    f"{', '.join(names)}: measured on {n:,} of the {_records(part['n'], split)} "
+                    f"{', '.join(names)}: measured on {why:,} of the {_records(part['n'], split)} "
                     "(values are missing, or records are longer than the model's context)."
                 )
 
@@ -268,6 +268,22 @@ def _cut_answers(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
 def _not_greedy(provenance: Mapping[str, Any]) -> Iterator[str]:
     for label, fields in provenance.get("left_out", {}).items():
         yield f"The server of the {role_of(label)} model does not accept {', '.join(fields)}; its own settings decoded."
+
+
+def _losses_that_are_no_numbers(
+    metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
+) -> Iterator[str]:
+    """Where a model's outputs were NaN or infinite: its reference has tokens, but no loss."""
+    for label in labels:
+        answers = [prediction[label] for prediction in predictions]
+        broken = sum(map(is_not_a_number, answers))
+        if broken:
+            dtype = metrics["provenance"].get("generation", {}).get("dtype", "their dtype")
+            yield (
+                f"{broken:,} of {len(answers):,} references gave the {role_of(label)} model outputs that are no finite "
+                "numbers (NaN or infinite), so its answers mean nothing there. Its weights are finite, but not what it "
+                f"computes in {dtype}: evaluate again with --dtype float32."
+            )
 
 
 def _reasons(score: Mapping[str, Any]) -> str:

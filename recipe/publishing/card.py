@@ -238,7 +238,7 @@ def evaluation_parts(evaluation: Evaluation) -> dict[str, Any]:
     from recipe.evaluation.comparison import labels_of
     from recipe.evaluation.report.page import pairs_sentence
     from recipe.evaluation.tables import judge_table, score_row
-    from recipe.evaluation.verdict import cautions, findings, verdict
+    from recipe.evaluation.verdict import cautions, findings, looked_at, verdict
 
     metrics, predictions, _ = evaluation
     held_out = [split for split in metrics["splits"] if split not in ("train", "all")] or list(metrics["splits"])
@@ -248,6 +248,7 @@ def evaluation_parts(evaluation: Evaluation) -> dict[str, Any]:
         **metrics["provenance"]["models"],
         "verdicts": [verdict(metrics, split).sentence for split in metrics["splits"]],
         "worse": findings(metrics, "worse"),
+        "looked_at": looked_at(metrics),
         "score_row": score_row,
         "judge_rows": judge_table(metrics["judge"]),
         "pairs": pairs_sentence((metrics["judge"] or {}).get("pairwise")),

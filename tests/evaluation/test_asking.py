@@ -57,7 +57,8 @@ FAMILIES = {
         ["<bos>", "<start_of_turn>", "<end_of_turn>"],
         "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
     "Phi 3": (
         ["<|user|>", "<|assistant|>", "<|end|>"],
@@ -227,7 +228,7 @@ def test_each_of_several_models_is_asked_in_its_own_template(evaluate, data, tmp
     assert {model["template_name"] for model in models["given"].values()} == {"phi3"}
     page = (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
     assert "asked in the tuned model&#39;s template" in page and page.count("asked in its own template") == 2
-    with pytest.raises(UserError, match="another model 'baseline', model 'tuned', model 'second'"):
+    with pytest.raises(UserError, match="another model 'baseline', template of 'baseline', template of 'tuned'"):
         evaluate("--model", first, second, "--baseline", instruct, *flags, tmp_path / "one", "--template", "phi3")
 
 

@@ -40,7 +40,7 @@ FOUR = [
 
 def with_losses(predictions: list[dict], **losses: list) -> list[dict]:
     """Reference losses of each label, (nats, tokens) or None."""
-    changed = copy.deepcopy(predictions)
+    changed = [copy.deepcopy(line) for line in predictions]
     for label, values in losses.items():
         for line, value in zip(changed, values, strict=True):
             nats, tokens = value or (None, None)
@@ -54,11 +54,12 @@ def test_scores_by_hand():
     assert list(scores) == ["n", "metrics", "behaviour", "families", "outcomes"]
     assert scores["n"] == 4
     assert list(scores["metrics"]) == [
-        "exact_match", "token_f1", "rouge_l", "chrf", "bleu", "reference_loss", "perplexity",
+        "exact_match", "token_f1", "rouge_l", "chrf", "bleu", "reference_loss", "perplexity", "bits_per_byte",
     ]  # fmt: skip
     assert list(scores["behaviour"]) == ["stop_rate", "length_ratio", "distinct_2", "repeated_4grams", "empty_rate"]
     match = scores["metrics"]["exact_match"]
-    # 4 drawn of differences 1, 0, 0, 1: none or all of them 1 with a chance of 1/16 each
+    # 4 drawn of differences 1, 0, 0, 1: none or all of them 1 with a chance of 1/16 each; signs agree in half the cases
+    assert match.pop("p") == pytest.approx(0.5, abs=0.02)
     assert match == {
         "baseline": 0.25, "tuned": 0.75, "delta": 0.5, "ci95": [0.0, 1.0], "better": "higher", "n": 4,
     }  # fmt: skip
@@ -70,7 +71,7 @@ def test_scores_by_hand():
     of_plural = scores["families"]["plural"]["metrics"]
     assert list(of_plural) == list(METRICS)
     assert (of_plural["exact_match"]["baseline"], of_plural["exact_match"]["tuned"]) == (0.5, 1.0)
-    assert compare(FOUR) == scores
+    assert compare(FOUR)["metrics"]["chrf"] == scores["metrics"]["chrf"]
 
 
 def test_the_same_scores_with_the_sides_changed_lose_where_they_won():
@@ -132,7 +133,8 @@ def test_real_predictions_against_an_echo_of_the_input(real_responses):
             assert scores["metrics"][name][label] == pytest.approx(expected, abs=1e-9)
     assert scores["behaviour"]["stop_rate"]["tuned"] is None
     assert scores["metrics"]["perplexity"] == {
-        "baseline": None, "tuned": None, "delta": None, "ci95": None, "better": "lower", "n": 0,
+        "baseline": None, "tuned": None, "delta": None, "ci95": None, "p": None, "better": "lower", "n": 0,
+        "reason": "the likelihood of the references is not known, as of served and of recorded answers",
     }  # fmt: skip
 
 
@@ -155,6 +157,40 @@ def test_a_side_without_any_loss_is_missing_alone():
     loss = compare(lines)["metrics"]["reference_loss"]
     assert (loss["baseline"], loss["tuned"], loss["delta"], loss["n"]) == (None, 6 / 5, None, 3)
     assert loss["ci95"][0] < 6 / 5 < loss["ci95"][1]
+
+
+# --- tokenizers that differ -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["counts", "hashes"])
+def test_losses_per_token_of_different_tokenizers_are_not_compared(how):
+    """The same nats over twice as many tokens look like half the loss; the bits per byte are the same."""
+    tokens = {"counts": 6, "hashes": 3}[how]
+    lines = with_losses([dict(line) for line in FOUR * 10], baseline=[(9, 3)] * 40, tuned=[(9, tokens)] * 40)
+    for number, line in enumerate(lines):
+        line["id"] = str(number)
+    scores = compare(lines, tokenizers={"baseline": "a", "tuned": "b"} if how == "hashes" else None)
+    for part in (scores, *scores["families"].values()):
+        loss, perplexity, bits = (part["metrics"][name] for name in ("reference_loss", "perplexity", "bits_per_byte"))
+        assert (loss["baseline"], loss["tuned"]) == (3, 9 / tokens)
+        assert loss["delta"] is loss["ci95"] is loss["p"] is perplexity["tuned"] is perplexity["baseline"] is None
+        assert "tokenizers differ" in loss["reason"] and "bits per byte" in perplexity["reason"]
+        assert bits["delta"] == 0 and "reason" not in bits
+    text = "".join(line["output"] for line in lines)
+    assert scores["metrics"]["bits_per_byte"]["tuned"] == pytest.approx(9 * 40 / math.log(2) / len(text.encode()))
+
+
+@pytest.mark.parametrize("tokenizers", [None, {"baseline": "a", "tuned": "a"}, {"baseline": None, "tuned": "a"}])
+def test_losses_per_token_of_one_tokenizer_are_compared(tokenizers):
+    lines = with_losses(FOUR, baseline=[(9, 3)] * 4, tuned=[(3, 3)] * 4)
+    metrics = compare(lines, tokenizers=tokenizers)["metrics"]
+    assert metrics["reference_loss"]["delta"] == -2 and metrics["perplexity"]["delta"] < 0
+
+
+def test_losses_that_are_no_numbers_say_so():
+    lines = with_losses(FOUR, baseline=[(9, 3)] * 4, tuned=[(None, 3)] * 4)
+    metrics = compare(lines)["metrics"]
+    assert "NaN or infinite" in metrics["reference_loss"]["reason"] and "NaN" in metrics["bits_per_byte"]["reason"]
 
 
 def test_one_unknown_stop_reason_leaves_no_stop_rate():
@@ -182,6 +218,7 @@ def test_nothing_that_json_cannot_hold(text):
     scores = compare([{**line, "family": line["id"]} for line in lines])
     json.dumps(scores, allow_nan=False)
     assert scores["metrics"]["perplexity"]["tuned"] is None  # more than a float can hold
+    assert scores["metrics"]["perplexity"]["reason"] == "it is larger than a number can be"
     assert scores["families"]["b"]["metrics"]["exact_match"]["ci95"] is None  # one example has no spread
 
 
@@ -262,7 +299,7 @@ def test_intervals_cover_the_true_difference():
     truth = {"exact_match": 0.3 * 0.75, "reference_loss": 1 / 0.9 - 1 / 0.6}
     expected = {
         label: np.concatenate([(mean_length - np.arange(4)) * per_order * 0.75 * s, mean_length - np.arange(4),
-                               [mean_length, mean_length + 1]])
+                               [mean_length, mean_length + 1, mean_length - 2]])
         for label, s in skill.items()
     }  # fmt: skip
     bleu = {label: float(METRICS["bleu"].from_sums(sums, 1)) for label, sums in expected.items()}
@@ -279,7 +316,7 @@ def test_intervals_cover_the_true_difference():
                 "exact_match": (generator.uniform(size=n) < ease * s).astype(float)[:, None],
                 "reference_loss": np.column_stack([nats, length]),
                 "bleu": np.column_stack(
-                    [generator.binomial(totals, per_order * ease[:, None] * s), totals, length, length + 1]
+                    [generator.binomial(totals, per_order * ease[:, None] * s), totals, length, length + 1, length - 2]
                 ),
             }
         scores = paired_scores(measures, sides["tuned"], sides["baseline"], resamples=1000, seed=seed)

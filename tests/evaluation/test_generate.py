@@ -200,7 +200,7 @@ def test_another_evaluation_in_the_folder_is_refused_unless_asked(tmp_path, eval
     for changed, word in (
         (("--model", DEMO / "base", *flags), "model 'tuned'"),
         (("--model", other_model, *flags, "--max_new_tokens", "5"), "generation"),
-        (("--model", other_model, *flags, "--template", "phi3"), "template"),
+        (("--model", other_model, *flags, "--template", "phi3"), "template of 'tuned'"),
         (("--model", other_model, *flags, "--data", TEST), "data_hash"),
     ):
         with pytest.raises(UserError, match=f"with another {word}; add --overwrite_output_dir"):
@@ -303,7 +303,8 @@ def test_a_served_model_answers_as_its_weights_do(tmp_path, evaluate, few, serve
         assert row["tuned"]["stop_reason"] == row["baseline"]["stop_reason"]
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["metrics"]["chrf"]["ci95"] == [0, 0]
-    assert metrics["provenance"]["models"]["tuned"] == {"name": served_demo, "weights": None}
+    described = {"name": served_demo, "weights": None, "tokenizer": None, "template": None}
+    assert metrics["provenance"]["models"]["tuned"] == {**described, "template_name": "chat messages"}
 
 
 def test_an_endpoint_that_answers_half_of_the_prompts_keeps_these_answers(tmp_path, evaluate, few):

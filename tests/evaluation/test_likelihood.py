@@ -1,18 +1,22 @@
 """Reference losses against Hugging Face's own loss and against the trainer's evaluation."""
 
+import math
+
 import pytest
 import torch
 from conftest import DEMO
 from tokenizer_kinds import byte_level
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import encode_records, load_records
-from recipe.evaluation.likelihood import reference_losses
-from recipe.evaluation.metrics import Perplexity, ReferenceLoss
-from recipe.generation import generate_responses
+from recipe.evaluation.comparison import is_not_a_number
+from recipe.evaluation.generate import as_answer
+from recipe.evaluation.likelihood import reference_losses, tokenizer_hash
+from recipe.evaluation.metrics import BitsPerByte, Perplexity, ReferenceLoss
+from recipe.generation import Response, generate_responses
 from recipe.templates import load_template
 from recipe.tokens import prompt_ids
 from recipe.trainer import InstructionTrainer
@@ -125,15 +129,20 @@ def test_what_exceeds_the_context_is_none_and_the_others_stay(demo_model, demo_t
     assert reference_losses(demo_model, demo_tokenizer, prompts[2:], references[2:]) == [None]
 
 
-def test_a_loss_that_is_not_finite_is_none(demo_model, demo_tokenizer, pairs):
+def test_a_loss_that_is_not_finite_is_told_from_one_that_does_not_fit(demo_model, demo_tokenizer, pairs):
     with torch.no_grad():
         demo_model.transformer.wpe.weight[60:] = float("nan")
     lengths = [
         len(demo_tokenizer(p)["input_ids"]) + len(demo_tokenizer(r)["input_ids"]) for p, r in zip(*pairs, strict=True)
     ]
     found = reference_losses(demo_model, demo_tokenizer, *pairs, batch_size=1)  # padding would take part in the NaN
-    assert [loss is None for loss in found] == [length > 60 for length in lengths]
-    assert 0 < found.count(None) < len(found)
+    assert all(loss is not None and loss[1] > 0 for loss in found)
+    broken = [math.isnan(nats) for nats, _ in found]
+    assert broken == [length > 60 for length in lengths]
+    assert 0 < sum(broken) < len(found)
+    told = [as_answer(Response("", [], "eos", 0.0), loss) for loss in found]
+    assert [is_not_a_number(answer) for answer in told] == broken
+    assert not is_not_a_number(as_answer(Response("", [], "context", 0.0), None))
 
 
 def test_half_precision_weights_still_give_float32_losses(demo_model, demo_tokenizer, pairs):
@@ -197,3 +206,56 @@ def test_loss_of_records_with_special_token_text_is_the_sum_by_hand(begins):
         nats = -sum(steps[len(prompt) - 1 + n, target].item() for n, target in enumerate(targets))
         assert loss == pytest.approx((nats, len(targets)), rel=1e-5)
         assert greedy[0, len(prompt) :].tolist()[: len(response.token_ids)] == response.token_ids
+
+
+# --- between tokenizers ---------------------------------------------------------------------------------------------
+
+
+def test_bits_per_byte_are_the_log2_probabilities_per_byte_of_text(demo_model, demo_tokenizer, pairs):
+    """The sum of -log2 of each target's probability, one by one, the end-of-text token's too; and the text's bytes."""
+    prompts, references = first(pairs, 6)
+    references[1], references[2] = "Größe: 3 µm", "水"
+    found = reference_losses(demo_model, demo_tokenizer, prompts, references)
+    bits = 0.0
+    for prompt, reference in zip(prompts, references, strict=True):
+        ids = demo_tokenizer(prompt)["input_ids"]
+        for token in [*demo_tokenizer(reference)["input_ids"], demo_tokenizer.eos_token_id]:
+            with torch.no_grad():
+                probability = demo_model.eval()(torch.tensor([ids])).logits[0, -1].softmax(-1)[token]
+            bits -= math.log2(probability)
+            ids.append(token)
+    expected = bits / sum(len(reference.encode("utf-8")) for reference in references)
+    score = BitsPerByte().compute(loss_sums=[nats for nats, _ in found], references=references)
+    assert score["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_reference_loss_and_bits_per_byte_are_lm_evals_on_the_same_requests(demo_model, demo_tokenizer, pairs):
+    """lm-eval would score the reference without its end, and with the prompt's last newline: it gets the token ids."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.metrics import bits_per_byte
+    from lm_eval.models.huggingface import HFLM
+
+    prompts, references = first(pairs, 8)
+    end = demo_tokenizer.eos_token_id
+    model = HFLM(pretrained=demo_model.eval(), tokenizer=demo_tokenizer, batch_size=4, device="cpu")
+    requests = [
+        ((prompt, reference), demo_tokenizer(prompt)["input_ids"], [*demo_tokenizer(reference)["input_ids"], end])
+        for prompt, reference in zip(prompts, references, strict=True)
+    ]
+    theirs = [log_likelihood for log_likelihood, _ in model._loglikelihood_tokens(requests, disable_tqdm=True)]
+    found = reference_losses(demo_model, demo_tokenizer, prompts, references)
+    assert [nats for nats, _ in found] == pytest.approx([-value for value in theirs], rel=1e-4)
+    weighted = [(value, len(reference.encode())) for value, reference in zip(theirs, references, strict=True)]
+    score = BitsPerByte().compute(loss_sums=[nats for nats, _ in found], references=references)
+    assert score["bits_per_byte"] == pytest.approx(bits_per_byte(weighted), rel=1e-4)
+
+
+def test_a_tokenizer_is_known_by_how_it_splits_text_and_not_by_its_special_tokens(demo_tokenizer, gpt2_tokenizer):
+    again = AutoTokenizer.from_pretrained(DEMO / "base")
+    assert tokenizer_hash(again) == tokenizer_hash(demo_tokenizer) != tokenizer_hash(gpt2_tokenizer)
+    again.add_special_tokens({"pad_token": "<pad>"})
+    again.padding_side, again.chat_template = "left", "{{ messages }}"
+    assert tokenizer_hash(again) == tokenizer_hash(demo_tokenizer)
+    again.add_tokens(["sheep"])
+    assert again.tokenize("sheep") == ["sheep"] != demo_tokenizer.tokenize("sheep")
+    assert tokenizer_hash(again) != tokenizer_hash(demo_tokenizer)

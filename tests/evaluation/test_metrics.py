@@ -8,6 +8,7 @@ import pytest
 
 from recipe.evaluation.measures import BEHAVIOUR, METRICS, score_responses
 from recipe.evaluation.metrics import (
+    BitsPerByte,
     Bleu,
     ChrF,
     Distinct2,
@@ -31,6 +32,7 @@ EXAMPLES = [  # metric, columns, score
     (Bleu, {"predictions": ["a b c d"], "references": ["a b c d"]}, 1.0),
     (ReferenceLoss, {"loss_sums": [2.0, 4.0, None], "token_counts": [1, 3, None]}, 1.5),
     (Perplexity, {"loss_sums": [0.0, 0.0], "token_counts": [1, 3]}, 1.0),
+    (BitsPerByte, {"loss_sums": [math.log(2) * 6, None], "references": ["né", "x"]}, 2.0),  # 6 bits, 3 bytes
     (StopRate, {"stop_reasons": ["eos", "eos", "length", "context"]}, 0.5),
     (LengthRatio, {"predictions": ["one two three"], "references": ["one two"]}, 1.5),
     (Distinct2, {"predictions": ["a b a b", "a b"]}, 0.5),  # "a b", "b a" of four
@@ -59,7 +61,7 @@ def test_each_metric_scores_its_example(metric, columns, expected):
 
 def test_text_modules_combine_without_the_network(no_network):
     combined = evaluate.combine([ExactMatch(), TokenF1(), RougeL(), ChrF(), Bleu(), LengthRatio(), Distinct2()])
-    predictions, references = ["A cat.", "He goes."], ["The cat.", "He goes."]
+    predictions, references = ["A cat.", "He goes home."], ["The cat.", "He goes home."]
     result = combined.compute(predictions=predictions, references=references)
     assert (result["exact_match"], result["token_f1"], result["rouge_l"]) == (0.5, 1.0, 0.75)
     assert result == {name: score_responses(predictions, references)[name] for name in result}
@@ -87,6 +89,8 @@ def test_batches_may_be_added_one_after_another():
 
 
 def test_what_is_not_known_is_none():
+    assert Bleu().compute(predictions=["Paris"], references=["Paris"]) == {"bleu": None}
+    assert BitsPerByte().compute(loss_sums=[None], references=["x"]) == {"bits_per_byte": None}
     assert StopRate().compute(stop_reasons=["eos", None]) == {"stop_rate": None}
     assert Perplexity().compute(loss_sums=[None], token_counts=[None]) == {"perplexity": None}
 

@@ -315,6 +315,25 @@ def test_a_view_can_be_shared_by_its_address(browser, report):
         assert page.locator("#shown").text_content() == "120 examples"
 
 
+def test_the_page_says_what_was_looked_at_and_why_a_score_is_missing(browser, tmp_path):
+    predictions = make_predictions(150)
+    for prediction in predictions:
+        prediction["output"] = prediction["output"].split()[-1]  # one word: no 4-gram
+        del prediction["tuned"]["stop_reason"]
+    metrics = make_metrics(predictions)
+    metrics["provenance"]["headline"] = "chrf"
+    write_report(tmp_path, predictions, metrics)
+    with opened(browser, tmp_path / "report.html") as page:
+        said = page.locator("main").text_content().replace("\N{NO-BREAK SPACE}", " ")
+        assert f"{metrics['comparisons']} differences were looked at" in said
+        assert (
+            page.locator("#scores tr", has_text="BLEU").first.locator(".why").text_content().startswith("no reference")
+        )
+        assert page.locator("#scores tr", has_text="Stop rate").first.locator(".why").count() == 1
+        assert "scored higher in chrF" in said and "chrF by family" in said
+        assert "chrF" in page.locator("h1").text_content()
+
+
 def test_the_got_worse_card_leads_to_the_examples(browser, report, evaluation, scores):
     predictions, _, _ = evaluation
     base, tuned = scores["baseline"]["exact_match"], scores["tuned"]["exact_match"]
@@ -531,7 +550,7 @@ def test_scores_over_a_part_of_the_records_have_their_number(browser, tmp_path):
     predictions = make_predictions(150, models=MODELS)
     for number, prediction in enumerate(predictions):
         if number >= 50:
-            prediction["tuned"]["reference_loss"] = None
+            prediction["tuned"]["reference_loss"] = prediction["tuned"]["reference_tokens"] = None
         if number == 0:
             prediction["checkpoint-300"]["reference_loss"] = None
     metrics = make_metrics(predictions)
@@ -542,14 +561,12 @@ def test_scores_over_a_part_of_the_records_have_their_number(browser, tmp_path):
         assert loss.locator("th .over").text_content() == "n 40 of 120"
         assert loss.locator("td .over").text_content() == "n 119"
         assert chrf.locator(".over").count() == 0
-        assert "Reference loss, Perplexity: measured on 40 of the 120 test records" in (
+        assert "Reference loss, Perplexity, Bits per byte: measured on 40 of the 120 test records" in (
             page.locator(".cautions").text_content().replace("\N{NO-BREAK SPACE}", " ")
         )
     # by family where the score in the headline is such a one
-    for prediction in predictions:
-        for label in MODELS:
-            prediction[label]["text"] = ""
-    write_report(tmp_path, predictions, make_metrics(predictions))
+    metrics["provenance"]["headline"] = "reference_loss"
+    write_report(tmp_path, predictions, metrics)
     with opened(browser, tmp_path / "report.html") as page:
         counts = page.locator("#scores .split").first.locator("table").nth(2).locator("tbody td:nth-child(2)")
         assert counts.count() == 4
@@ -567,13 +584,13 @@ def test_few_records_show_no_difference(browser, tmp_path):
         test, unseen = page.locator("#scores .split").all()  # 24 and 6 records
         assert test.locator("table").first.locator("tbody tr").first.locator(".word").text_content() == "▲ better"
         words = unseen.locator("table").first.locator(".word").all_text_contents()[1:]
-        assert words == ["○ too few"] * 7
+        assert words == ["○ too few"] * 8
         assert set(page.locator("#scores table").nth(2).locator("td.word").all_text_contents()) == {"○ too few"}
         assert page.locator("#judge td.word").first.text_content() == "○ too few"
         said = page.locator(".verdict").text_content().replace("\N{NO-BREAK SPACE}", " ")
         assert "on 6 test_unseen records" in said and "fewer than 20 records are too few to show one." in said
         assert "No family got significantly better." in page.locator(".card.better").text_content()
-    families = forest_groups(make_metrics(predictions)["splits"]["test"])["Families"]
+    families = forest_groups(make_metrics(predictions)["splits"]["test"], "exact_match")["Families"]
     assert {(score["ci95"][0] > 0, direction(score)) for _, score in families} == {(True, "unclear")}
 
 
@@ -819,9 +836,11 @@ def hostile(tmp_path_factory):
         "pairwise": summarize_pairs([row for row in rows if "order" in row], allow_missing=True),
     }  # fmt: skip
     metrics["provenance"] = {
-        "models": {name: {"name": everything, "weights": everything} for name in ("baseline", "tuned", label)},
-        "data": everything, "data_hash": everything, "splits": {everything: 1}, "template": everything,
-        "template_name": everything, "generation": {everything: everything, "max_new_tokens": 8}, "command": everything,
+        "models": {
+            name: {"name": everything, "weights": everything, "template_name": everything, "template": everything}
+            for name in ("baseline", "tuned", label)
+        },
+        "data": everything, "data_hash": everything, "splits": {everything: 1}, "generation": {everything: everything, "max_new_tokens": 8}, "command": everything,
         "versions": {everything: everything}, "hardware": everything,
     }  # fmt: skip
     write_report(folder, predictions, metrics, rows)

@@ -3,18 +3,9 @@
 import pytest
 from evaluation_samples import PROMPT, make_judge, make_judge_rows, make_metrics, make_predictions
 
+from recipe.evaluation.significance import ENOUGH_TO_JUDGE, direction, judged
 from recipe.evaluation.tables import score_row
-from recipe.evaluation.verdict import (
-    ENOUGH_TO_JUDGE,
-    PERCENT,
-    cautions,
-    direction,
-    findings,
-    judged,
-    model_name,
-    scale,
-    verdict,
-)
+from recipe.evaluation.verdict import PERCENT, cautions, findings, model_name, scale, verdict
 
 
 def make_score(baseline, tuned, ci95, better="higher", n=400):
@@ -22,10 +13,11 @@ def make_score(baseline, tuned, ci95, better="higher", n=400):
     return {"baseline": baseline, "tuned": tuned, "delta": delta, "ci95": ci95, "better": better, "n": n}
 
 
-def metrics_of(split="test", families=None, behaviour=None, judge=None, **scores):
-    n = next(iter(scores.values()))["n"]
+def metrics_of(split="test", families=None, behaviour=None, judge=None, headline="exact_match", **scores):
+    n = max(score["n"] for score in scores.values())
     part = {"n": n, "metrics": scores, "behaviour": behaviour or {}, "families": families or {}, "outcomes": {}}
-    return {**part, "splits": {split: part}, "judge": judge, "other_models": {}, "provenance": {}}
+    provenance = {"headline": headline, "models": {}}
+    return {**part, "splits": {split: part}, "judge": judge, "other_models": {}, "provenance": provenance}
 
 
 MISSING = {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better": "higher", "n": 0}
@@ -76,14 +68,46 @@ MISSING = {"baseline": None, "tuned": None, "delta": None, "ci95": None, "better
             "there is no baseline.",
             "neutral",
         ),
-        (  # zero for both says nothing about which is better
+        (  # zero for both says nothing, and the headline stays all the same
             {"exact_match": make_score(0.0, 0.0, [0.0, 0.0]), "chrf": make_score(0.25, 0.5, [0.125, 0.375])},
-            "The tuned model is better: chrF 25.0 % → 50.0 % on 400 test records "
-            "(+25.0 points, 95 % interval +12.5 to +37.5).",
-            "better",
+            "No significant difference: exact match 0.0 % → 0.0 % on 400 test records "
+            "(0.0 points, 95 % interval 0.0 to 0.0).",
+            "unclear",
+        ),
+        (
+            {
+                "headline": "chrf",
+                "exact_match": make_score(0.0, 0.5, [0.4, 0.6]),
+                "chrf": make_score(0.25, 0.25, [-0.1, 0.1]),
+            },
+            "No significant difference: chrF 25.0 % → 25.0 % on 400 test records "
+            "(0.0 points, 95 % interval −10.0 to +10.0).",
+            "unclear",
+        ),
+        (
+            {"headline": "bleu", "bleu": {**MISSING, "reason": "no reference has four words"}},
+            "No verdict: BLEU, the headline score, is missing on 400 test records: no reference has four words.",
+            "missing",
+        ),
+        (
+            {
+                "headline": "reference_loss",
+                "reference_loss": {
+                    **make_score(2.5, 0.5, None, "lower"),
+                    "delta": None,
+                    "reason": "the tokenizers differ",
+                },
+            },
+            "No verdict: reference loss, the headline score, (2.500 → 0.500) is not compared on 400 test records: "
+            "the tokenizers differ.",
+            "missing",
         ),
         (  # less is better, and the unit is another
-            {"exact_match": MISSING, "reference_loss": make_score(2.5, 0.5, [-2.25, -1.75], "lower")},
+            {
+                "headline": "reference_loss",
+                "exact_match": MISSING,
+                "reference_loss": make_score(2.5, 0.5, [-2.25, -1.75], "lower"),
+            },
             "The tuned model is better: reference loss 2.500 → 0.500 nats/token on 400 test records "
             "(−2.000 nats/token, 95 % interval −2.250 to −1.750).",
             "better",
@@ -100,7 +124,7 @@ def test_the_verdict_is_one_sentence(scores, sentence, way):
 def test_the_verdict_says_when_nothing_was_measured():
     metrics = metrics_of(exact_match=MISSING)
     assert verdict(metrics).direction == "missing"
-    assert verdict(metrics).sentence.startswith("Nothing was measured")
+    assert verdict(metrics).sentence == "No verdict: exact match, the headline score, is missing on 0 test records."
 
 
 def test_a_split_named_all_needs_no_name():
@@ -215,7 +239,7 @@ def test_cautions_name_scores_over_a_part_of_the_records():
             prediction["tuned"]["reference_loss"] = prediction["tuned"]["reference_tokens"] = None
     metrics = make_metrics(predictions)
     [said] = cautions(metrics, predictions, ["tuned"])
-    assert said.startswith("Reference loss, Perplexity: measured on 40 of the 400 test records")
+    assert said.startswith("Reference loss, Perplexity, Bits per byte: measured on 40 of the 400 test records")
     rows = metrics["splits"]["test"]["metrics"]
     assert score_row("perplexity", rows["perplexity"], 400)["over"] == "40 of 400"
     assert score_row("chrf", rows["chrf"], 400)["over"] == score_row("exact_match", MISSING, 400)["over"] == ""
@@ -240,7 +264,10 @@ def test_cautions_name_what_was_not_measured():
         if prediction["split"] == "test_unseen":
             del prediction["tuned"]["reference_loss"]
     said = " ".join(cautions(make_metrics(predictions), predictions, ["baseline", "tuned"]))
-    assert "Reference loss, Perplexity: measured on 0 of the 100 test_unseen records" in said
+    assert (
+        "Reference loss, Perplexity, Bits per byte: no value or no comparison on 100 test_unseen records: the "
+        "likelihood of the references is not known, as of served and of recorded answers."
+    ) in said
     assert "400 test records" not in said  # measured for the tuned model only: the table has no change
 
 

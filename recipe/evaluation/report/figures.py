@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from recipe.console import one_line
+from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
-from recipe.evaluation.verdict import PERCENT, direction, headline_metric, scale, weakest_first
+from recipe.evaluation.significance import standing
+from recipe.evaluation.verdict import PERCENT, scale, weakest_first
 from recipe.figures import (
     BASELINE_COLOR,
     LINE,
@@ -81,7 +83,7 @@ def draw_pictures(
     """The figures of the first split, by name, each also as `{name}.png`; PNGs of an earlier report are removed."""
     part = next(iter(metrics["splits"].values()))
     drawings: dict[str, tuple[Callable[[], Figure], str]] = {}  # name → how it is drawn, what it shows in words
-    if deltas := forest_groups(part):
+    if deltas := forest_groups(part, headline_of(metrics)):
         alt = "Forest plot of differences, tuned minus base, with 95 % intervals; the tables hold their values."
         drawings["deltas"] = partial(draw_deltas, deltas), alt
     if outcomes := outcome_counts(part, metrics["judge"]):
@@ -96,12 +98,11 @@ def draw_pictures(
     return {name: make_picture(draw, alt, output_dir / f"{name}.png") for name, (draw, alt) in drawings.items()}
 
 
-def forest_groups(part: Mapping[str, Any]) -> dict[str, list[LabelledScore]]:
+def forest_groups(part: Mapping[str, Any], headline: str) -> dict[str, list[LabelledScore]]:
     """Differences with an interval, by group: all scores in percent, and the headline score by family."""
     scores = [(MEASURES[name].title, score) for name, score in part["metrics"].items() if scale(name) is PERCENT]
     groups: dict[str, list[LabelledScore]] = {"Scores": scores}
-    headline = headline_metric(part["metrics"])
-    if headline and scale(headline) is PERCENT:
+    if scale(headline) is PERCENT:
         ranked = weakest_first(part["families"], headline)
         groups["Families"] = [(str(family), entry["metrics"][headline]) for family, entry in ranked]
     shown = {
@@ -123,7 +124,7 @@ def draw_deltas(groups: Mapping[str, Sequence[LabelledScore]]) -> Figure:
         )  # fmt: skip
         for label, score in scores:
             position += 1
-            color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(direction(score), MUTED)
+            color = {"better": TUNED_COLOR, "worse": WORSE_COLOR}.get(standing(score), MUTED)
             interval = [100 * bound for bound in score["ci95"]]
             axes.plot(interval, [position, position], color=color, linewidth=2, solid_capstyle="butt")
             face = "none" if color == MUTED else color  # hollow: not significant

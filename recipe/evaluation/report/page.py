@@ -16,16 +16,17 @@ from markupsafe import Markup
 from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
+from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
 from recipe.evaluation.report.figures import draw_pictures
+from recipe.evaluation.significance import ENOUGH_TO_JUDGE
 from recipe.evaluation.tables import judge_table, score_row
 from recipe.evaluation.verdict import (
-    ENOUGH_TO_JUDGE,
     PERCENT,
     cautions,
     findings,
-    headline_metric,
+    looked_at,
     model_name,
     verdict,
     weakest_first,
@@ -82,7 +83,8 @@ def write_report(
         verdicts=[verdict(metrics, split) for split in splits],
         better=findings(metrics, "better"),
         worse=findings(metrics, "worse"),
-        outcomes=metrics["splits"][splits[0]]["outcomes"].get("exact_match"),
+        looked_at=looked_at(metrics),
+        **turned(metrics["splits"][splits[0]]["outcomes"], headline_of(metrics)),
         cautions=cautions(metrics, of_first_split, labels),
         pictures=pictures,
         sections=[split_section(split, metrics, others) for split in splits],
@@ -127,19 +129,17 @@ def split_section(split: str, metrics: Mapping[str, Any], others: Sequence[str])
     """The tables of one split, as text."""
     part = metrics["splits"][split]
     further = [metrics["other_models"][label][split] for label in others]
-    headline = headline_metric(part["metrics"])
-    section: dict[str, Any] = {"name": split, "n": part["n"], "headline": None, "families": []}
+    headline = headline_of(metrics)
+    section: dict[str, Any] = {"name": split, "n": part["n"], "headline": MEASURES[headline].title, "families": []}
     for kind in ("metrics", "behaviour"):
         section[kind] = [
             score_row(name, score, part["n"], [other[kind][name] for other in further])
             for name, score in part[kind].items()
         ]
-    if headline:
-        section["headline"] = MEASURES[headline].title
-        for family, entry in weakest_first(part["families"], headline):
-            scores = [other["families"][family]["metrics"][headline] for other in further]
-            row = score_row(headline, entry["metrics"][headline], entry["n"], scores)
-            section["families"].append({**row, "title": str(family)})
+    for family, entry in weakest_first(part["families"], headline):
+        scores = [other["families"][family]["metrics"][headline] for other in further]
+        row = score_row(headline, entry["metrics"][headline], entry["n"], scores)
+        section["families"].append({**row, "title": str(family)})
     return section
 
 
@@ -157,6 +157,15 @@ def asked_in(template_name: str) -> str:
     if template_name == "chat messages":
         return template_name
     return f"{template_name} template" if template_name.startswith(("its", "the")) else f"the template {template_name}"
+
+
+def turned(outcomes: Mapping[str, Mapping[str, int]], headline: str) -> dict[str, Any]:
+    """On how many examples the headline score went up and down, or exact match where no single example has it."""
+    name = headline if headline in outcomes else "exact_match"
+    words = {"better": f"scored higher in {MEASURES[name].title}.", "worse": f"scored lower in {MEASURES[name].title}."}
+    if name == "exact_match":
+        words = {"better": "went from wrong to exactly right.", "worse": "went from exactly right to wrong."}
+    return {"outcomes": outcomes.get(name), "turned_by": name, "turned": words}
 
 
 def pairs_sentence(pairs: Mapping[str, Any] | None) -> str | None:
