@@ -50,7 +50,7 @@ def ask_weights(
     bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
     losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0])
     for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
-        rows = [_of_response(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
+        rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
         append_answers(path, label, [predictions[index] for index in indices], rows)
 
 
@@ -127,7 +127,7 @@ def without_reasoning(answer: Mapping[str, Any], reference: str) -> Answer:
     return {**answer, "text": text, "reasoning": f"{before}\n{reasoning}" if before else reasoning}
 
 
-def _of_response(response: Response, reference_loss: tuple[float, int] | None) -> Answer:
+def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> Answer:
     """What predictions.jsonl holds of a response."""
     nats, targets = reference_loss or (None, None)
     nats = nats if nats is not None and math.isfinite(nats) else None  # its tokens stay, and tell why it is missing

@@ -316,9 +316,9 @@ def test_an_endpoint_that_answers_half_of_the_prompts_keeps_these_answers(tmp_pa
         asked.append(prompt)
         return "An answer."
 
-    with serve_stub({"": [Say("Hello."), *[Status(400), Say(answer)] * 4, Say(answer)]}) as stub:
+    with serve_stub({"": [Say("Hello."), *[Status(404), Say(answer)] * 4, Say(answer)]}) as stub:
         model = f"{stub.url}#m"
-        with pytest.raises(UserError, match=r"left 4 of 8 prompts without an answer \(http_400 4\)(.|\n)*test/0"):
+        with pytest.raises(UserError, match=r"left 4 of 8 prompts without an answer \(http_404 4\)(.|\n)*test/0"):
             evaluate("--model", model, *flags)
         assert len(asked) == 4 and not (tmp_path / "e" / "metrics.json").exists()
         with pytest.raises(UserError, match="holds no finished answers; run the generate stage"):

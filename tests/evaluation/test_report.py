@@ -840,7 +840,8 @@ def hostile(tmp_path_factory):
             name: {"name": everything, "weights": everything, "template_name": everything, "template": everything}
             for name in ("baseline", "tuned", label)
         },
-        "data": everything, "data_hash": everything, "splits": {everything: 1}, "generation": {everything: everything, "max_new_tokens": 8}, "command": everything,
+        "data": everything, "data_hash": everything, "splits": {everything: 1},
+        "generation": {everything: everything, "max_new_tokens": 8}, "command": everything,
         "versions": {everything: everything}, "hardware": everything,
     }  # fmt: skip
     write_report(folder, predictions, metrics, rows)
