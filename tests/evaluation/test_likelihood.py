@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import encode_records, load_records
-from recipe.evaluation.comparison import is_not_a_number
 from recipe.evaluation.ask import as_answer
+from recipe.evaluation.comparison import is_not_a_number
 from recipe.evaluation.likelihood import reference_losses, tokenizer_hash
 from recipe.evaluation.metrics import BitsPerByte, Perplexity, ReferenceLoss
 from recipe.generation import Response, generate_responses
