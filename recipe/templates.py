@@ -168,7 +168,7 @@ def _template_errors(subject: str) -> Iterator[None]:
     """Turn what Jinja and a template's own expressions raise into one line about the template."""
     try:
         yield
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         line = getattr(error, "lineno", None)
         raise UserError(f"template {subject}{f' line {line}' if line else ''}: {error}") from error
 

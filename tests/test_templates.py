@@ -91,6 +91,7 @@ def test_own_template(tmp_path, demo_tokenizer):
         ("{{ raise_exception('no') }}", "no"),
         ("{{ messages[0].content + 1 }}", "can only concatenate str"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(tmp_path, text, message):

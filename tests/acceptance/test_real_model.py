@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipe.config import DataArguments, UserError
+from recipe.config import DataArguments
 from recipe.data import load_records, load_splits
-from recipe.templates import load_template
+from recipe.evaluation.likelihood import reference_losses
+from recipe.generation import generate_responses
+from recipe.templates import saved_template
+from recipe.tokens import prompt_ids
 
 CURVE_STEPS, CURVE_RECORDS = 6, 4  # records in each of these steps
 
@@ -61,16 +64,6 @@ def base(folder, real_data) -> Path:
     return folder / "base"
 
 
-@pytest.fixture(scope="module")
-def chatml(folder, base) -> Path:
-    """The model's own template, with a record's input below its instruction."""
-    own = (base / "chat_template.jinja").read_text(encoding="utf-8")
-    with_input = "message['content'] + ('\\n' + message['input'] if message['input'] else '')"
-    path = folder / "chatml.jinja"
-    path.write_text(own.replace("message['content']", with_input), encoding="utf-8")
-    return path
-
-
 def train(folder: Path, name: str, base: Path, data: Path, *flags: str | Path) -> Path:
     run(
         folder, "scripts/train.py", "--model_name_or_path", base, "--data", data, "--output_dir", folder / name,
@@ -81,11 +74,11 @@ def train(folder: Path, name: str, base: Path, data: Path, *flags: str | Path) -
 
 
 @pytest.fixture(scope="module")
-def curves(folder, base, real_data, chatml) -> dict[str, Path]:
+def curves(folder, base, real_data) -> dict[str, Path]:
     """Folders of two short runs by their layout, with the model's own template."""
     return {
         layout: train(
-            folder, layout, base, real_data, "--batching", layout, "--template", chatml, "--learning_rate", "5e-5",
+            folder, layout, base, real_data, "--batching", layout, "--template", "tokenizer", "--learning_rate", "5e-5",
             "--max_steps", str(CURVE_STEPS), "--per_device_train_batch_size", str(CURVE_RECORDS),
             "--train_sampling_strategy", "sequential",
         )
@@ -102,19 +95,12 @@ def tuned(folder, base, real_data) -> Path:
     )  # fmt: skip
 
 
-def test_the_models_own_template_has_no_place_for_an_input(base):
-    """Where this changes, compare with `apply_chat_template` of the content and the input."""
-    with pytest.raises(UserError, match=r"the prompt loses the record's input; write \{\{ message.input \}\}"):
-        load_template(str(base / "chat_template.jinja"), AutoTokenizer.from_pretrained(base))
-
-
-@pytest.mark.parametrize("template", ["alpaca", "chatml"])
+@pytest.mark.parametrize("template", ["alpaca", "tokenizer"])
 def test_tokens_are_those_of_the_saved_tokenizer(base, real_data, real_records, request, template):
     """Prompts by its `apply_chat_template`, which renders what the folder holds and knows nothing of this recipe."""
     if template == "alpaca":
         saved = AutoTokenizer.from_pretrained(request.getfixturevalue("tuned"))
     else:
-        template = str(request.getfixturevalue("chatml"))
         saved = AutoTokenizer.from_pretrained(request.getfixturevalue("curves")["padded"])
     config = DataArguments(data=str(real_data), validation_ratio=0, test_ratio=0, template=template)
     rows = load_splits(config, AutoTokenizer.from_pretrained(base))["train"]
@@ -127,6 +113,8 @@ def test_tokens_are_those_of_the_saved_tokenizer(base, real_data, real_records, 
 
 def tokens_by_hugging_face(tokenizer, record) -> tuple[list[int], list[int]]:
     message = {"role": "user", "content": record["instruction"], "input": record["input"]}
+    if record["input"] and "message.input" not in tokenizer.chat_template:  # ChatML shows the content alone
+        message["content"] += f"\n\n### Input:\n{record['input']}"
     prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
     return prompt, [*tokenizer(record["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
@@ -166,6 +154,28 @@ def test_both_layouts_take_the_same_steps(base, curves):
         assert moved > 0 and (other[name] - tensor).norm() <= 1e-2 * moved, name
 
 
+def test_answers_and_losses_are_those_of_transformers(base, real_records):
+    """20 greedy answers of the untuned model token for token, and how likely the references are."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    records = real_records[-20:]
+    template = saved_template(tokenizer)
+    prompts = prompt_ids(template, tokenizer, records)
+    answers = generate_responses(model, tokenizer, prompts, max_new_tokens=32, batch_size=8)
+    losses = reference_losses(model, tokenizer, prompts, [record["output"] for record in records], batch_size=8)
+    for record, answer, (nats, count) in zip(records, answers, losses, strict=True):
+        prompt, response = tokens_by_hugging_face(tokenizer, record)
+        with torch.no_grad():
+            output = model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0, len(prompt) :]
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = output.tolist()
+        ended = answer.stop_reason == "eos"
+        assert answer.token_ids == (expected[:-1] if ended else expected) and ended == (
+            expected[-1] == tokenizer.eos_token_id
+        )
+        by_hand = functional.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
+        assert count == len(response) and nats == pytest.approx(by_hand, rel=1e-5)
+
+
 def test_it_answers_better_than_before(folder, base, tuned):
     """The held-out 110 records; with 95 % confidence, by exact match and by how likely the references are."""
     run(
@@ -173,6 +183,10 @@ def test_it_answers_better_than_before(folder, base, tuned):
         "--max_new_tokens", "64",
     )  # fmt: skip
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    models = metrics["provenance"]["models"]
+    assert models["baseline"]["template"] == AutoTokenizer.from_pretrained(base).chat_template
+    assert models["tuned"]["template"] == AutoTokenizer.from_pretrained(tuned).chat_template
+    assert {model["template_name"] for model in models.values()} == {"its own"}
     print({name: metrics["metrics"][name] for name in ("exact_match", "token_f1", "chrf", "reference_loss")})
     assert metrics["n"] == 110
     assert metrics["metrics"]["exact_match"]["ci95"][0] > 0

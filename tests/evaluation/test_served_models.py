@@ -98,3 +98,13 @@ def test_reasoning_is_kept_apart_and_shown(act, evaluate, tmp_path):
 def test_reasoning_that_is_cut_off_leaves_an_empty_answer(evaluate, tmp_path):
     answers = run(evaluate, tmp_path, {"r1": [Say("<think>Is it 1", finish_reason="length")]})
     assert answers[1]["text"] == "" and answers[1]["stop_reason"] == "length" and answers[1]["reasoning"] == "Is it 1"
+
+
+def test_what_fails_otherwise_is_asked_again_or_counted_as_unanswered(evaluate, tmp_path):
+    broken = {"r1": [refusal("no such route", 404)], "r2": [refusal("not implemented", 501)]}
+    with pytest.raises(UserError, match=r"left 2 of 4 prompts [^$]*--endpoint_allow_missing true"):
+        run(evaluate, tmp_path, broken)
+    answers = run(evaluate, tmp_path, broken, "--endpoint_allow_missing", "true")
+    assert [answer["text"] for answer in answers] == ["0", "", "", "3"]
+    assert [answer["stop_reason"] for answer in answers] == ["eos", "refused", "refused", "eos"]
+    assert answers[1]["error"].startswith("http_404") and "no such route" in answers[1]["error"]
