@@ -106,6 +106,9 @@ def _files_by_split(data: dict | str | list, notes: list[str]) -> Source:
     """The files of each split, under the name it means."""
     if not isinstance(data, dict):
         return find_source(_names(data, "data"), notes)
+    if odd := [name for name in data if not isinstance(name, str) or not name.strip()]:
+        hint = "; YAML reads on, off, yes, no and null as other values, so put such a name in quotes"
+        raise UserError(f"data: {odd[0]!r} is no name of a split{hint if not isinstance(odd[0], str) else ''}")
     by_split: Source = {}
     for split, source in by_meaning(data, "data", notes).items():
         found = find_source(_names(source, f"data, split {split!r}"), notes)
