@@ -107,7 +107,7 @@ def test_a_spelling_that_is_a_word_of_the_vocabulary_is_refused_by_row(make, tmp
     records = [ORDINARY[0], {"instruction": "Say </s> twice.", "input": "", "output": "No."}]
     (tmp_path / "a.json").write_text(json.dumps(records))
     config = DataArguments(data=str(tmp_path / "a.json"), template="phi3", validation_ratio=0, test_ratio=0)
-    with pytest.raises(UserError, match=r"a\.json train row 1: this tokenizer cannot read '</s>' as text"):
+    with pytest.raises(UserError, match=r"a\.json row 1: this tokenizer cannot read '</s>' as text"):
         load_splits(config, tokenizer)
     with pytest.raises(UserError, match="row 1: this tokenizer cannot read"):
         response_ids(tokenizer, ["Fine.", "a </s> b"])
@@ -180,5 +180,5 @@ def test_a_response_that_is_only_an_end_is_refused(tmp_path, gpt2_tokenizer):
     path = Path(tmp_path / "a.json")
     path.write_text(json.dumps([*ORDINARY, {"instruction": "x", "input": "", "output": " <|endoftext|>\n"}]))
     config = DataArguments(data=str(path), validation_ratio=0, test_ratio=0)
-    with pytest.raises(UserError, match=r"a\.json train row 2: 'output' is nothing but '<\|endoftext\|>'"):
+    with pytest.raises(UserError, match=r"a\.json row 2: 'output' is nothing but '<\|endoftext\|>'"):
         load_splits(config, gpt2_tokenizer)

@@ -39,6 +39,7 @@ from recipe.data.columns import (
 )
 from recipe.data.csv_rows import csv_rows
 from recipe.data.json_values import BrokenJSONError, json_values
+from recipe.data.origin import RecordsInfo
 from recipe.data.values import Problem, Row, arrow_texts, as_json, python_values, value_problem
 
 BATCH = 10_000  # records in memory at a time
@@ -124,7 +125,7 @@ def cached(key: str, parts: Iterable[list[Row] | pa.RecordBatch], columns: Colum
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
-    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
+    return Dataset(MemoryMappedTable.from_file(str(path)), info=RecordsInfo(), fingerprint=key)
 
 
 def _batches(parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> Iterator[pa.RecordBatch]:
