@@ -27,6 +27,7 @@ Record = Mapping[str, Any]
 Pieces = list[tuple[str, bool]]  # of a text that spells special tokens, each with whether it is a marker
 # a character to hide a spelling behind: of private use, or one that each normalizer keeps
 HIDING = [chr(code) for code in (*range(0xE000, 0xF900), *range(0x2580, 0x2600))]
+WHOLE_TEXT = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # without blanks around it, by which a template may go
 
 
 class FlatTokens(NamedTuple):
@@ -108,7 +109,9 @@ def encode_prompts(template: Template, tokenizer: PreTrainedTokenizerBase, recor
     """`prompt_ids` as flat arrays; what cannot be read as text is in `unreadable`."""
     template, special = template.for_tokenizer(tokenizer), any_of(special_tokens(tokenizer))
     texts = [f"{record['instruction'] or ''}\n{record.get('input') or ''}" for record in records]
-    found = _which_spell(texts, special, tokenizer)
+    touching = _fields_touch(template, special_tokens(tokenizer))
+    spelling = _which_spell(texts, special, tokenizer)
+    found = [*range(len(texts))] if touching else spelling
     if not found:
         return _encode(tokenizer, template.prompts(records))
     mark = _unused_character([*texts, template.chat_template], tokenizer)
@@ -118,14 +121,32 @@ def encode_prompts(template: Template, tokenizer: PreTrainedTokenizerBase, recor
         hidden.append(match[0])
         return f"{mark}{len(hidden) - 1};"
 
-    shown = [*records]
+    shown, to_hide = [*records], WHOLE_TEXT if touching else special
     for index in found:
         fields = {name: records[index].get(name) or "" for name in ("instruction", "input")}
-        shown[index] = {name: special.sub(hide, text) for name, text in fields.items()}
-    prompts, spelled = template.prompts(shown), {}
-    for index in found:
-        spelled[index] = _split_at_markers(prompts[index], special, mark, hidden)
+        shown[index] = {name: to_hide.sub(hide, text) for name, text in fields.items()}
+    prompts = template.prompts(shown)
+    if touching:  # most records need no care: their prompts have the template's markers alone
+        apart, prompts = prompts, template.prompts(records)
+        others = (i for i in found if special.findall(prompts[i]) != special.findall(apart[i]))
+        found = sorted({*spelling, *others})
+        prompts = [apart[index] if index in found else prompt for index, prompt in enumerate(prompts)]
+    spelled = {index: _split_at_markers(prompts[index], special, mark, hidden) for index in found}
     return _encode(tokenizer, prompts, spelled, mark)
+
+
+def _fields_touch(template: Template, special: Iterable[str]) -> bool:
+    """Whether a special token could begin in a field and end beside it: in the other field, or in the template."""
+    fields, characters = ("\ue000", "\ue001"), set().union(*special)
+    samples = [{"instruction": a, "input": b} for a in (fields[0], "") for b in (fields[1], "")]
+    return any(
+        prompt[place : place + 1] in characters or prompt[place : place + 1] in fields
+        for prompt in template.prompts(samples)
+        for field in fields
+        if (index := prompt.find(field)) >= 0
+        for place in (*([index - 1] if index else []), index + 1)
+        if place < len(prompt)
+    )
 
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> FlatTokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,3 +37,14 @@ def place(dataset: Dataset, row: int, split: str = "train") -> str:
     """`origin` as messages begin: `a.jsonl row 3`."""
     found = origin(dataset, row, split)
     return f"{found['file']} row {found['row']}"
+
+
+def rows_in_words(dataset: Any, rows: Iterable[int]) -> str:
+    """Many records, by file: `a.jsonl rows 3, 5; b.jsonl row 0`."""
+    if not isinstance(dataset, Dataset) or not isinstance(dataset.info, RecordsInfo):
+        return f"training rows {', '.join(map(str, rows))}"
+    by_file: dict[str, list[str]] = {}
+    for row in rows:
+        found = origin(dataset, row)
+        by_file.setdefault(found["file"], []).append(str(found["row"]))
+    return "; ".join(f"{file} row{'s' * (len(each) > 1)} {', '.join(each)}" for file, each in by_file.items())
