@@ -23,7 +23,16 @@ TOO_DEEP = "(nested too deeply to show)"
 # a string, or a bracket outside of strings
 PARTS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 BYTES = re.compile("[\udc80-\udcff]")  # that are not UTF-8, or halves of characters
-SHORT_ESCAPES = {'"': '\\"', "\\": "\\\\", "/": "\\/", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+SHORT_ESCAPES = {
+    '"': '"',
+    "\\": "\\",
+    "/": "/",
+    "\b": "b",
+    "\f": "f",
+    "\n": "n",
+    "\r": "r",
+    "\t": "t",
+}  # after a backslash
 
 
 class BrokenJSONError(ValueError):
@@ -158,21 +167,25 @@ def _may_repeat(names: Collection[str], text: str) -> bool:
     """Whether an object may have one of the names twice: without parsing it again, as nearly all have not."""
     if any(text.count(f'"{name}"') > 1 for name in names):
         return True
-    may_be_escaped, spellings = _spellings(tuple(names))
-    return ("\\u" in text or may_be_escaped) and any(len(spelling.findall(text)) > 1 for spelling in spellings)
+    if "\\" not in text:
+        return False
+    escape, spellings = _spellings(tuple(names))
+    return escape.search(text) is not None and any(len(spelling.findall(text)) > 1 for spelling in spellings)
 
 
 @functools.lru_cache(maxsize=4)
-def _spellings(names: tuple[str, ...]) -> tuple[bool, list[re.Pattern[str]]]:
-    r"""Whether a name may be written with other escapes than `\u`, and what finds all the ways to write each."""
+def _spellings(names: tuple[str, ...]) -> tuple[re.Pattern[str], list[re.Pattern[str]]]:
+    """What finds an escape of any character of the names, and what finds all the ways to write each name."""
 
-    def of_character(character: str) -> str:
+    def escapes(character: str) -> list[str]:  # without their backslash
         units = character.encode("utf-16-be", "surrogatepass").hex()
-        code = "".join(rf"\\u(?i:{units[start : start + 4]})" for start in range(0, len(units), 4))
-        return "|".join([re.escape(character), code, re.escape(SHORT_ESCAPES.get(character, character))])
+        code = r"\\".join(f"u(?i:{units[start : start + 4]})" for start in range(0, len(units), 4))
+        return [code, *([re.escape(SHORT_ESCAPES[character])] if character in SHORT_ESCAPES else [])]
 
-    spelled = ["".join(f"(?:{of_character(character)})" for character in name) for name in names]
-    return any(SHORT_ESCAPES.keys() & {*name} for name in names), [re.compile(f'"{one}"') for one in spelled]
+    # begins with its backslash alone, for which a search is fast
+    any_escape = "|".join(escape for character in sorted({*"".join(names)}) for escape in escapes(character))
+    spelled = ["".join(rf"(?:{re.escape(c)}|\\(?:{'|'.join(escapes(c))}))" for c in name) for name in names]
+    return re.compile(rf"\\(?:{any_escape or '(?!)'})"), [re.compile(f'"{one}"') for one in spelled]
 
 
 def _pairs(text: str) -> list[tuple[str, Any]]:
