@@ -164,12 +164,13 @@ class TokenBudgetBatches(Sampler[list[int]]):
         *,
         num_processes: int = 1,
         seed: int = 0,
-        name: Callable[[int], str] = "record {}".format,
+        name: Callable[[int], str] | None = None,
     ) -> None:
         inputs = np.asarray(lengths) - 1  # (records,)
         if inputs.max() > max_tokens:
+            longest = int(inputs.argmax())
             raise ValueError(
-                f"{name(int(inputs.argmax()))} alone has {inputs.max()} input tokens, and max_tokens_per_batch is "
+                f"{name(longest) if name else f'record {longest}'} alone has {inputs.max()} input tokens, and max_tokens_per_batch is "
                 f"{max_tokens}; give at least {inputs.max()}, or a smaller max_length"
             )
         self.widths = _widths(lengths)
