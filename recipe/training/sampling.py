@@ -169,9 +169,10 @@ class TokenBudgetBatches(Sampler[list[int]]):
         inputs = np.asarray(lengths) - 1  # (records,)
         if inputs.max() > max_tokens:
             longest = int(inputs.argmax())
+            record = name(longest) if name else f"record {longest}"
             raise ValueError(
-                f"{name(longest) if name else f'record {longest}'} alone has {inputs.max()} input tokens, and max_tokens_per_batch is "
-                f"{max_tokens}; give at least {inputs.max()}, or a smaller max_length"
+                f"{record} alone has {inputs.max()} input tokens, and max_tokens_per_batch is {max_tokens}; give at "
+                f"least {inputs.max()}, or a smaller max_length"
             )
         self.widths = _widths(lengths)
         self.num_processes = num_processes
