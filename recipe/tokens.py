@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,29 +24,28 @@ from recipe.config import UserError
 from recipe.templates import Template
 
 Record = Mapping[str, Any]
+Pieces = list[tuple[str, bool]]  # of a text that spells special tokens, each with whether it is a marker
 # a character to hide a spelling behind: of private use, or one that each normalizer keeps
 HIDING = [chr(code) for code in (*range(0xE000, 0xF900), *range(0x2580, 0x2600))]
+WHOLE_TEXT = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # without blanks around it, by which a template may go
 
 
 class FlatTokens(NamedTuple):
     """The tokens of many texts one after another, (tokens,) int32, and how many each text has, (texts,) int64.
 
     No lists: thousands of them keep Python's garbage collector busy.
+
+    `unreadable` are the indices of texts that spell a special token which the tokenizer cannot read as text, and it:
+    their tokens are not to be used.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    unreadable: Mapping[int, str] = types.MappingProxyType({})
 
     def lists(self) -> list[list[int]]:
         """The tokens of each text."""
         return [row.tolist() for row in np.split(self.tokens, self.lengths.cumsum())[:-1]]
-
-
-class Spelled(NamedTuple):
-    """A text that spells special tokens: where it is from, and its pieces, each with whether it is a marker."""
-
-    name: str
-    pieces: list[tuple[str, bool]]
 
 
 def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]) -> list[list[int]]:
@@ -56,7 +56,10 @@ def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, records: 
     Raises:
         UserError: a record spells a special token, and this tokenizer cannot read it as text.
     """
-    return encode_prompts(template, tokenizer, list(records)).lists()
+    records = list(records)
+    prompts = encode_prompts(template, tokenizer, records)
+    _refuse_unreadable(prompts, [record.get("id", f"row {record.get('row', i)}") for i, record in enumerate(records)])
+    return prompts.lists()
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, responses: Iterable[str]) -> list[list[int]]:
@@ -65,7 +68,9 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, responses: Iterable[str]) -
     Raises:
         UserError: a response spells a special token, and this tokenizer cannot read it as text.
     """
-    return encode_responses(tokenizer, list(responses)).lists()
+    encoded = encode_responses(tokenizer, list(responses))
+    _refuse_unreadable(encoded, [f"row {index}" for index in range(len(encoded.lengths))])
+    return encoded.lists()
 
 
 def as_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
@@ -101,10 +106,12 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def encode_prompts(template: Template, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> FlatTokens:
-    """`prompt_ids` as flat arrays."""
+    """`prompt_ids` as flat arrays; what cannot be read as text is in `unreadable`."""
     template, special = template.for_tokenizer(tokenizer), any_of(special_tokens(tokenizer))
     texts = [f"{record['instruction'] or ''}\n{record.get('input') or ''}" for record in records]
-    found = _which_spell(texts, special, tokenizer)
+    touching = _fields_touch(template, special_tokens(tokenizer))
+    spelling = _which_spell(texts, special, tokenizer)
+    found = [*range(len(texts))] if touching else spelling
     if not found:
         return _encode(tokenizer, template.prompts(records))
     mark = _unused_character([*texts, template.chat_template], tokenizer)
@@ -114,29 +121,42 @@ def encode_prompts(template: Template, tokenizer: PreTrainedTokenizerBase, recor
         hidden.append(match[0])
         return f"{mark}{len(hidden) - 1};"
 
-    shown = [*records]
+    shown, to_hide = [*records], WHOLE_TEXT if touching else special
     for index in found:
         fields = {name: records[index].get(name) or "" for name in ("instruction", "input")}
-        shown[index] = {name: special.sub(hide, text) for name, text in fields.items()}
-    prompts, spelled = template.prompts(shown), {}
-    for index in found:
-        name = str(records[index].get("id", f"row {records[index].get('row', index)}"))
-        spelled[index] = Spelled(name, _split_at_markers(prompts[index], special, mark, hidden))
+        shown[index] = {name: to_hide.sub(hide, text) for name, text in fields.items()}
+    prompts = template.prompts(shown)
+    if touching:  # most records need no care: their prompts have the template's markers alone
+        apart, prompts = prompts, template.prompts(records)
+        others = (i for i in found if special.findall(prompts[i]) != special.findall(apart[i]))
+        found = sorted({*spelling, *others})
+        prompts = [apart[index] if index in found else prompt for index, prompt in enumerate(prompts)]
+    spelled = {index: _split_at_markers(prompts[index], special, mark, hidden) for index in found}
     return _encode(tokenizer, prompts, spelled, mark)
 
 
-def encode_responses(
-    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], rows: Sequence[int] | None = None
-) -> FlatTokens:
-    """`response_ids` as flat arrays; `rows` are the numbers of the records in an error."""
+def _fields_touch(template: Template, special: Iterable[str]) -> bool:
+    """Whether a special token could begin in a field and end beside it: in the other field, or in the template."""
+    fields, characters = ("\ue000", "\ue001"), set().union(*special)
+    samples = [{"instruction": a, "input": b} for a in (fields[0], "") for b in (fields[1], "")]
+    return any(
+        prompt[place : place + 1] in characters or prompt[place : place + 1] in fields
+        for prompt in template.prompts(samples)
+        for field in fields
+        if (index := prompt.find(field)) >= 0
+        for place in (*([index - 1] if index else []), index + 1)
+        if place < len(prompt)
+    )
+
+
+def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> FlatTokens:
+    """`response_ids` as flat arrays; what cannot be read as text is in `unreadable`."""
     special = any_of(special_tokens(tokenizer))
     texts = [without_end(response, str(tokenizer.eos_token)) for response in responses]
     found = _which_spell(texts, special, tokenizer)
     mark = _unused_character(texts, tokenizer) if found else ""
-    rows = rows or range(len(texts))
-    spelled = {index: Spelled(f"row {rows[index]}", [(texts[index], False)]) for index in found}
-    tokens, lengths = _encode(tokenizer, texts, spelled, mark)
-    return FlatTokens(np.insert(tokens, lengths.cumsum(), tokenizer.eos_token_id), lengths + 1)
+    tokens, lengths, unreadable = _encode(tokenizer, texts, {index: [(texts[index], False)] for index in found}, mark)
+    return FlatTokens(np.insert(tokens, lengths.cumsum(), tokenizer.eos_token_id), lengths + 1, unreadable)
 
 
 def _which_spell(texts: Sequence[str], special: re.Pattern[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -156,9 +176,7 @@ def _unused_character(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) 
     return next(mark for mark in HIDING if mark not in used and normal(f"{mark}0{mark}") != normal("0"))
 
 
-def _split_at_markers(
-    prompt: str, special: re.Pattern[str], mark: str, hidden: Sequence[str]
-) -> list[tuple[str, bool]]:
+def _split_at_markers(prompt: str, special: re.Pattern[str], mark: str, hidden: Sequence[str]) -> Pieces:
     """A prompt as pieces of text, with what was hidden, and of markers: special tokens that are the template's own."""
     text, pieces, start = "", [], 0
     for match in re.finditer(f"{mark}(\\d+);|{special.pattern}", prompt):
@@ -175,7 +193,7 @@ def _split_at_markers(
 def _encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    spelled: Mapping[int, Spelled] | None = None,
+    spelled: Mapping[int, Pieces] | None = None,
     mark: str = "",
 ) -> FlatTokens:
     """Texts as tokens; those at the indices of `spelled` with their pieces of text as text."""
@@ -191,23 +209,29 @@ def _encode(
         options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": False}
         sequences = tokenizer(ordinary, verbose=False, **options)["input_ids"] if ordinary else []
         lengths = [len(ids) for ids in sequences]
+    unreadable: dict[int, str] = {}
     if spelled:
         encode = _encode_by_copy if backend is not None else _encode_piecewise
-        others, added = iter(sequences), dict(zip(spelled, encode(tokenizer, [*spelled.values()], mark), strict=True))
+        encoded, left = encode(tokenizer, [*spelled.values()], mark)
+        unreadable = {index: text for index, text in zip(spelled, left, strict=True) if text}
+        others, added = iter(sequences), dict(zip(spelled, encoded, strict=True))
         sequences = [added[index] if index in added else next(others) for index in range(len(texts))]
         lengths = [len(ids) for ids in sequences]
     tokens = np.fromiter(itertools.chain.from_iterable(sequences), dtype=np.int32, count=sum(lengths))
-    return FlatTokens(tokens, np.array(lengths, dtype=np.int64))
+    return FlatTokens(tokens, np.array(lengths, dtype=np.int64), unreadable)
 
 
-def _encode_by_copy(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelled], mark: str) -> list[list[int]]:
+def _encode_by_copy(
+    tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Pieces], mark: str
+) -> tuple[list[list[int]], list[str]]:
+    """The token ids of each text, and the special token that is left in it, if there is one."""
     special = special_tokens(tokenizer)
     copy, names = _copy_with_names(tokenizer, tuple(special), len(tokenizer), mark)
-    texts = ["".join(names.get(piece, piece) if marker else piece for piece, marker in each.pieces) for each in spelled]
+    texts = ["".join(names.get(piece, piece) if marker else piece for piece, marker in each) for each in spelled]
     sequences = [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
-    _refuse_special(tokenizer, spelled, sequences)  # a marker has another id here
+    left = _special_left(tokenizer, sequences)  # a marker has another id here
     real = {copy.token_to_id(name): special[text] for text, name in names.items()}
-    return [[real.get(index, index) for index in ids] for ids in sequences]
+    return [[real.get(index, index) for index in ids] for ids in sequences], left
 
 
 @functools.lru_cache(maxsize=4)  # of this very object, while it has the same tokens: a copy takes as long as a batch
@@ -230,34 +254,38 @@ def _copy_with_names(
     return copy, names
 
 
-def _encode_piecewise(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelled], mark: str) -> list[list[int]]:
+def _encode_piecewise(
+    tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Pieces], mark: str
+) -> tuple[list[list[int]], list[str]]:
     """For Python tokenizers, which themselves read the text between two special tokens apart from what is around it."""
     special = special_tokens(tokenizer)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    parts = [[[special[piece]] if marker else encode(piece) for piece, marker in each.pieces] for each in spelled]
+    parts = [[[special[piece]] if marker else encode(piece) for piece, marker in each] for each in spelled]
     texts = [
-        [*itertools.chain(*(ids for ids, (_, marker) in zip(row, each.pieces, strict=True) if not marker))]
+        [*itertools.chain(*(ids for ids, (_, marker) in zip(row, each, strict=True) if not marker))]
         for row, each in zip(parts, spelled, strict=True)
     ]
-    _refuse_special(tokenizer, spelled, texts)
-    return [[*itertools.chain(*row)] for row in parts]
+    return [[*itertools.chain(*row)] for row in parts], _special_left(tokenizer, texts)
 
 
-def _refuse_special(
-    tokenizer: PreTrainedTokenizerBase, spelled: Sequence[Spelled], sequences: Sequence[Sequence[int]]
-) -> None:
-    """Refuse texts in which a special token is left: in some vocabularies it is an ordinary word, too."""
+def _special_left(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Sequence[int]]) -> list[str]:
+    """The special token that is left in each text, or nothing: in some vocabularies it is an ordinary word, too."""
     ids = special_tokens(tokenizer)
     harmless = {tokenizer.pad_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
     left = {index: text for text, index in ids.items() if index not in harmless}
-    problems = [
-        (each.name, left[min(found)])
-        for each, row in zip(spelled, sequences, strict=True)
-        if (found := left.keys() & {*row})
-    ]
-    if problems:
-        (name, text), further = problems[0], ", ".join(name for name, _ in problems[1:6])
+    return [left[min(found)] if (found := left.keys() & {*row}) else "" for row in sequences]
+
+
+def not_as_text(token: str) -> str:
+    """What is said of a record that is `unreadable` for this special token."""
+    return f"this tokenizer cannot read {token!r} as text, only as its special token; write it in another way"
+
+
+def _refuse_unreadable(encoded: FlatTokens, names: Sequence[str]) -> None:
+    if encoded.unreadable:
+        (first, token), *others = encoded.unreadable.items()
+        further = ", ".join(str(names[index]) for index, _ in others[:5])
         raise UserError(
-            f"{name}: this tokenizer cannot read {text!r} as text, only as its special token; write it in another way, "
-            f"remove the record{f'; so do {further}' if further else ''}, or choose another tokenizer"
+            f"{names[first]}: {not_as_text(token)}, remove the record{f'; so do {further}' if further else ''}, or "
+            "choose another tokenizer"
         )

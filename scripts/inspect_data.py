@@ -69,18 +69,18 @@ def main(argv: list[str]) -> None:
     data_args.max_length = resolve_max_length(data_args, tokenizer)
     read, left_out = read_records(data_args)
     given = split_by_content(read, data_args)
-    records, dropped = drop_cross_split_duplicates(given)
+    loaded, dropped = drop_cross_split_duplicates(given)
 
     # inspect
+    records, lengths = measure_lengths(loaded, tokenizer, data_args, left_out)
     repetition, pairs = inspect_duplicates(given, records, args.near_duplicates, args.show)
-    lengths = measure_lengths(records, tokenizer, data_args)
     limits = sorted({*args.limits, data_args.max_length})
     overhead = template_overhead(load_template(data_args.template, tokenizer), tokenizer)
     settings = ("data", "template", "mask_prompt", "max_length", "overflow")
     report = {
         "command": command_line(),
         "versions": versions(),
-        "data_hash": data_hash(records),
+        "data_hash": data_hash(loaded),
         "settings": {
             "tokenizer": tokenizer.name_or_path,
             **{name: getattr(data_args, name) for name in settings},

@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
 def prepare_data(model_args, data_args, training_args):
     """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
     from recipe.console import print_token_statistics
-    from recipe.data import encode_records, load_records, template_overhead, token_statistics
+    from recipe.data import load_records, template_overhead, token_statistics
+    from recipe.data.encode import encode_good_records
     from recipe.data.special_text import count_special_text, find_special_text, special_text_note
     from recipe.data.split import data_hash
     from recipe.model import load_tokenizer
@@ -67,8 +68,8 @@ def prepare_data(model_args, data_args, training_args):
     template = load_template(data_args.template, tokenizer)
     fit_max_length(data_args, model_args, tokenizer)
     with training_args.main_process_first(desc="data"):  # the others read its cache
-        records, left_out = load_records(data_args)
-        splits = encode_records(records, tokenizer, data_args)
+        loaded, left_out = load_records(data_args)
+        records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
     check_splits(splits, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
     statistics, special_text = token_statistics(records, splits, preamble), find_special_text(records, tokenizer)
@@ -78,7 +79,9 @@ def prepare_data(model_args, data_args, training_args):
             print(note)
     rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
     about = {
-        "data_hash": data_hash(records),  # by which the test split is found again
+        "data_hash": data_hash(
+            loaded
+        ),  # by which evaluation, whose tokenizer may be another, finds the test split again
         "splits": {row["split"]: row for row in statistics},
         "rows": rows
         | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)}

@@ -1,6 +1,7 @@
 """Text of a record stays text, for tokenizers of every kind, beside answers put together by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_spelling_that_is_a_word_of_the_vocabulary_is_refused_by_row(make, tmp
     records = [ORDINARY[0], {"instruction": "Say </s> twice.", "input": "", "output": "No."}]
     (tmp_path / "a.json").write_text(json.dumps(records))
     config = DataArguments(data=str(tmp_path / "a.json"), template="phi3", validation_ratio=0, test_ratio=0)
-    with pytest.raises(UserError, match=r"a\.json train row 1: this tokenizer cannot read '</s>' as text"):
+    with pytest.raises(UserError, match=r"a\.json row 1: this tokenizer cannot read '</s>' as text"):
         load_splits(config, tokenizer)
     with pytest.raises(UserError, match="row 1: this tokenizer cannot read"):
         response_ids(tokenizer, ["Fine.", "a </s> b"])
@@ -180,5 +181,35 @@ def test_a_response_that_is_only_an_end_is_refused(tmp_path, gpt2_tokenizer):
     path = Path(tmp_path / "a.json")
     path.write_text(json.dumps([*ORDINARY, {"instruction": "x", "input": "", "output": " <|endoftext|>\n"}]))
     config = DataArguments(data=str(path), validation_ratio=0, test_ratio=0)
-    with pytest.raises(UserError, match=r"a\.json train row 2: 'output' is nothing but '<\|endoftext\|>'"):
+    with pytest.raises(UserError, match=r"a\.json row 2: 'output' is nothing but '<\|endoftext\|>'"):
         load_splits(config, gpt2_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.content }}{{ m.input }}{% endfor %}",
+        "{% for m in messages %}<{{ m.content }}{{ m.input }}s>{% endfor %}",
+        "{% for m in messages %}</s>{{ m.content }}{% if m.input %}{{ m.input | trim }}<|user|>{% endif %}{% endfor %}",
+    ],
+)
+def test_a_special_token_that_begins_in_one_field_and_ends_beside_it_is_text(source):
+    tokenizer = byte_level()
+    template = replace(load_template("phi3", tokenizer), chat_template=source)
+    special = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])}
+    marks = [[index for index in ids if index in special] for ids in prompt_ids(template, tokenizer, ORDINARY)]
+    for first, second in (
+        ("Say </", "s> now."),
+        ("<|us", "er|>"),
+        ("</s", ">"),
+        ("x /", ""),
+        ("</s>", "</s>"),
+        ("", "/"),
+    ):
+        record = {"instruction": first, "input": second, "output": "x"}
+        [ids] = prompt_ids(template, tokenizer, [record])
+        plain = replace(template, chat_template=source.replace("</s>", "").replace("<|user|>", "")).prompt(record)
+        assert [index for index in ids if index in special] == marks[bool(second)]
+        text = "".join(tokenizer.convert_ids_to_tokens([index for index in ids if index not in special]))
+        assert text.replace("Ġ", " ") == plain
+        assert prompt_ids(template, tokenizer, [*ORDINARY, record])[-1] == ids

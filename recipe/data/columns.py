@@ -25,6 +25,12 @@ class UnreadableFileError(Exception):
 
 
 def wanted_columns(names: list[str], columns: Columns, first: Any) -> list[str]:
+    """The names of the columns to read; `first` gives the first values of each column.
+
+    Raises:
+        UnreadableFileError: one is missing or there twice, or the records are conversations.
+    """
+    refuse_repeated(names, columns)
     present = {field for field, column in columns.fields.items() if column in names}
     if not set(FIELDS) - set(OPTIONAL) <= present:
         refuse_conversations([{name: values[0] for name, values in first().items() if len(values)}], columns)
@@ -40,10 +46,12 @@ def missing_columns(names: list[str], columns: Columns, present: set[str]) -> No
         UnreadableFileError: each missing column, with the one that is meant, probably.
     """
     unused = sorted(set(names) - set(columns.fields.values()))
+    alike = misspelt(unused, columns)
     missing = []
     for field in FIELDS:
         column = columns.fields[field]
-        near = difflib.get_close_matches(column, unused, n=1, cutoff=0.7)
+        near = [name for name, meant in alike.items() if meant == column]
+        near = near or difflib.get_close_matches(column, unused, n=1, cutoff=0.7)
         if field in present or (field == column == "input" and not near):  # many data sets have no inputs
             continue
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -53,6 +61,32 @@ def missing_columns(names: list[str], columns: Columns, present: set[str]) -> No
         )
     if missing:
         raise UnreadableFileError("\n".join(missing))
+
+
+def misspelt(names: Iterable[str], columns: Columns) -> dict[str, str]:
+    """The column that each name means that is like one but for its case and blanks.
+
+    >>> misspelt(["Input", "id"], Columns({field: field for field in FIELDS}))
+    {'Input': 'input'}
+    """
+    meant = {_plain(columns.fields[field]): columns.fields[field] for field in FIELDS}
+    others = (name for name in names if name not in columns.fields.values())
+    return {name: meant[plain] for name in others if (plain := _plain(name)) in meant}
+
+
+def _plain(name: str) -> str:
+    return "".join(name.split()).casefold()
+
+
+def refuse_repeated(names: list[str], columns: Columns) -> None:
+    """Refuse a file that has a column twice which is to be read.
+
+    Raises:
+        UnreadableFileError: the column.
+    """
+    for column in (*columns.fields.values(), *columns.extra):
+        if names.count(column) > 1:
+            raise UnreadableFileError(f" has the column {column!r} twice; give each its own name")
 
 
 def refuse_conversations(rows: Iterable[Any], columns: Columns) -> None:

@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments, UserError
-from recipe.data.records import problem_report
+from recipe.data.columns import FIELDS
+from recipe.data.origin import origin, place
+from recipe.data.records import LeftOut, in_one_line, problem_report, report_lines
 from recipe.data.split import load_records
 from recipe.templates import Template, common_prefix, load_template
-from recipe.tokens import encode_prompts, encode_responses, prompt_ids
+from recipe.tokens import FlatTokens, encode_prompts, encode_responses, not_as_text, prompt_ids
 
 # what decides an encoding beside tokenizer, template and settings
 CODE = [Path(__file__), *(Path(__file__).parents[1] / name for name in ("templates.py", "tokens.py"))]
@@ -29,6 +31,8 @@ TOKENS = List(Value("int32"))
 ENCODED_FEATURES = Features(
     {"input_ids": TOKENS, "labels": TOKENS, "length": Value("int32"), "row": Value("int64"), "truncated": Value("bool")}
 )
+ABOUT = ("reason", "problem")  # of a bad record: why it is one, in few words and in full; null for a good one
+ALL_FEATURES = Features({**ENCODED_FEATURES, **dict.fromkeys(ABOUT, Value("string"))})
 
 
 def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
@@ -59,13 +63,66 @@ def encode_records(
 
     Each response ends with one end-of-text token, also if the data has written it there. Elsewhere the text of a record
     is text: it becomes no special token. A record longer than `max_length` is cut (`overflow="truncate"`, see
-    `cut_lengths`) or left out (`"drop"`).
+    `cut_lengths`) or left out (`"drop"`). A bad record spells a special token that the tokenizer cannot read as text,
+    or its response is nothing but the end-of-text token; with `bad_records="drop"` it is left out.
 
     Raises:
-        UserError: the tokenizer has no end-of-text token, `max_length` is too small, all records of a split are
-            too long, or with `overflow="error"` any record is; that message names each. A record spells a special
-            token that the tokenizer cannot read as text, or its response is nothing but the end-of-text token.
+        UserError: the tokenizer has no end-of-text token, `max_length` is too small, all records of a split are bad or
+            too long, or with `overflow="error"` any record is too long, or any is bad; that message names each.
     """
+    return encode_good_records(records, tokenizer, config, LeftOut())[1]
+
+
+def encode_good_records(
+    records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments, left_out: LeftOut
+) -> tuple[DatasetDict, DatasetDict]:
+    """`encode_records`, and the records without the bad ones that it has left out; these are added to `left_out`."""
+    arguments = _encoding_arguments(tokenizer, config)
+    good, encoded, problems = dict(records), DatasetDict(), []
+    for name, split in records.items():
+        mapped = split.map(
+            encode_batch,
+            batched=True,
+            remove_columns=split.column_names,
+            features=ALL_FEATURES,
+            fn_kwargs={"tokenizer": tokenizer, **arguments},
+            num_proc=config.num_proc,
+            # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
+            new_fingerprint=fingerprint(split, tokenizer, arguments),
+            desc=f"Tokenizing {name}",
+        )
+        encoded[name], bad = _without_bad(mapped)
+        if not bad:
+            continue
+        rows = split.with_format("numpy")["row"][:]
+        is_bad = np.isin(rows, [one["row"] for one in bad])
+        texts = split.select(np.flatnonzero(is_bad)).select_columns(list(FIELDS))
+        bad = [one | origin(split, one["row"], name) | {"record": t} for one, t in zip(bad, texts, strict=True)]
+        good[name] = split.select(np.flatnonzero(~is_bad))
+        if config.bad_records == "error":
+            problems += [line for one in bad for line in report_lines(one)]
+        elif is_bad.all():
+            problems.append(f"the {name} split has no good record")
+        left_out.bad += [one | {"problem": in_one_line(one["problem"])} for one in bad]
+    problems += _length_problems(good, encoded, config, arguments["max_length"])
+    if problems:
+        raise UserError(problem_report(problems))
+    return DatasetDict(good), encoded
+
+
+def _without_bad(mapped: Dataset) -> tuple[Dataset, list[dict[str, Any]]]:
+    """Encoded records without the bad ones, and for each of these its row and what is `ABOUT` it."""
+    about = mapped.select_columns(["row", *ABOUT])
+    good = mapped.remove_columns(list(ABOUT))
+    reasons = about.with_format("arrow")[:]["reason"]
+    if reasons.null_count == len(mapped):
+        return good, []
+    is_bad = pc.is_valid(reasons).to_numpy()
+    return good.select(np.flatnonzero(~is_bad)), about.select(np.flatnonzero(is_bad)).to_list()
+
+
+def _encoding_arguments(tokenizer: PreTrainedTokenizerBase, config: DataArguments) -> dict[str, Any]:
+    """The settings of `encode_batch`."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so a model could not learn to stop; "
@@ -80,25 +137,7 @@ def encode_records(
             f"tokens; give at least {2 * (header_length + 1)}"
         )
     arguments: dict[str, Any] = {"template": template, "max_length": max_length, "header_length": header_length}
-    arguments |= {"mask_prompt": config.mask_prompt, "overflow": config.overflow}
-    encoded = DatasetDict()
-    for name, split in records.items():
-        try:
-            encoded[name] = split.map(
-                encode_batch,
-                batched=True,
-                remove_columns=split.column_names,
-                features=ENCODED_FEATURES,
-                fn_kwargs={"tokenizer": tokenizer, **arguments},
-                num_proc=config.num_proc,
-                # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
-                new_fingerprint=fingerprint(split, tokenizer, arguments),
-                desc=f"Tokenizing {name}",
-            )
-        except UserError as error:
-            raise UserError(f"{_source(config, name)} {name} {error}") from error
-    _check_encoded(records, encoded, config, max_length)
-    return encoded
+    return arguments | {"mask_prompt": config.mask_prompt, "overflow": config.overflow}
 
 
 def encode_batch(
@@ -113,18 +152,16 @@ def encode_batch(
     """Encode a batch of records for `datasets.map`, from flat arrays straight into Arrow.
 
     A cut prompt loses tokens just before the response header, its last `header_length` tokens. A cut response loses its
-    end, and with it the end-of-text token. `overflow="error"` leaves out what `"drop"` does; the caller reports it.
+    end, and with it the end-of-text token. `overflow="error"` leaves out what `"drop"` does; the caller reports it. A
+    bad record has no tokens, and what is `ABOUT` it.
     """
-    fields = zip(batch["instruction"], batch["input"], batch["row"], strict=True)
-    records = [{"instruction": instruction, "input": text, "row": row} for instruction, text, row in fields]
+    fields = zip(batch["instruction"], batch["input"], strict=True)
+    records = [{"instruction": instruction, "input": text} for instruction, text in fields]
     # separately, so that training sees the boundary between prompt and response that generation will see
     prompts = encode_prompts(template, tokenizer, records)
-    responses = encode_responses(tokenizer, batch["output"], batch["row"])
-    if (responses.lengths == 1).any():
-        raise UserError(
-            f"row {batch['row'][responses.lengths.argmin()]}: 'output' is nothing but {tokenizer.eos_token!r}, the "
-            "end-of-text token; write a response or remove the row"
-        )
+    responses = encode_responses(tokenizer, batch["output"])
+    about = _about_bad(prompts, responses, str(tokenizer.eos_token))
+    good = np.array([index not in about for index in range(len(records))])
     lengths = np.stack([prompts.lengths, responses.lengths], axis=1)  # (records, 2)
     in_prompt = np.repeat(np.tile([True, False], len(lengths)), lengths.ravel())  # (tokens,)
     tokens = np.empty(len(in_prompt), dtype=np.int32)
@@ -133,11 +170,11 @@ def encode_batch(
 
     totals = lengths.sum(axis=1)
     too_long = totals > max_length
-    kept = np.ones(len(totals), dtype=bool) if overflow == "truncate" else ~too_long
-    keep = np.repeat(kept, totals)  # (tokens,)
-    cut = cut_lengths(lengths, max_length)
+    kept = np.ones(len(totals), dtype=bool) if overflow == "truncate" else ~(too_long & good)
+    keep = np.repeat(kept & good, totals)  # (tokens,)
+    cut = cut_lengths(lengths, max_length) * good[:, None]
     ends = totals.cumsum()
-    for index in np.flatnonzero(too_long & kept):
+    for index in np.flatnonzero(too_long & kept & good):
         prompt_end = ends[index] - lengths[index, 1]
         removed_prompt, removed_response = lengths[index] - cut[index]
         keep[prompt_end - header_length - removed_prompt : prompt_end - header_length] = False
@@ -150,7 +187,25 @@ def encode_batch(
         "row": np.array(batch["row"])[kept],
         "truncated": too_long[kept],
     }
-    return pa.table(columns, schema=ENCODED_FEATURES.arrow_schema)
+    indices = np.flatnonzero(kept).tolist()
+    for part, name in enumerate(ABOUT):
+        texts = [about[index][part] if index in about else None for index in indices] if about else None
+        columns[name] = pa.nulls(len(indices), pa.string()) if texts is None else pa.array(texts, pa.string())
+    return pa.table(columns, schema=ALL_FEATURES.arrow_schema)
+
+
+def _about_bad(prompts: FlatTokens, responses: FlatTokens, end: str) -> dict[int, tuple[str, str]]:
+    """Why records of a batch are bad, in few words and in full, by their indices."""
+    about: dict[int, tuple[str, str]] = {}
+    for index in sorted({*prompts.unreadable, *responses.unreadable}):
+        token = prompts.unreadable.get(index) or responses.unreadable[index]
+        reason = "spells a special token that the tokenizer cannot read as text"
+        about[index] = reason, f": {not_as_text(token)}, remove the row, or choose another tokenizer"
+    for index in np.flatnonzero(responses.lengths == 1).tolist():
+        reason, text = "'output' is nothing but the end-of-text token", about[index][1] + "\n" if index in about else ""
+        text += f": 'output' is nothing but {end!r}, the end-of-text token; write a response or remove the row"
+        about[index] = reason, text
+    return about
 
 
 def cut_lengths(lengths: np.ndarray, max_length: int) -> np.ndarray:
@@ -207,31 +262,25 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [type(tokenizer).__qualname__, vocabulary, *added, *own_settings, *roles, *tokenizer.all_special_tokens]
 
 
-def _source(config: DataArguments, split: str) -> Any:
-    """Where the records of a split are from, for a message."""
-    sources = config.data if isinstance(config.data, dict) else {"train": config.data}
-    return sources.get(split, sources.get("train"))
-
-
-def _check_encoded(
+def _length_problems(
     records: Mapping[str, Dataset], encoded: DatasetDict, config: DataArguments, max_length: int
-) -> None:
+) -> list[str]:
+    """The records that are too long with `overflow="error"`, and else the splits of which none is left."""
     problems = []
     for name, split in encoded.items():
         if config.overflow == "error":
             rows, kept = (dataset.with_format("numpy")["row"][:] for dataset in (records[name], split))
             problems += [
-                f"{_source(config, name)} {name} row {row}: longer than --max_length {max_length} "
-                "tokens; shorten it, raise --max_length, or choose --overflow truncate or drop"
-                for row in np.setdiff1d(rows, kept)
+                f"{place(records[name], row, name)}: longer than --max_length {max_length} tokens; shorten it, raise "
+                "--max_length, or choose --overflow truncate or drop"
+                for row in np.setdiff1d(rows, kept).tolist()
             ]
-        elif len(split) == 0:
+        elif len(split) == 0 and len(records[name]):
             problems.append(
                 f"the {name} split is empty: all of its {len(records[name])} records are longer than --max_length "
                 f"{max_length}; raise it or choose --overflow truncate"
             )
-    if problems:
-        raise UserError(problem_report(problems))
+    return problems
 
 
 def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,8 @@ from recipe.config import DataArguments
 from recipe.console import UNSEEN
 from recipe.data.columns import FIELDS
 from recipe.data.duplicates import Record, flatten
-from recipe.data.encode import cut_lengths, encode_records
+from recipe.data.encode import cut_lengths, encode_good_records
+from recipe.data.records import LeftOut
 from recipe.figures import STYLE, TEXT, paint, save_png
 
 ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # a decoder writes U+FFFD for bytes that it cannot read
@@ -34,18 +35,24 @@ SHUFFLES = 20  # orders of the records over which the cost of padding is average
 
 
 def measure_lengths(
-    records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments
-) -> dict[str, np.ndarray]:
-    """Tokens of each record's uncut prompt, and of its response with the end-of-text token: (records, 2)."""
+    records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments, left_out: LeftOut
+) -> tuple[DatasetDict, dict[str, np.ndarray]]:
+    """Tokens of each record's uncut prompt, and of its response with the end-of-text token: (records, 2).
+
+    Returns:
+        the records without bad ones, which are added to `left_out`: see `recipe.data.encode.encode_good_records`;
+        and the lengths of each split.
+    """
     config = replace(config, max_length=UNCUT, overflow="truncate", mask_prompt=True)
     lengths = {}
-    for name, split in encode_records(records, tokenizer, config).items():
+    good, encoded = encode_good_records(records, tokenizer, config, left_out)
+    for name, split in encoded.items():
         table = split.with_format("arrow")[:]
         whole = table["length"].to_numpy()
         supervised = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
         response = np.add.reduceat(supervised, whole.cumsum() - whole, dtype=np.int64)
         lengths[name] = np.stack([whole - response, response], axis=1)
-    return lengths
+    return good, lengths
 
 
 def inspect_lengths(

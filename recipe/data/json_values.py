@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -10,6 +11,8 @@ from decimal import Decimal
 from typing import Any, BinaryIO
 
 from recipe.console import shorten
+from recipe.data.file_kinds import not_text
+from recipe.data.values import EscapedHalf
 
 BLOCK = 2**20  # bytes read at a time
 BOM = b"\xef\xbb\xbf"
@@ -19,6 +22,17 @@ LONGEST_INT = 4000  # digits; Python refuses to convert more than 4,300
 TOO_DEEP = "(nested too deeply to show)"
 # a string, or a bracket outside of strings
 PARTS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+BYTES = re.compile("[\udc80-\udcff]")  # that are not UTF-8, or halves of characters
+SHORT_ESCAPES = {
+    '"': '"',
+    "\\": "\\",
+    "/": "/",
+    "\b": "b",
+    "\f": "f",
+    "\n": "n",
+    "\r": "r",
+    "\t": "t",
+}  # after a backslash
 
 
 class BrokenJSONError(ValueError):
@@ -49,8 +63,8 @@ def json_values(file: BinaryIO, names: Collection[str] = ()) -> Iterator[tuple[s
     start = file.read(BLOCK).removeprefix(BOM)
     while start and not start.strip():
         start = file.read(BLOCK)
-    if start[:4] in (b"PAR1", b"\x1f\x8b\x08\x00") or start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
-        raise BrokenJSONError("is not UTF-8 text (at byte 0); save it as UTF-8")
+    if said := not_text(start):
+        raise BrokenJSONError(said)
     if not start.strip():
         return
     if start.lstrip()[:1] == b"[":
@@ -86,7 +100,7 @@ def _parse_line(line: bytes, names: Collection[str]) -> Any:
             raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         return BrokenJSONError(f"broken JSON at column {error.colno} ({error.msg}): {shorten(text)}", text)
-    return _without_repeated(names, value, text)
+    return _as_written(names, value, text)
 
 
 def _decode(text: str, position: int) -> tuple[Any, int]:
@@ -101,7 +115,12 @@ def _decode_shallow(text: str, position: int) -> tuple[Any, int]:
     """A value whose brackets are too deep for the parser; of an object, the fields that are not are read."""
     if text[position] != "{":
         return [TOO_DEEP], _end_of_brackets(text, position)
-    record: dict[str, Any] = {}
+    pairs, end = _shallow_pairs(text, position)
+    return dict(pairs), end
+
+
+def _shallow_pairs(text: str, position: int) -> tuple[list[tuple[str, Any]], int]:
+    pairs: list[tuple[str, Any]] = []
     while True:
         name, position = DECODER.raw_decode(text, _skip_space(text, position + 1))
         position = _skip_space(text, position)
@@ -109,13 +128,14 @@ def _decode_shallow(text: str, position: int) -> tuple[Any, int]:
             raise json.JSONDecodeError("Expecting ':' delimiter", text, position)
         position = _skip_space(text, position + 1)
         try:
-            record[name], position = DECODER.raw_decode(text, position)
+            value, position = DECODER.raw_decode(text, position)
         except RecursionError:
-            record[name] = {"": TOO_DEEP} if text[position] == "{" else [TOO_DEEP]
+            value = {"": TOO_DEEP} if text[position] == "{" else [TOO_DEEP]
             position = _end_of_brackets(text, position)
+        pairs.append((name, value))
         position = _skip_space(text, position)
         if text[position : position + 1] == "}":
-            return record, position + 1
+            return pairs, position + 1
         if text[position : position + 1] != ",":
             raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
 
@@ -129,19 +149,61 @@ def _end_of_brackets(text: str, position: int) -> int:
     raise json.JSONDecodeError("Expecting a closing bracket", text, len(text))
 
 
-def _without_repeated(names: Collection[str], value: Any, text: str) -> Any:
+def _as_written(names: Collection[str], value: Any, text: str) -> Any:
     """The value, or an error if an object has one of the names twice; the parser would keep the last."""
-    if isinstance(value, dict) and any(text.count(f'"{name}"') > 1 for name in names):
-        objects: list[list[tuple[str, Any]]] = []  # the outermost is complete last
-        try:
-            json.JSONDecoder(parse_int=_integer, strict=False, object_pairs_hook=objects.append).decode(text)
-        except RecursionError:
-            return value
-        present = [name for name, _ in objects[-1]]
+    if not isinstance(value, dict):
+        return value
+    if _may_repeat(names, text):
+        present = [name for name, _ in _pairs(text)]
         for name in names:
             if present.count(name) > 1:
                 return BrokenJSONError(f"{name!r} stands twice in one record: {shorten(text)}", text)
+    if "\\u" in text and ("\\ud" in text or "\\uD" in text):
+        _mark_halves(value, text)
     return value
+
+
+def _may_repeat(names: Collection[str], text: str) -> bool:
+    """Whether an object may have one of the names twice: without parsing it again, as nearly all have not."""
+    if any(text.count(f'"{name}"') > 1 for name in names):
+        return True
+    if "\\" not in text:
+        return False
+    escape, spellings = _spellings(tuple(names))
+    return escape.search(text) is not None and any(len(spelling.findall(text)) > 1 for spelling in spellings)
+
+
+@functools.lru_cache(maxsize=4)
+def _spellings(names: tuple[str, ...]) -> tuple[re.Pattern[str], list[re.Pattern[str]]]:
+    """What finds an escape of any character of the names, and what finds all the ways to write each name."""
+
+    def escapes(character: str) -> list[str]:  # without their backslash
+        units = character.encode("utf-16-be", "surrogatepass").hex()
+        code = r"\\".join(f"u(?i:{units[start : start + 4]})" for start in range(0, len(units), 4))
+        return [code, *([re.escape(SHORT_ESCAPES[character])] if character in SHORT_ESCAPES else [])]
+
+    # begins with its backslash alone, for which a search is fast
+    any_escape = "|".join(escape for character in sorted({*"".join(names)}) for escape in escapes(character))
+    spelled = ["".join(rf"(?:{re.escape(c)}|\\(?:{'|'.join(escapes(c))}))" for c in name) for name in names]
+    return re.compile(rf"\\(?:{any_escape or '(?!)'})"), [re.compile(f'"{one}"') for one in spelled]
+
+
+def _pairs(text: str) -> list[tuple[str, Any]]:
+    """Names and values of an object, with those that stand there twice."""
+    objects: list[list[tuple[str, Any]]] = []  # the outermost is complete last
+    try:
+        json.JSONDecoder(parse_int=_integer, strict=False, object_pairs_hook=objects.append).decode(text)
+    except RecursionError:
+        return _shallow_pairs(text, 0)[0]
+    return objects[-1]
+
+
+def _mark_halves(record: dict[str, Any], text: str) -> None:
+    """Mark texts with half a character that is written as one, which else looks like a byte that is not UTF-8."""
+    halves = [name for name, value in record.items() if isinstance(value, str) and BYTES.search(value)]
+    if halves:
+        escaped, _ = _decode(BYTES.sub("\ufffd", text), 0)  # the bytes are gone, what is left is written so
+        record |= {name: EscapedHalf(record[name]) for name in halves if BYTES.search(escaped.get(name, ""))}
 
 
 def _array_elements(file: BinaryIO, start: bytes, names: Collection[str]) -> Iterator[Any]:
@@ -176,7 +238,7 @@ def _array_elements(file: BinaryIO, start: bytes, names: Collection[str]) -> Ite
             block = file.read(max(BLOCK, len(text)))  # doubles, for an element longer than a block
             text, position, ended = text[position:] + decode(block, final=not block), 0, not block
             continue
-        yield _without_repeated(names, value, text[position:end])
+        yield _as_written(names, value, text[position:end])
         position, expected = end, {",", "]"}
 
 

@@ -9,16 +9,14 @@ Rows in messages count from 0, as `dataset[i]` does.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -35,12 +33,15 @@ from recipe.data.columns import (
     Columns,
     UnreadableFileError,
     missing_columns,
+    misspelt,
     refuse_conversations,
     wanted_columns,
 )
+from recipe.data.csv_rows import csv_rows
 from recipe.data.json_values import BrokenJSONError, json_values
+from recipe.data.origin import RecordsInfo
+from recipe.data.values import Problem, Row, arrow_texts, as_json, python_values, value_problem
 
-TEXT_TYPES = ("string", "large_string", "string_view", "null")
 BATCH = 10_000  # records in memory at a time
 NO_RECORDS = "holds no records; give it at least one"
 SCHEMA = pa.schema(
@@ -50,19 +51,8 @@ SCHEMA = pa.schema(
     # null for a good record: why it is bad in few words, the whole message, and the values of its fields as JSON
     + [pa.field(name, pa.string()) for name in ("reason", "problem", "record")]
 )
-CSV_FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|[^,\r\n]*)(?:,|\r?\n|\r|$)')  # with its quotes
-DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-
-
-class Problem(NamedTuple):
-    """Why a record is bad: in few words, to be counted, and in full."""
-
-    reason: str
-    text: str
-    values: dict[str, Any] | None = None  # what the row holds instead of a record
-
-
-Row = dict[str, Any] | Problem  # the values of a record by column, or why there are none
+# what decides which records a file holds, beside its content
+CODE = ("columns.py", "csv_rows.py", "file_kinds.py", "json_values.py", "readers.py", "values.py")
 
 
 def read_file(path: str, kind: str, columns: Columns) -> Dataset:
@@ -82,20 +72,42 @@ def read_file(path: str, kind: str, columns: Columns) -> Dataset:
 
 def read_dataset(dataset: Dataset, columns: Columns) -> Dataset:
     """`read_file` for a dataset that was loaded by other means."""
-    # datasets shows `_fingerprint` in its guide to caching, and has no public name for it
-    key = cache_key(dataset._fingerprint, "dataset", columns)
-    wanted = wanted_columns(dataset.column_names, columns, lambda: dataset.with_format(None)[:1])
-    tables = dataset.select_columns(wanted).with_format("arrow").iter(batch_size=BATCH)
-    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
-    return cached(key, batches, columns)
+    tables = dataset.with_format("arrow")
+    with _arrow_errors("a dataset"):
+        wanted = wanted_columns(dataset.column_names, columns, lambda: _first_values(tables[:1]))
+    tables = tables.select_columns(wanted)
+    # its fingerprint says how it was made, not what is in it
+    return cached(cache_key(_content_hash(tables), "dataset", columns), _record_batches(tables), columns)
+
+
+def _record_batches(tables: Dataset) -> Iterator[pa.RecordBatch]:
+    """The values of a dataset; an Arrow file has no checksum, so that a damaged one must be found before it is used."""
+    with _arrow_errors("a dataset"):
+        for table in tables.iter(batch_size=BATCH):
+            for batch in table.combine_chunks().to_batches():
+                for array in batch.columns:
+                    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(array.type)
+                    if as_bytes is None:
+                        array.validate()
+                    else:
+                        array.view(as_bytes).validate(full=True)
+                yield batch
+
+
+def _content_hash(tables: Dataset) -> str:
+    """A hash of all values of a dataset, whether they are in memory or in Arrow files."""
+    digest = hashlib.blake2b()
+    for batch in _record_batches(tables):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:  # not the batch alone: it would lack its dictionaries
+            writer.write_batch(batch)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
 
 
 def cache_key(content: str, kind: str, columns: Columns) -> str:
     """Identifies records by what decides them: the content, the columns, the code that reads, and its libraries."""
-    code = [
-        Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("columns.py", "readers.py", "json_values.py")
-    ]
+    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in CODE]
     parts = [content, kind, json.dumps(columns, sort_keys=True), *code, importlib.metadata.version("pyarrow")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -113,7 +125,7 @@ def cached(key: str, parts: Iterable[list[Row] | pa.RecordBatch], columns: Colum
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
-    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
+    return Dataset(MemoryMappedTable.from_file(str(path)), info=RecordsInfo(), fingerprint=key)
 
 
 def _batches(parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> Iterator[pa.RecordBatch]:
@@ -147,22 +159,28 @@ def _checked(start: int, part: list[Row] | pa.RecordBatch, columns: Columns) -> 
     Texts are checked all at once; only suspicious ones are looked at one by one.
     """
     unread = {} if isinstance(part, pa.RecordBatch) else {i: row for i, row in enumerate(part) if type(row) is Problem}
-    rows = [{} if type(row) is Problem else row for row in part] if unread else part
+    rows: Any = [{} if type(row) is Problem else row for row in part] if unread else part
     fields = {
         field: _column(rows, column, "" if field == "input" else None) for field, column in columns.fields.items()
     }
-    suspects = set().union(*(_suspects(field, fields[field]) for field in FIELDS)) - unread.keys()
+    misnamed = _misnamed(rows, columns) if isinstance(rows, list) else {}
+    suspects = set(misnamed).union(*(_suspects(field, fields[field]) for field in FIELDS)) - unread.keys()
     bad = {
         # the text may show bytes that are not UTF-8
-        index: (row.reason, row.text.encode("utf-8", "backslashreplace").decode(), _as_json(row.values or {}))
+        index: (row.reason, row.text.encode("utf-8", "backslashreplace").decode(), as_json(row.values or {}))
         for index, row in unread.items()
     }
     for index in sorted(suspects):
         values = {field: _python_value(fields[field][index]) for field in FIELDS}
-        problems = [problem for field in FIELDS if (problem := value_problem(field, values[field])) is not None]
+        problems = [
+            problem
+            for field in FIELDS
+            if (problem := misnamed.get(index, {}).get(field) or value_problem(field, values[field])) is not None
+        ]
         if problems:
             text = "\n".join(f": {problem.text}" for problem in problems)
-            bad[index] = (problems[0].reason, text, _as_json(values))
+            others = {name: value for problem in problems for name, value in (problem.values or {}).items()}
+            bad[index] = (problems[0].reason, text, as_json(values | others))
     nothing = [None] * len(part)
     about = (
         list(zip(*(bad.get(index, (None,) * 3) for index in range(len(part))), strict=True)) if bad else [nothing] * 3
@@ -173,12 +191,18 @@ def _checked(start: int, part: list[Row] | pa.RecordBatch, columns: Columns) -> 
     return pa.record_batch(arrays, schema=SCHEMA)
 
 
-def _as_json(values: dict[str, Any]) -> str:
-    """JSON that every reader takes: NaN, which JSON does not have, as text."""
-    try:
-        return json.dumps(values, default=str, allow_nan=False)
-    except ValueError:
-        return json.dumps({name: json.dumps(value, default=str) for name, value in values.items()})
+def _misnamed(rows: list[dict[str, Any]], columns: Columns) -> dict[int, dict[str, Problem]]:
+    """The fields of each record whose text stands under a name of another case, where it would be lost."""
+    alike = misspelt(set().union(*rows), columns)
+    found: dict[int, dict[str, Problem]] = {}
+    for index, row in enumerate(rows) if alike else ():
+        for name in row.keys() & alike.keys():
+            if (column := alike[name]) not in row:
+                field = next(field for field in FIELDS if columns.fields[field] == column)
+                reason = f"{name!r} stands where {column!r} should"
+                text = f"{reason}; rename it or remove the row"
+                found.setdefault(index, {})[field] = Problem(reason, text, {name: row[name]})
+    return found
 
 
 def _python_value(value: Any) -> Any:
@@ -193,14 +217,9 @@ def _column(rows: list[dict[str, Any]] | pa.RecordBatch, name: str, default: Any
         values = [default] * len(rows)
     else:
         array = rows.column(name)
-        try:
-            if str(array.type) in TEXT_TYPES:
-                array.validate(full=True)
-                return array.cast(pa.string())
-        except pa.ArrowInvalid:
-            texts = array.cast(pa.binary()).to_pylist()
-            return [text and text.decode("utf-8", "surrogateescape") for text in texts]
-        values = array.to_pylist()
+        if (texts := arrow_texts(array)) is not None:
+            return texts
+        values = python_values(array)
     if set(map(type, values)) <= {str, type(None)}:
         with contextlib.suppress(UnicodeEncodeError):  # half a character
             return pa.array(values, pa.string())
@@ -235,64 +254,16 @@ def _families(values: list[Any] | pa.Array) -> pa.Array:
 
 def _extra(rows: list[dict[str, Any]] | pa.RecordBatch, columns: Columns) -> list[str]:
     """Other columns as JSON; what JSON has no type for, such as a date, comes as its type and text, not as text."""
-    records = rows if isinstance(rows, list) else _python_rows(rows, columns.extra)
+    if isinstance(rows, list):
+        records = rows
+    else:
+        values = {name: python_values(rows.column(name)) for name in columns.extra if name in rows.schema.names}
+        records = [{name: values[name][index] for name in values} for index in range(len(rows))]
     return [json.dumps({name: r[name] for name in columns.extra if name in r}, default=_typed) for r in records]
-
-
-def _python_rows(rows: pa.RecordBatch, names: Iterable[str]) -> list[dict[str, Any]]:
-    """The values of some columns row by row; bytes that are not UTF-8 become surrogates, as in the other formats."""
-    try:
-        columns = {name: _column(rows, name, None) for name in names if name in rows.schema.names}
-    except UnicodeDecodeError as error:  # inside a nested value
-        raise UnreadableFileError(
-            f" holds an answer that is not UTF-8 text ({error}); save the file as UTF-8"
-        ) from error
-    lists = [values if isinstance(values, list) else values.to_pylist() for values in columns.values()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)] or [{}] * len(rows)
 
 
 def _typed(value: Any) -> dict[str, str]:
     return {type(value).__name__: str(value)}
-
-
-def value_problem(field: str, value: Any) -> Problem | None:
-    """Why a field cannot have this value; an input may be null, missing or blank, but not a number."""
-    fix = "write the instruction" if field == "instruction" else "write a response"
-    if isinstance(value, str):
-        if half := half_character(value):
-            return Problem(f"{field!r} {half[0]}", f"{field!r} {half[0]}{half[1]}")
-        if field in OPTIONAL or value.strip():
-            return None
-        what = "blank" if value else "empty"
-        return Problem(f"{field!r} is {what}", f"{field!r} is {what} ({shorten(repr(value))}); {fix} or remove the row")
-    if value is None:
-        if field in OPTIONAL:
-            return None
-        reason = f"{field!r} is null or missing"
-        return Problem(reason, f"{reason}; {fix} or remove the row")
-    kind = "int" if type(value).__name__ == "Decimal" else type(value).__name__
-    shown = shorten(str(value) if kind == "int" else json.dumps(value, default=str))
-    return Problem(
-        f"{field!r} is not text ({kind})",
-        f"{field!r} is {shown} ({kind}), not text; write it as text or remove the row",
-    )
-
-
-def half_character(text: str) -> tuple[str, str] | None:
-    """What is wrong with a text that UTF-8 cannot hold, and what to do; None if nothing is."""
-    try:
-        if not text.isascii():
-            text.encode()
-        return None
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-    if 0xDC80 <= code <= 0xDCFF:  # how Python decodes a byte that is not UTF-8
-        try:  # three bytes may be half a character, too
-            halves = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogatepass")
-        except UnicodeError:
-            return "is not UTF-8 text", "; save the file as UTF-8"
-        code = next(ord(character) for character in halves if "\ud800" <= character <= "\udfff")
-    return "holds half a character", f" (\\u{code:04x} without its other half); write it again or remove the row"
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
@@ -316,83 +287,26 @@ def json_rows(path: str, columns: Columns) -> Iterator[Row]:
             raise UnreadableFileError(f" {error}") from error
 
 
-def csv_rows(path: str, columns: Columns) -> Iterator[Row]:
-    """The lines of a CSV file; text stays text: "007" is not 7, and "None" or an empty cell is not null."""
-    with _csv_reader(path) as (reader, row_lines):
-        lines = (fields for fields in reader if fields)
-        try:
-            header: list[str] = next(lines, [])
-            if not header:
-                return
-            _check_header(header, columns)
-            row_lines.clear()
-            for fields in lines:
-                if _has_backslash_quote(row_lines):
-                    reason = 'a quote written as \\"'
-                    text = f': {reason}; write it twice, as "", in a text in double quotes'
-                    yield Problem(reason, text, {"fields": fields})
-                elif len(fields) == len(header):
-                    yield dict(zip(header, fields, strict=True))
-                else:
-                    text = (
-                        f"{len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); put text with "
-                        "commas or quotes in double quotes"
-                    )
-                    yield Problem("another number of fields than the header", f": {text}", {"fields": fields})
-                row_lines.clear()
-        except csv.Error as error:
-            raise UnreadableFileError(
-                f' line {reader.line_num}: broken quotes ({error}); a quote in a text is written twice: "" and not \\"'
-            ) from error
-
-
 def parquet_rows(path: str, columns: Columns) -> Iterator[pa.RecordBatch]:
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = wanted_columns(names, columns, lambda: next(file.iter_batches(1), pa.table({})).to_pydict())
-            yield from file.iter_batches(BATCH, columns=wanted)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        raise UnreadableFileError(f" cannot be read as parquet: {error}") from error
+    with _arrow_errors("parquet"), pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        wanted = wanted_columns(names, columns, lambda: _first_values(next(file.iter_batches(1), None)))
+        yield from file.iter_batches(BATCH, columns=wanted)
+
+
+def _first_values(batch: pa.RecordBatch | pa.Table | None) -> dict[str, list[Any]]:
+    if batch is None:
+        return {}
+    arrays = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in batch.columns)
+    return {name: python_values(array) for name, array in zip(batch.schema.names, arrays, strict=True)}
 
 
 @contextlib.contextmanager
-def _csv_reader(path: str) -> Iterator[tuple[Any, list[str]]]:
-    """A reader of rows, and a list to which it adds the lines that it reads."""
-    lines: list[str] = []
-
-    def remember(text: Iterable[str]) -> Iterator[str]:
-        for line in text:
-            lines.append(line)
-            yield line
-
-    limit = csv.field_size_limit(2**31 - 1)
+def _arrow_errors(kind: str) -> Iterator[None]:
+    """What Arrow says of a damaged file, in one line: it is one problem."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            yield csv.reader(remember(text), strict=True), lines
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _check_header(header: list[str], columns: Columns) -> None:
-    for column in columns.fields.values():
-        if header.count(column) > 1:
-            raise UnreadableFileError(f" has the column {column!r} twice in its header; give each its own name")
-    if columns.fields["instruction"] not in header:
-        for delimiter, name in DELIMITERS.items():
-            if columns.fields["instruction"] in (part.strip('"') for part in ",".join(header).split(delimiter)):
-                raise UnreadableFileError(f" separates its columns by {name} ({delimiter!r}); save it with commas")
-    missing_columns(header, columns, {field for field, column in columns.fields.items() if column in header})
-
-
-def _has_backslash_quote(lines: list[str]) -> bool:
-    r"""Whether a quote is written as `\"` in a field without quotes around it; the reader takes both signs as text.
-
-    In a field with quotes around it, `\"` ends the field, and the strict reader refuses what follows.
-    """
-    if not any('\\"' in line for line in lines):
-        return False
-    fields = CSV_FIELD.findall("".join(lines))
-    return any('\\"' in field and not field.startswith('"') for field in fields)
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise UnreadableFileError(f" cannot be read as {kind}: {' '.join(str(error).split())}") from error

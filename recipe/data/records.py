@@ -61,6 +61,7 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     splits, problems = DatasetDict(), []
     for split, files in _files_by_split(config.data, left_out.notes).items():
         parts, start = [], 0
+        read_files, first_rows = [], []
         for name, read in files:
             try:
                 records = read(columns)
@@ -70,19 +71,24 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
             good, bad = _good_and_bad(records, start)
             left_out.bad += [{"file": name, "split": split, **record} for record in bad]
             parts.append(good)
+            read_files.append(name)
+            first_rows.append(start)
             start += len(records)
         if parts:
             splits[split] = concatenate_datasets(parts)
             if not extra:
                 splits[split] = splits[split].remove_columns("extra")
+            # not as an argument of `concatenate_datasets`: the cache of the tokens would depend on names of files
+            info = splits[split].info
+            info.read_as, info.files, info.first_rows = split, read_files, first_rows
     if config.bad_records == "error":
-        problems += [line for record in left_out.bad for line in _lines(record)]
+        problems += [line for record in left_out.bad for line in report_lines(record)]
     else:
         problems += [f"the {name} split has no good record" for name, split in splits.items() if not len(split)]
     if problems:
         raise UserError(problem_report(problems))
     for record in left_out.bad:
-        record["problem"] = "; ".join(part.lstrip(": ") for part in record["problem"].split("\n"))
+        record["problem"] = in_one_line(record["problem"])
     return splits, left_out
 
 
@@ -96,7 +102,12 @@ def problem_report(problems: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _lines(bad: Mapping[str, Any]) -> list[str]:
+def in_one_line(problem: str) -> str:
+    """The problems of a bad record as `bad_records.jsonl` has them."""
+    return "; ".join(part.lstrip(": ") for part in problem.split("\n"))
+
+
+def report_lines(bad: Mapping[str, Any]) -> list[str]:
     """The problems of a bad record as lines: the problem begins with a colon, or with the place in its file."""
     parts = bad["problem"].split("\n")
     return [f"{bad['file']} row {bad['row']}{part if part.startswith(': ') else f' {part}'}" for part in parts]
@@ -106,6 +117,9 @@ def _files_by_split(data: dict | str | list, notes: list[str]) -> Source:
     """The files of each split, under the name it means."""
     if not isinstance(data, dict):
         return find_source(_names(data, "data"), notes)
+    if odd := [name for name in data if not isinstance(name, str) or not name.strip()]:
+        hint = "; YAML reads on, off, yes, no and null as other values, so put such a name in quotes"
+        raise UserError(f"data: {odd[0]!r} is no name of a split{hint if not isinstance(odd[0], str) else ''}")
     by_split: Source = {}
     for split, source in by_meaning(data, "data", notes).items():
         found = find_source(_names(source, f"data, split {split!r}"), notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from datasets import (
@@ -46,7 +46,7 @@ def find_source(source: str | list[str], notes: list[str]) -> Source:
         if saved := [pattern for pattern in patterns if _is_saved_to_disk(Path(pattern))]:
             return _saved_to_disk(saved[0], notes) if len(patterns) == 1 else _one_saved_only(saved[0])
         return _as_source(_files_by_split(patterns, notes))
-    if len(patterns) > 1 or Path(name).is_file() or _kind(name) or glob.escape(name) != name:
+    if len(patterns) > 1 or Path(name).is_file() or Path(name).is_symlink() or _kind(name) or glob.escape(name) != name:
         return _as_source({"train": [file for pattern in patterns for file in _expand(pattern)]})
     try:
         return _on_the_hub(name, notes)
@@ -72,11 +72,18 @@ def _kind(name: str) -> str:
 
 def _expand(pattern: str) -> list[str]:
     """The files that a name or a glob stands for."""
-    is_file = Path(pattern).is_file()
-    files = [pattern] if is_file else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    path = Path(pattern)
+    if path.is_dir():
+        raise UserError(
+            f"data {pattern!r}: a folder in a list with files; give the files of the folder ({path / '*.jsonl'}), or "
+            "folders only"
+        )
+    found = [pattern] if path.is_file() or path.is_symlink() else sorted(glob.glob(pattern, recursive=True))
+    _refuse_broken_links(found)
+    files = list(filter(os.path.isfile, found))
     if not files:
-        folder = Path(pattern).parent
-        near = difflib.get_close_matches(Path(pattern).name, [file.name for file in folder.glob("*")], n=1)
+        folder = path.parent
+        near = difflib.get_close_matches(path.name, [file.name for file in folder.glob("*")], n=1)
         hint = f"; did you mean {str(folder / near[0])!r}?" if near else ""
         raise UserError(f"data {pattern!r}: no such file{hint}")
     for file in files:
@@ -88,6 +95,13 @@ def _expand(pattern: str) -> list[str]:
     return files
 
 
+def _refuse_broken_links(paths: Iterable[str | Path]) -> None:
+    """Refuse a link to a file that is not there: left out, its records would be missing without a word."""
+    for path in map(Path, paths):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"data {str(path)!r}: a link to {str(path.readlink())!r}, where there is nothing")
+
+
 def _files_by_split(folders: list[str], notes: list[str]) -> dict[str, list[str]]:
     """The files of folders by the split that their names give, as on the Hub: train.jsonl, data/test-00000.parquet."""
     found: dict[str | None, list[str]] = {}
@@ -95,7 +109,11 @@ def _files_by_split(folders: list[str], notes: list[str]) -> dict[str, list[str]
     for folder in folders:
         for path in sorted(Path(folder).rglob("*")):
             inner = path.relative_to(folder)
-            if not path.is_file() or any(part.startswith((".", "__")) for part in inner.parts):
+            if any(part.startswith((".", "__")) for part in inner.parts):
+                continue
+            if _kind(path.name):
+                _refuse_broken_links([path])
+            if not path.is_file():
                 continue
             if _kind(path.name):
                 found.setdefault(file_split(inner), []).append(str(path))
@@ -189,7 +207,9 @@ def _saved_to_disk(folder: str, notes: list[str]) -> Source:
     try:
         loaded = load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data {folder!r}: a folder of save_to_disk that cannot be loaded ({error})") from error
+        raise UserError(
+            f"data {folder!r}: a folder of save_to_disk that cannot be loaded ({' '.join(str(error).split())})"
+        ) from error
     if not isinstance(loaded, DatasetDict):
         return {"train": [_loaded(folder, loaded)]}
     splits = by_meaning({str(split): dataset for split, dataset in loaded.items()}, f"data {folder!r}", notes)

@@ -163,8 +163,8 @@ def read_answer_file(
     Raises:
         UserError: no such column, an answer that is not text, or an id in two rows.
     """
-    from recipe.data.readers import half_character  # here: datasets takes a second, and --help needs none of it
     from recipe.data.records import read_records
+    from recipe.data.values import half_character  # here: datasets takes a second, and --help needs none of it
 
     splits, _ = read_records(_answer_arguments(path, data_args), extra=("model_response", "tuned", "id", "split"))
     if len(splits) != 1:

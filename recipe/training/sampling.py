@@ -10,6 +10,7 @@ repeats none, because their number is always a multiple of the processes; where 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler
 from torch.utils.data import IterableDataset as Stream
 
 from recipe.collator import IGNORE_INDEX
+from recipe.data.origin import place
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -143,6 +145,7 @@ class TokenBudgetBatches(Sampler[list[int]]):
         lengths: of each record, in tokens.
         max_tokens: input tokens, with padding, in a batch of one process.
         num_processes: processes that share the batches; batch i goes to process i modulo this.
+        name: what to call a record in an error, by its index in `lengths`.
 
     Raises:
         ValueError: a record longer than `max_tokens`.
@@ -154,12 +157,22 @@ class TokenBudgetBatches(Sampler[list[int]]):
     [[0, 2, 4, 5, 7], [1], [3, 6]]
     """
 
-    def __init__(self, lengths: np.ndarray, max_tokens: int, *, num_processes: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        max_tokens: int,
+        *,
+        num_processes: int = 1,
+        seed: int = 0,
+        name: Callable[[int], str] | None = None,
+    ) -> None:
         inputs = np.asarray(lengths) - 1  # (records,)
         if inputs.max() > max_tokens:
+            longest = int(inputs.argmax())
+            record = name(longest) if name else f"record {longest}"
             raise ValueError(
-                f"record {inputs.argmax()} alone has {inputs.max()} input tokens, and max_tokens_per_batch is "
-                f"{max_tokens}; give at least {inputs.max()}, or a smaller max_length"
+                f"{record} alone has {inputs.max()} input tokens, and max_tokens_per_batch is {max_tokens}; give at "
+                f"least {inputs.max()}, or a smaller max_length"
             )
         self.widths = _widths(lengths)
         self.num_processes = num_processes
@@ -235,7 +248,8 @@ def plan_batches(
     max_tokens = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
     if max_tokens is not None:
         lengths = record_lengths(dataset, args.length_column_name)
-        return TokenBudgetBatches(lengths, max_tokens, num_processes=processes, seed=seed)
+        name = functools.partial(_record_name, dataset)
+        return TokenBudgetBatches(lengths, max_tokens, num_processes=processes, seed=seed, name=name)
     records: Sampler[int] | None = None
     if args.train_sampling_strategy == "group_by_length":
         records_per_step = batch_size * processes * args.gradient_accumulation_steps
@@ -291,6 +305,12 @@ def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
             f"no column {column!r} in the training data; length_column_name names the one of lengths in tokens"
         )
     return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
+
+
+def _record_name(dataset: Dataset, index: int) -> str:
+    """The file and the row of a record that `recipe.data` has read; of others, the index."""
+    row = dataset[index].get("row") if "row" in dataset.column_names else None
+    return f"record {index}" if row is None else place(dataset, row)
 
 
 def _widths(lengths: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
+from recipe.data.origin import rows_in_words
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.reasoning import split_scored
@@ -365,7 +366,7 @@ class InstructionTrainer(Trainer):
             step, loss, rows = self._unchecked[finite.index(False)]
             first_bad = [(step, loss.item(), None if rows is None else rows.tolist())]
         step, loss, rows = min(gather_object(first_bad), key=lambda bad: bad[0])
-        where = "" if rows is None else f" in the batch of training rows {', '.join(map(str, rows))}"
+        where = "" if rows is None else f" in the batch of {rows_in_words(self.train_dataset, rows)}"
         raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
 
 

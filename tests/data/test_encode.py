@@ -332,8 +332,8 @@ def test_dropped_records_are_counted(tmp_path, demo_tokenizer):
 def test_too_long_records_are_named_when_overflow_is_an_error(tmp_path, demo_tokenizer):
     with pytest.raises(UserError) as error:
         encode_long(tmp_path, demo_tokenizer, "error")
-    assert f"{tmp_path / 'a.json'} train row 0: longer than --max_length 80" in str(error.value)
-    assert f"{tmp_path / 'a.json'} train row 1: longer than --max_length 80" in str(error.value)
+    assert f"{tmp_path / 'a.json'} row 0: longer than --max_length 80" in str(error.value)
+    assert f"{tmp_path / 'a.json'} row 1: longer than --max_length 80" in str(error.value)
 
 
 def test_statistics_by_hand(tmp_path, demo_tokenizer):

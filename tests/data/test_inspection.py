@@ -13,6 +13,7 @@ from recipe.config import DataArguments
 from recipe.data import encode_records, load_records, template_overhead, token_statistics
 from recipe.data.encode import cut_lengths
 from recipe.data.inspection import batch_costs, inspect_lengths, inspect_records, measure_lengths, overflow_at
+from recipe.data.records import LeftOut
 from recipe.templates import load_template
 
 WORDS = (DEMO / "records" / "train.jsonl").read_text(encoding="utf-8").split()
@@ -43,7 +44,7 @@ def test_lengths_are_those_of_the_tokenizer(demo_tokenizer, alpaca):
     records = dataset([("Make it plural.", "cat", "cats"), ("Say hello.", None, "Hello, hello!")])
     # whatever training would cut, drop or learn
     config = DataArguments(max_length=20, overflow="drop", mask_prompt=False)
-    lengths = measure_lengths({"train": records}, demo_tokenizer, config)["train"]
+    lengths = measure_lengths({"train": records}, demo_tokenizer, config, LeftOut())[1]["train"]
     assert lengths.tolist() == [
         [len(demo_tokenizer.tokenize(alpaca.prompt(record))), len(demo_tokenizer.tokenize(record["output"])) + 1]
         for record in records
@@ -52,7 +53,7 @@ def test_lengths_are_those_of_the_tokenizer(demo_tokenizer, alpaca):
 
 @pytest.mark.parametrize("limit", [20, 47, 48, 64, 100, 128, 400])
 def test_what_is_cut_is_what_encoding_cuts(varied, demo_tokenizer, limit):
-    lengths = measure_lengths(varied, demo_tokenizer, DataArguments())["train"]
+    lengths = measure_lengths(varied, demo_tokenizer, DataArguments(), LeftOut())[1]["train"]
     cost = overflow_at(lengths, limit)
     cut = encode_records(varied, demo_tokenizer, DataArguments(max_length=limit))["train"]
     response = [sum(label != -100 for label in labels) for labels in cut["labels"]]
@@ -64,7 +65,7 @@ def test_what_is_cut_is_what_encoding_cuts(varied, demo_tokenizer, limit):
 
 
 def test_the_limits_above_cut_prompts_and_responses(varied, demo_tokenizer):
-    lengths = measure_lengths(varied, demo_tokenizer, DataArguments())["train"]
+    lengths = measure_lengths(varied, demo_tokenizer, DataArguments(), LeftOut())[1]["train"]
     costs = [overflow_at(lengths, limit) for limit in (20, 64, 100, 400)]
     assert costs[0]["too_long"] == len(lengths) and costs[-1]["too_long"] < len(lengths)
     assert all(cost["cut_prompt_tokens"] and cost["cut_response_tokens"] for cost in costs[:3])
@@ -124,7 +125,7 @@ def test_a_cut_prompt_may_lose_tokens_of_its_preamble():
 def test_counts_are_those_that_training_prints(varied, demo_tokenizer, alpaca):
     overhead = template_overhead(alpaca, demo_tokenizer)
     config = DataArguments(max_length=100)
-    report = inspect_lengths(measure_lengths(varied, demo_tokenizer, config), config, [100], 4, overhead)
+    report = inspect_lengths(measure_lengths(varied, demo_tokenizer, config, LeftOut())[1], config, [100], 4, overhead)
     encoded = encode_records(varied, demo_tokenizer, config)
     for printed in token_statistics(varied, encoded, overhead[0]):
         split, total = report[printed["split"]], printed["tokens"]

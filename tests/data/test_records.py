@@ -112,7 +112,7 @@ def test_text_in_another_encoding(tmp_path):
     assert refuse(path) == f"{path} row 0: 'output' is not UTF-8 text; save the file as UTF-8"
     path = tmp_path / "a.json"
     path.write_bytes(json.dumps([GOOD]).encode("utf-16"))
-    assert refuse(path) == f"{path} is not UTF-8 text (at byte 0); save it as UTF-8"
+    assert refuse(path) == f"{path} is UTF-16 text, not UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)"
 
 
 def test_csv_rows_that_do_not_fit_the_header(tmp_path):
@@ -124,7 +124,7 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
         for row, count in ((0, 4), (2, 2))
     ]
     path.write_text("instruction,output,output\na,b,c\n")
-    assert refuse(path) == f"{path} has the column 'output' twice in its header; give each its own name"
+    assert refuse(path) == f"{path} has the column 'output' twice; give each its own name"
     path.write_text("instruction,output,,x,x\na,b,c,1,2\nd,e,f,3,4\n")  # columns that nobody needs
     config = DataArguments(data=str(path), validation_ratio=0, test_ratio=0)
     assert load_records(config)[0]["train"]["output"][:] == ["b", "e"]

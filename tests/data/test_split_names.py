@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from recipe.config import DataArguments, UserError
+from recipe.config import DataArguments, UserError, parse_arguments
 from recipe.data import load_records
 from recipe.files import read_json_lines, write_json_lines
 
@@ -160,3 +160,40 @@ def test_the_values_of_bad_records_can_be_written_whatever_they_are(tmp_path):
         "'output' holds half a character", "'instruction' is not UTF-8 text", "broken JSON", "not an object",
     ]  # fmt: skip
     assert len(refuse(str(path)).encode().splitlines()) == 5
+
+
+@pytest.mark.parametrize("key", [1, True, None, 1.5, "", "  "])
+def test_a_name_of_a_split_is_a_text(tmp_path, key):
+    files = {"train": write(tmp_path / "a.jsonl"), key: write(tmp_path / "b.jsonl")}
+    message = refuse(files)
+    assert f"data: {key!r} is no name of a split" in message and ("quotes" in message) == (not isinstance(key, str))
+
+
+def test_yaml_keys_that_are_no_text_are_refused(tmp_path):
+    for line, shown in (("on: b.jsonl", "True"), ("null: b.jsonl", "None"), ("7: b.jsonl", "7")):
+        path = tmp_path / "a.yaml"
+        path.write_text(f"data:\n  train: {write(tmp_path / 'a.jsonl')}\n  {line}\n")
+        [config] = parse_arguments([DataArguments], [str(path)], "")
+        assert f"data: {shown} is no name of a split" in refuse(config.data)
+
+
+def test_a_folder_among_files_is_named_as_one(tmp_path):
+    file = write(tmp_path / "a.jsonl")
+    folder = tmp_path / "f18"
+    write(folder / "b.jsonl")
+    for source in ([file, str(folder)], [str(folder), file], {"train": file, "test": [str(folder), file]}):
+        message = refuse(source)
+        assert f"data {str(folder)!r}: a folder in a list with files" in message and "did you mean" not in message
+    assert sizes([file, str(folder / "*.jsonl")]) == {"train": 4}
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "train-1.json", "records"])
+def test_a_link_to_nothing_is_named_as_one(tmp_path, name):
+    write(tmp_path / "train-0.jsonl")
+    (tmp_path / name).symlink_to(tmp_path / "gone.jsonl")
+    said = f"data {str(tmp_path / name)!r}: a link to {str(tmp_path / 'gone.jsonl')!r}, where there is nothing"
+    assert refuse(str(tmp_path / name)) == refuse([str(tmp_path / "train-0.jsonl"), str(tmp_path / name)]) == said
+    if name != "records":  # in a folder or a glob, its records would be missing without a word
+        assert refuse(str(tmp_path)) == refuse(str(tmp_path / "*.json*")) == said
+    (tmp_path / "gone.jsonl").write_bytes((tmp_path / "train-0.jsonl").read_bytes())
+    assert name == "records" or sizes(str(tmp_path / name)) == {"train": 2}
