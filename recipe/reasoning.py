@@ -24,8 +24,8 @@ QUOTES = "`'\"“”‘’«»"
 TOKEN = re.compile(r"<\|(start|channel|message|end|return|call)\|>", re.IGNORECASE)
 BEGINS_CHANNEL = re.compile(r"\s*(?:<\|start\|>\s*assistant\s*)?<\|channel\|>", re.IGNORECASE)
 # the same format after its special tokens were dropped: "analysisThe user asks ...assistantfinalBlue."
-BARE_START = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)", re.IGNORECASE)
-BARE_CHANNEL = re.compile(r"assistant\s{0,2}(analysis|commentary|final)", re.IGNORECASE)
+BARE_START = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)(?=[^\W_])")
+BARE_CHANNEL = re.compile(r"assistant(analysis|commentary|final)(?![a-z])")
 BARE_OPEN = re.compile(r"\s*analysis(?=[A-Z])")  # no word: the name of the channel, and how its text begins
 BARE_MAYBE_OPEN = re.compile(r"\s*(?:analysis(?![ :])|(?i:analysis)(?=\w))")
 SPACE = re.compile(r"[\s\ufeff]*")
@@ -78,6 +78,17 @@ def split_scored(text: str, reference: str) -> tuple[str, str | None]:
     if reasoning is None or split_answer(reference)[1] is not None:
         return text, None
     return answer, reasoning
+
+
+def open_mark(prompt: str) -> str:
+    """The opening mark that a prompt ends with, so that the answer begins inside of reasoning; "" if there is none.
+
+    >>> open_mark("<|Assistant|><think>\\n"), open_mark("<think>\\n\\n</think>\\n\\n")
+    ('<think>', '')
+    """
+    last = next((mark for mark in reversed(list(_marks(prompt)))), None)
+    is_open = last is not None and not last.is_closing and not prompt[last.end :].strip()
+    return prompt[last.start : last.end] if last is not None and is_open else ""
 
 
 def final_part(text: str) -> str | None:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     predictions = finished_predictions(output_dir)
     problems: list[str] = []
     if "score" in args.stages:
-        score(predictions, output_dir)
+        score(predictions, output_dir, args.headline)
     if "judge" in args.stages and judge_args.judge:
         problems += judge(predictions, judge_args, output_dir)
     metrics = read_metrics(output_dir)
@@ -88,9 +88,11 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
     return args, data_args, judge_args, run
 
 
-def score(predictions: list[dict[str, Any]], output_dir: Path) -> None:
+def score(predictions: list[dict[str, Any]], output_dir: Path, headline: str | None) -> None:
     """Write metrics.json and keep an earlier judgement if it is of these answers."""
     evaluation = read_json(output_dir / "evaluation.json")
+    if headline not in (None, evaluation.get("headline", headline)):
+        raise UserError(f"--headline {headline}: this evaluation was begun with {evaluation['headline']}; leave it out")
     # an earlier version wrote no headline; the references alone decide it
     evaluation.setdefault("headline", choose_headline([prediction["output"] for prediction in predictions]))
     tokenizers = {label: model.get("tokenizer") for label, model in evaluation["models"].items()}

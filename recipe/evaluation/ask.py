@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import PartialState
 
 from recipe.config import ModelArguments, UserError
 from recipe.evaluation import answers, endpoints
-from recipe.reasoning import split_scored
+from recipe.reasoning import open_mark, split_scored
 from recipe.templates import message_text
 
 if TYPE_CHECKING:
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
     from recipe.templates import Template
 
 Answer = dict[str, Any]
+LONGEST_MARK = 12  # tokens
 # statuses of a request that the server will refuse again, because of what it asks
-REFUSALS = {"http_400", "http_413", "http_422", "content_filter"}
-CONTEXT = re.compile(r"context.{0,20}(length|window|size)|max_model_len|too (long|large|many tokens)", re.IGNORECASE)
+REFUSALS = {"http_400", "http_422", "context", "cut_off", "content_filter"}
 
 
 def ask_weights(
@@ -49,8 +48,11 @@ def ask_weights(
     references = [prediction["output"] for prediction in predictions]
     bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
     losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0])
+    # some templates end in the mark that opens the reasoning, which is then in no answer
+    opened = [open_mark(str(tokenizer.decode(prompt[-LONGEST_MARK:]))) for prompt in prompts]
     for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
         rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
+        rows = [{**row, "text": opened[index] + row["text"]} for index, row in zip(indices, rows, strict=True)]
         append_answers(path, label, [predictions[index] for index in indices], rows)
 
 
@@ -63,6 +65,7 @@ def ask_endpoint(
     concurrency: int,
     timeout: float,
     allow_missing: bool,
+    others_answered: bool,
 ) -> list[str]:
     """Append a served model's answers as they come; returns the fields of sampling that the server did not accept.
 
@@ -85,9 +88,9 @@ def ask_endpoint(
 
     requests = [terms.fit(endpoints.chat_request(message_text(prediction), decoding)) for prediction in predictions]
     outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=f"Asking {endpoint} ({label})")
-    if len(refused) < len(predictions):  # else the fault may be of all requests, not of what they ask
+    if others_answered or allow_missing or len(refused) < len(predictions):
         append_answers(path, label, [predictions[i] for i in refused], map(_of_refusal, refused.values()))
-    else:
+    else:  # the fault may be of all requests, not of what they ask
         refused.clear()
     failed = [
         (prediction["id"], outcome)
@@ -143,5 +146,5 @@ def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> A
 
 def _of_refusal(failure: endpoints.Failure) -> Answer:
     """The same of a prompt that the server refused."""
-    reason = "context" if CONTEXT.search(failure.error) else "refused"
+    reason = {"context": "context", "cut_off": "length"}.get(failure.status, "refused")
     return {"text": "", "tokens": None, "stop_reason": reason, "seconds": None, "error": str(failure)}

@@ -34,9 +34,22 @@ GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any oth
 FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "http_5")
 NEGOTIABLE = ("http_400", "http_404", "http_422", "http_500", "http_501")  # how servers refuse a field
 FROM_PROXY = ("connection", "timeout", "http_403", "http_407", "http_502", "http_503", "http_504")
+CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons; Mistral calls the end of the context model_length
+FILTERED = ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "sensitive")
+# words of errors that say what the status does not
+CUT_OFF_WORDS = re.compile(r"max_tokens or model output limit was reached|could not finish the message", re.IGNORECASE)
+CONTEXT_WORDS = re.compile(
+    r"context.{0,20}(length|window|size)|max_model_len|max_new_tokens. must be|(prompt|input|request).{0,40}"
+    r"(too (long|large|many tokens)|exceed)",
+    re.IGNORECASE,
+)
 FILTER_WORDS = re.compile(r"content.?filter|content.?management.?policy|content.?policy|ResponsibleAI", re.IGNORECASE)
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
-STOP_REASONS = {"stop": "eos", "length": "length", "content_filter": "refused"}  # by finish_reason
+STOP_REASONS = {  # by finish_reason
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "eos"),
+    **dict.fromkeys(CUT_OFF, "length"),
+    **dict.fromkeys(FILTERED, "refused"),
+}
 USAGE = ("prompt_tokens", "completion_tokens")
 ADVICE = {  # by the status of a failure
     "connection": "is it running, and is the port right?",
@@ -79,8 +92,9 @@ class Failure:
     """Why there is no reply.
 
     `status` is `timeout`, `connection` (refused or lost), `rate_limited`, `http_NNN`, `content_filter` (refused for
-    what the request says), `error_reply` (an error without a code, sent as if it were an answer), `malformed` (not a
-    chat completion) or `not_asked` (too many requests before had failed).
+    what the request says), `context` (longer than the server's), `cut_off` (too few tokens for an answer),
+    `error_reply` (an error without a code, sent as if it were an answer), `malformed` (not a chat completion) or
+    `not_asked` (too many requests before had failed).
     """
 
     status: str
@@ -140,11 +154,11 @@ def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 3
 
     def send(fitted: Mapping[str, Any]) -> str | None:
         [outcome] = ask(endpoint, [fitted], timeout=timeout, time_limit=timeout, retries=0)
-        return outcome.error if isinstance(outcome, Failure) else None
+        return outcome.error if isinstance(outcome, Failure) and outcome.status != "cut_off" else None
 
     waiting = f"Waiting for {endpoint}"
     [outcome] = ask(endpoint, [known.fit(request)], timeout=timeout, time_limit=timeout, description=waiting)
-    if isinstance(outcome, Reply):
+    if isinstance(outcome, Reply) or outcome.status == "cut_off":  # accepted, although 16 tokens were too few
         return known
     terms = negotiate(request, known, outcome.error, send) if outcome.status in NEGOTIABLE else None
     if terms is None:
@@ -235,7 +249,7 @@ def as_answer(reply: Reply) -> dict[str, Any]:
     answer = {
         "text": reply.text,
         "tokens": reply.usage["completion_tokens"] if reply.usage else None,
-        "stop_reason": STOP_REASONS.get(reply.finish_reason or ""),
+        "stop_reason": STOP_REASONS.get((reply.finish_reason or "").lower()),
         "seconds": reply.seconds,
     }
     return {**answer, "reasoning": reply.reasoning} if reply.reasoning else answer
@@ -274,7 +288,12 @@ def _as_reply(completion: Mapping[str, Any], seconds: float) -> Reply:
     choice, usage = completion["choices"][0], completion.get("usage")
     message = choice["message"]
     thoughts = message.get("reasoning_content") or message.get("reasoning")
-    text = redact(writable(message["content"] or ""))
+    content = message.get("content") or ""
+    if isinstance(content, list):  # parts, each with its type
+        parts = [(part.get("type"), _text_of(part)) for part in content]
+        content = "".join(text for kind, text in parts if kind == "text")
+        thoughts = thoughts or "".join(text for kind, text in parts if kind == "thinking") or None
+    text = redact(writable(content))
     finish_reason, model = (
         value and redact(writable(value)) for value in (choice.get("finish_reason"), completion.get("model"))
     )
@@ -282,6 +301,12 @@ def _as_reply(completion: Mapping[str, Any], seconds: float) -> Reply:
     is_counted = isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in USAGE)
     counts = {name: usage[name] for name in USAGE} if is_counted and usage else None
     return Reply(text, finish_reason, model, counts, seconds, reasoning)
+
+
+def _text_of(part: Mapping[str, Any]) -> str:
+    """The text of a part of a message, which may be a list of parts itself."""
+    inner = part.get("text") or part.get("thinking") or ""
+    return inner if isinstance(inner, str) else "".join(map(_text_of, inner))
 
 
 def error_in(completion: Any) -> Failure | None:
@@ -307,7 +332,13 @@ def error_in(completion: Any) -> Failure | None:
     text = words if isinstance(words, str) else json.dumps(words)
     if number is None and re.search(r"rate.?limit|quota|too.?many", f"{codes} {text}", re.IGNORECASE):
         return _failure(429, text)
-    return _failure(number, f"{text} (code {number})") if number else Failure("error_reply", _shortened(text))
+    return _failure(
+        number, f"{text} (code {number})" if number else f"{text} {' '.join(filter(None, map(_word, codes)))}"
+    )
+
+
+def _word(code: Any) -> str:
+    return code if isinstance(code, str) else ""
 
 
 def _as_failure(error: Exception) -> Failure:
@@ -325,11 +356,17 @@ def _as_failure(error: Exception) -> Failure:
     return Failure(status, _shortened(text))
 
 
-def _failure(code: int, text: str) -> Failure:
-    """A failure with an HTTP status, which says more if the words do."""
-    if code in (400, 403, 422) and FILTER_WORDS.search(text):
-        return Failure("content_filter", _shortened(text))
-    return Failure("rate_limited" if code == 429 else f"http_{code}", _shortened(text))
+def _failure(code: int | None, text: str) -> Failure:
+    """A failure with an HTTP status, or None in an error without one; its words may say more than the status."""
+    status = "rate_limited" if code == 429 else "error_reply" if code is None else f"http_{code}"
+    if code not in (401, 429):
+        if FILTER_WORDS.search(text):
+            status = "content_filter"
+        elif CUT_OFF_WORDS.search(text):
+            status = "cut_off"
+        elif code == 413 or CONTEXT_WORDS.search(text):
+            status = "context"
+    return Failure(status, _shortened(text))
 
 
 def _shortened(text: str) -> str:

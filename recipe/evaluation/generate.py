@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from recipe.generation import Decoding
     from recipe.templates import Template
 
-ITS_OWN = "its own"
+ITS_OWN, OF_TUNED = "its own", "the tuned model's"  # names of templates
 STAGES = ("generate", "score", "judge", "report")
 # no further model gets such a label: roles, and fields of a record
 RESERVED = ("baseline", "tuned", "base", "id", "split", "family", *answers.TEXT_FIELDS)
@@ -150,8 +150,8 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         if len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
         if missing:
-            template = templates.get(label)
-            if unsent := append_answers_of(label, name, missing, path, args, data_args, template, state, ends):
+            template, some = templates.get(label), len(missing) < len(predictions)
+            if unsent := append_answers_of(label, name, missing, path, args, data_args, template, state, ends, some):
                 evaluation["left_out"][label] = unsent
                 write_json(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
@@ -240,19 +240,16 @@ def choose_templates(
 
     That is its own saved one; for a model without one, that of the tuned model; or `given` for all.
     """
-    from recipe.templates import load_template, saved_template
+    from recipe.templates import OWN, load_template, saved_template
 
-    if given:
+    if given and given != OWN:
         return {label: load_template(given, tokenizer) for label, tokenizer in tokenizers.items()}
     own = {
         label: replace(saved_template(tokenizer, f"model {names[label]!r}"), name=ITS_OWN)
         for label, tokenizer in tokenizers.items()
         if tokenizer.chat_template
     }
-    if "tuned" in own:
-        fallback = replace(own["tuned"], name="the tuned model's")
-    else:
-        fallback = load_template(DataArguments().template)
+    fallback = replace(own["tuned"], name=OF_TUNED) if "tuned" in own else load_template(DataArguments().template)
     return {label: own.get(label) or fallback.for_tokenizer(tokenizer) for label, tokenizer in tokenizers.items()}
 
 
@@ -288,6 +285,7 @@ def append_answers_of(
     template: Template | None,
     state: PartialState,
     ends: Iterable[str] = (),
+    others_answered: bool = False,
 ) -> list[str]:
     """Append one model's answers to `predictions`; weights answer a share of them on each process.
 
@@ -305,7 +303,7 @@ def append_answers_of(
                     print(f"error: process {state.process_index}: {error}", file=sys.stderr, flush=True)
                 raise
     elif state.is_main_process and kind == "endpoint":
-        settings = (args.endpoint_concurrency, args.endpoint_timeout, args.endpoint_allow_missing)
+        settings = (args.endpoint_concurrency, args.endpoint_timeout, args.endpoint_allow_missing, others_answered)
         return ask.ask_endpoint(label, name, predictions, path, decoding, *settings)
     elif state.is_main_process:
         strip = functools.partial(strip_end, ends=ends)

@@ -22,7 +22,10 @@ ENOUGH_TO_JUDGE = 20
 
 
 def direction(score: Mapping[str, Any]) -> Direction:
-    """Whether the 95 % interval of a difference excludes 0, and on which side; unclear below `ENOUGH_TO_JUDGE` records.
+    """Whether a difference is significant by itself, and on which side; unclear below `ENOUGH_TO_JUDGE` records.
+
+    Its 95 % interval excludes 0, and its p-value, where there is one, is at most 0.05: with few records a bootstrap
+    interval alone is too narrow.
 
     >>> direction({"baseline": 0.1, "tuned": 0.3, "delta": 0.2, "ci95": [0.1, 0.3], "better": "higher", "n": 200})
     'better'
@@ -31,7 +34,7 @@ def direction(score: Mapping[str, Any]) -> Direction:
         return "missing"
     if score["delta"] is None or score["better"] is None:
         return "neutral"
-    if score["ci95"] is None or score["n"] < ENOUGH_TO_JUDGE:
+    if score["ci95"] is None or score["n"] < ENOUGH_TO_JUDGE or (score.get("p") or 0) > LEVEL:
         return "unclear"
     low, high = score["ci95"] if score["better"] == "higher" else (-score["ci95"][1], -score["ci95"][0])
     return "better" if low > 0 else "worse" if high < 0 else "unclear"

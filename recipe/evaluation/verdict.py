@@ -18,6 +18,7 @@ from recipe.evaluation.significance import (
     Kind,
     differences,
     direction,
+    holm,
     judged,
     standing,
 )
@@ -27,7 +28,7 @@ FEW_EXAMPLES = 100  # below, an interval is so wide that only large differences 
 ENDINGS = {  # of responses, by `stop_reason`, that may lack their end
     "length": "reached the limit of --max_new_tokens",
     "context": "reached the end of the context",
-    "refused": "are empty, because the server refused the prompt",
+    "refused": "were refused by the server, or cut by its filter",
     None: "ended in an unknown way, and may have been cut off",
 }
 
@@ -134,7 +135,8 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
         return Verdict(f"No verdict: {what}{reason}.", "missing")
     value = f"{units.value(score['tuned'])} {units.unit}".strip()
     interval = f"95 % interval {units.interval(score)}" if score["ci95"] else "no interval"
-    result = direction(score)
+    p = _headline_p(metrics, split, name)
+    result = direction({**score, "p": p})
     if not compared:
         sentence = f"The tuned model reaches {label} {value} on {records} ({interval}); {_no_baseline(metrics, score)}"
     else:
@@ -142,9 +144,18 @@ def verdict(metrics: Mapping[str, Any], split: str | None = None) -> Verdict:
         change = f"{units.change(score['delta'])} {units.unit_of_change}".strip()
         values = f"{label} {units.value(score['baseline'])} → {value}"
         sentence = f"{lead}: {values} on {records} ({change}, {interval})"
+        if result == "unclear" and direction({**score, "p": None}) != result:
+            sentence += f"; p = {p:.2g} in a permutation test"
         if score["n"] < ENOUGH_TO_JUDGE:
             sentence += f"; fewer than {ENOUGH_TO_JUDGE} records are too few to show one"
     return Verdict(f"{sentence}.", result)
+
+
+def _headline_p(metrics: Mapping[str, Any], split: str, name: str) -> float | None:
+    """The p-value of a split's headline difference, adjusted by Holm for the verdicts on all splits."""
+    every = {each: part["metrics"][name].get("p") for each, part in metrics["splits"].items()}
+    known = {each: p for each, p in every.items() if p is not None}
+    return dict(zip(known, holm([*known.values()]), strict=True)).get(split)
 
 
 def _no_baseline(metrics: Mapping[str, Any], score: Mapping[str, Any]) -> str:
@@ -266,7 +277,10 @@ def _cut_answers(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
 
 
 def _not_greedy(provenance: Mapping[str, Any]) -> Iterator[str]:
+    samples = provenance.get("generation", {}).get("temperature", 0) > 0
     for label, fields in provenance.get("left_out", {}).items():
+        if not samples and "temperature" not in fields:  # greedy all the same
+            continue
         yield f"The server of the {role_of(label)} model does not accept {', '.join(fields)}; its own settings decoded."
 
 

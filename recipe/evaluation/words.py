@@ -28,7 +28,8 @@ LAST_MARK = 0x1FFFF  # planes above hold no marks, symbols or punctuation but va
 KEPT = "|".join(
     (
         r"(?<=\d)[^\w\s](?=\d)",  # 3.14, 1/2, 10:30, 3-5
-        r"(?<!\w)-(?=\.?\d)",  # -5
+        r"(?<!\w)-(?=[$€£¥]?\.?\d)",  # -5, -$5
+        r"(?<!\S)(?:[<>]=?|[~!])(?=\w)",  # <5, !x
         r"(?<![\w.])\.(?=\d)",  # .5
         r"(?<=\de)-(?=\d)",  # 1e-5
         r"(?<=\w)(?:\++|\#)(?!\w)",  # C++, C#, A+
@@ -115,6 +116,7 @@ def answer_words(text: str) -> list[str]:
     (['us', 'cat'], ['-5', 'or', '3.14'], ['c++'], ['option', 'a'])
     """
     lowered = composed(composed(text).lower()).replace("\u2212", "-")  # the true minus
+    lowered = re.sub(r"(?<!\w)[\u2013\uff0d](?=\.?\d)", "-", lowered)  # a dash or a wide sign in its place
     lowered = THOUSANDS.sub(lambda match: match[1] + match[2].replace(",", ""), lowered)
     bare = _classes().punctuation.sub(lambda match: match["kept"] or "", lowered)
     found = apart(bare).split() or lowered.split()

@@ -1,5 +1,6 @@
 """Endpoints: each request ends in a reply or a failure with its reason; against a failing stub and a real server."""
 
+import json
 import socket
 import time
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError
 from recipe.evaluation.endpoints import (
+    Failure,
     Reply,
     as_answer,
     ask,
@@ -238,7 +240,7 @@ RECORDS = [
 
 
 def test_answers_are_those_of_predictions():
-    """`tokens` are as the server counts them; a response that it ended for a reason of its own has none."""
+    """`tokens` are as the server counts them; what its filter ended is `refused`."""
     script = {"": [Say("Blue.")], "cut_short": [Say("The", "length")], "odd": [Say("", "safety")]}
     records = [{"instruction": f"do:{name}", "input": "cat"} for name in ("cut_short", "odd")] + RECORDS[1:2]
     decoding = Decoding(max_new_tokens=9, temperature=0.5, top_p=0.9, seed=7)
@@ -248,7 +250,7 @@ def test_answers_are_those_of_predictions():
     assert all(answer.pop("seconds") > 0 for answer in answers)
     assert answers == [
         {"text": "The", "tokens": 2, "stop_reason": "length"},
-        {"text": "", "tokens": 2, "stop_reason": None},
+        {"text": "", "tokens": 2, "stop_reason": "refused"},
         {"text": "Blue.", "tokens": 2, "stop_reason": "eos"},
     ]
     sent = {body["messages"][0]["content"]: body for body in stub.bodies}
@@ -275,3 +277,48 @@ def test_a_served_model_answers_as_the_same_folder_does_here(served_demo, chat_f
     assert [answer["text"] for answer in answers] == [response.text for response in responses]
     assert all(response.text for response in responses)
     assert [answer["stop_reason"] for answer in answers] == [response.stop_reason for response in responses]
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "status"),
+    [
+        (400, "Could not finish the message because max_tokens or model output limit was reached.", "cut_off"),
+        (500, "the request exceeds the available context size", "context"),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000", "context"),
+        (400, "Input tokens exceed the configured limit of 272000 tokens.", "context"),
+        (200, '{"error": {"message": "maximum context length is 4096", "code": "context_length_exceeded"}}', "context"),
+        (200, '{"error": {"message": "No.", "code": "content_filter"}}', "content_filter"),
+        (200, '{"error": {"message": "Something broke."}}', "error_reply"),
+        (400, "adapter not loaded", "http_400"),
+    ],
+)
+def test_words_of_an_error_say_more_than_its_status(code, words, status):
+    act = Raw(words.encode()) if code == 200 else Status(code, body=json.dumps({"error": {"message": words}}))
+    with serve_stub({"": [act]}) as stub:
+        [outcome] = ask(parse_endpoint(f"{stub.url}#m"), [chat_request("Hello.", Decoding())], retries=0)
+    assert isinstance(outcome, Failure) and outcome.status == status
+
+
+@pytest.mark.parametrize(
+    ("message", "text", "reasoning"),
+    [
+        ({"role": "assistant"}, "", None),
+        ({"content": None, "reasoning_content": "Hm."}, "", "Hm."),
+        ({"content": [{"type": "text", "text": "Bl"}, {"type": "text", "text": "ue."}]}, "Blue.", None),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                      {"type": "text", "text": "Blue."}]}, "Blue.", "Hm."),
+    ],
+)  # fmt: skip
+def test_messages_without_content_or_in_parts(message, text, reasoning):
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]}).encode()
+    with serve_stub({"": [Raw(body)]}) as stub:
+        [reply] = ask(parse_endpoint(f"{stub.url}#m"), [chat_request("Hello.", Decoding())])
+    assert (reply.text, reply.reasoning) == (text, reasoning)
+    assert as_answer(reply)["stop_reason"] == "length"
+
+
+def test_a_server_that_needs_more_tokens_for_its_greeting_is_asked():
+    words = "Could not finish the message because max_tokens or model output limit was reached."
+    with serve_stub({"": [Status(400, body=json.dumps({"error": {"message": words}}))]}) as stub:
+        assert preflight(parse_endpoint(f"{stub.url}#m"), chat_request("Hello.", Decoding())).changes == ()
+        assert stub.asked() == 0 and len(stub.bodies) == 1

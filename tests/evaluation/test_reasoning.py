@@ -82,7 +82,7 @@ def test_answers_by_hand(text, answer, reasoning):
         ("<|channel|>analysis<|message|>85<|end|><|start|>assistant<|chan", None),
         ("<|channel|>final", None),
         ("analysisIt is 85.assistantfinal20assistantanalysisOr", None),
-        ("analysis\n85", None),
+        ("analysisWell.\n85", None),
         ("Analysis: good\nScore: 85", "Analysis: good\nScore: 85"),
         ("85", "85"),
     ],

@@ -31,18 +31,23 @@ def completion(finish_reason: str = "stop", **message) -> Raw:
     return Raw(json.dumps({"id": "1", "object": "chat.completion", "model": "m", "choices": [choice]}).encode())
 
 
-def run(evaluate, tmp_path, acts: dict, *flags) -> list[dict]:
-    """The answers to the records, of which the n-th has the acts of the word `do:n`."""
+def run(evaluate, tmp_path, *attempts: dict, flags: tuple[str, ...] = ()) -> list[dict]:
+    """The answers to the records, of which the n-th has the acts of the word `do:n`; the last attempt succeeds."""
+    tmp_path.mkdir(exist_ok=True)
     records = [{**record, "input": f"do:r{number}"} for number, record in enumerate(RECORDS)]
     (tmp_path / "few.json").write_text(json.dumps(records), encoding="utf-8")
-    scripted = {"": [Say("hello")]} | {f"r{n}": [Say(str(n))] for n in range(4)} | acts
-    with serve_stub(scripted) as stub:
-        name = f"{stub.url}#m"
-        evaluate("--model", name, "--data", json.dumps({"test": str(tmp_path / "few.json")}), "--output_dir",
-                 tmp_path / "out", *flags)  # fmt: skip
+    usual = {"": [Say("hello")]} | {f"r{n}": [Say(str(n))] for n in range(4)}
+    with serve_stub(usual) as stub:
+        command = ["--model", f"{stub.url}#m", "--data", json.dumps({"test": str(tmp_path / "few.json")}),
+                   "--output_dir", tmp_path / "out"]  # fmt: skip
+        for acts in attempts[:-1]:
+            stub.script = usual | acts
+            with pytest.raises(UserError, match="prompts without an answer"):
+                evaluate(*command)
+        stub.script = usual | attempts[-1]
+        evaluate(*command, *flags)
         asked = stub.asked("r1")
-        evaluate("--model", name, "--data", json.dumps({"test": str(tmp_path / "few.json")}), "--output_dir",
-                 tmp_path / "out", *flags)  # fmt: skip
+        evaluate(*command, *flags)
         assert stub.asked("r1") == asked  # the same command does not ask again what will be refused again
     lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["tuned"] for line in lines]
@@ -66,7 +71,10 @@ def test_a_prompt_that_the_server_refuses_is_an_answer_with_its_reason(act, stop
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["metrics"]["exact_match"]["tuned"] == 0.75 and metrics["behaviour"]["empty_rate"]["tuned"] == 0.25
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    ending = {"context": "reached the end of the context", "refused": "because the server refused the prompt"}
+    ending = {
+        "context": "reached the end of the context",
+        "refused": "were refused by the server, or cut by its filter",
+    }
     assert "1 of 4 responses (25.0\N{NO-BREAK SPACE}%) of the tuned model" in page and ending[stop_reason] in page
 
 
@@ -104,7 +112,14 @@ def test_what_fails_otherwise_is_asked_again_or_counted_as_unanswered(evaluate, 
     broken = {"r1": [refusal("no such route", 404)], "r2": [refusal("not implemented", 501)]}
     with pytest.raises(UserError, match=r"left 2 of 4 prompts [^$]*--endpoint_allow_missing true"):
         run(evaluate, tmp_path, broken)
-    answers = run(evaluate, tmp_path, broken, "--endpoint_allow_missing", "true")
+    answers = run(evaluate, tmp_path / "again", broken, broken, flags=("--endpoint_allow_missing", "true"))
     assert [answer["text"] for answer in answers] == ["0", "", "", "3"]
     assert [answer["stop_reason"] for answer in answers] == ["eos", "refused", "refused", "eos"]
     assert answers[1]["error"].startswith("http_404") and "no such route" in answers[1]["error"]
+
+
+def test_refusals_that_are_all_that_is_left_do_not_block_an_evaluation(evaluate, tmp_path):
+    """Of four records one failed in the first run; in the second the server refuses it."""
+    late = [{"r1": [Status(404)]}, {"r1": [refusal("maximum context length is 512 tokens")]}]
+    answers = run(evaluate, tmp_path, *late)
+    assert [answer["text"] for answer in answers] == ["0", "", "2", "3"] and answers[1]["stop_reason"] == "context"

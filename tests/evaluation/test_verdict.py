@@ -297,3 +297,32 @@ def test_cautions_tell_a_judge_that_failed():
     judge = {"endpoint": "http://127.0.0.1:9/v1", "error": "no answer from 127.0.0.1:9", "scores": {}, "pairwise": None}
     said = cautions(make_metrics(predictions, judge), predictions, [])
     assert said == ["The judge failed: no answer from 127.0.0.1:9"]
+
+
+def test_a_verdict_needs_more_than_a_narrow_interval():
+    """11 records turned right and 3 wrong, of 110: McNemar's exact p is 0.057, though the interval excludes 0."""
+    rows = [(0, 1)] * 11 + [(1, 0)] * 3 + [(1, 1)] * 40 + [(0, 0)] * 56
+    predictions = [
+        {"id": str(i), "split": "test", "instruction": "i", "input": "", "output": "yes",
+         "baseline": {"text": "yes" if before else "no"}, "tuned": {"text": "yes" if after else "no"}}
+        for i, (before, after) in enumerate(rows)
+    ]  # fmt: skip
+    metrics = make_metrics(predictions)
+    score = metrics["metrics"]["exact_match"]
+    assert score["ci95"][0] > 0 and score["p"] > 0.05
+    result = verdict(metrics)
+    assert result.direction == "unclear" and "p = 0.05" in result.sentence
+    rows = [(0, 1)] * 20 + [(1, 0)] * 3 + [(1, 1)] * 40 + [(0, 0)] * 47
+    for prediction, (before, after) in zip(predictions, rows, strict=True):
+        prediction["baseline"]["text"], prediction["tuned"]["text"] = (
+            "yes" if before else "no", "yes" if after else "no",
+        )  # fmt: skip
+    assert verdict(make_metrics(predictions)).direction == "better"
+
+
+def test_verdicts_on_several_splits_are_held_to_5_percent_together():
+    metrics = {"splits": {}, "provenance": {"headline": "exact_match"}}
+    for name, p in (("a", 0.03), ("b", 0.5), ("c", 0.001)):
+        score = {"baseline": 0.1, "tuned": 0.2, "delta": 0.1, "ci95": [0.01, 0.2], "better": "higher", "n": 99, "p": p}
+        metrics["splits"][name] = {"n": 99, "metrics": {"exact_match": score}}
+    assert [verdict(metrics, name).direction for name in "abc"] == ["unclear", "unclear", "better"]

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipe.evaluation.endpoints import CUT_OFF, FILTERED
 from recipe.reasoning import final_part
 
-CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons; Mistral calls the end of the context model_length
-FILTERED = ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "sensitive")
 MOST_STARTS = 20  # lines from which an object that ends the reply is looked for: hostile replies have thousands
 WHOLE = re.compile(r"(-?[0-9]{1,9})(?:\.0+)?(?: ?(?:/|out of) ?([0-9]{1,9})| ?(%)| points?)?", re.IGNORECASE)
 WINNER = re.compile(r"(?:the )?(?:(?:response|answer) )?\[{0,2}(?:a (?=tie))?(A|B|tie)\]{0,2}", re.IGNORECASE)
@@ -114,6 +113,9 @@ def _value_of_object(
     """The verdict and the reason of a JSON object; a key that comes twice means nothing."""
     key = "winner" if scale is None else "score"
     contents = [content for name, content in pairs if name.lower() == key]
+    tops = [content for name, content in pairs if name.lower() in ("max_score", "out_of", "scale", "max", "maximum")]
+    if scale and any(isinstance(top, int | float) and top != scale[1] for top in tops):  # a score on another scale
+        return None, None
     reasons = [content for name, content in pairs if name.lower() == "reason" and isinstance(content, str)]
     content, value = contents[0] if len(contents) == 1 else None, None
     if isinstance(content, str):
@@ -183,7 +185,10 @@ def _own_last_line(text: str, shown: Sequence[str]) -> str | None:
     is_code = line.startswith(("    ", "\t")) or FENCE.match(line) is not None or _has_open_fence(before)
     is_block_quote = line.lstrip().startswith(">") or previous.lstrip().startswith(">")
     plain = _plain(line).lower()
-    is_shown = any(_plain(other).lower() == plain for text in shown for other in text.splitlines())
+    quoted = re.compile(rf"(?<!\w){re.escape(plain)}(?!\w)")
+    is_shown = any(
+        quoted.search(" ".join(EMPHASIS.sub("", " ".join(other.split())).lower().split())) for other in shown
+    )
     return None if is_code or is_block_quote or is_shown or _is_within_quotation(before) else line
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
+from recipe.evaluation.generate import ITS_OWN, OF_TUNED
 from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
@@ -156,7 +157,7 @@ def asked_in(template_name: str) -> str:
     """How a model was asked, to follow "asked in"; the name of a template is whose it is, or its own name."""
     if template_name == "chat messages":
         return template_name
-    return f"{template_name} template" if template_name.startswith(("its", "the")) else f"the template {template_name}"
+    return f"{template_name} template" if template_name in (ITS_OWN, OF_TUNED) else f"the template {template_name}"
 
 
 def turned(outcomes: Mapping[str, Mapping[str, int]], headline: str) -> dict[str, Any]:
