@@ -263,7 +263,7 @@ TABLE = "instruction\toutput\nSay é.\té\n"
         (TABLE.encode("utf-16-le"), "is UTF-16 text, not UTF-8"),
         (TABLE.encode("utf-16-be"), "is UTF-16 text, not UTF-8"),
         (TABLE.encode("utf-32"), "is UTF-32 text, not UTF-8"),
-        (gzip.compress(TABLE.encode()), "compressed with gzip"),
+        (gzip.compress(TABLE.encode(), mtime=0), "compressed with gzip"),
         (b"PK\x03\x04\x14\x00\x06\x00", "a zip archive or an Excel file"),
         (b"PAR1\x15\x04", "a Parquet file"),
     ],
