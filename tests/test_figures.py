@@ -107,9 +107,9 @@ def test_more_families_than_fit_are_in_the_table_only():
     score = difference("", 40, 30, 50)[1] | {"baseline": 0.1}
     families = {f"family {number}": {"n": 400, "metrics": {"exact_match": score}} for number in range(25)}
     part = {"metrics": {"exact_match": score}, "families": families}
-    assert set(forest_groups(part)) == {"Scores"}
+    assert set(forest_groups(part, "exact_match")) == {"Scores"}
     families.popitem()
-    assert set(forest_groups(part)) == {"Scores", "Families"}
+    assert set(forest_groups(part, "exact_match")) == {"Scores", "Families"}
 
 
 def test_the_sign_of_a_difference_does_not_colour_it():

@@ -40,7 +40,7 @@ from recipe.data.columns import (
 from recipe.data.csv_rows import csv_rows
 from recipe.data.json_values import BrokenJSONError, json_values
 from recipe.data.origin import RecordsInfo
-from recipe.data.values import Problem, Row, arrow_texts, as_json, python_values, value_problem
+from recipe.data.values import Problem, Row, Unheld, arrow_texts, as_json, python_values, value_problem
 
 BATCH = 10_000  # records in memory at a time
 NO_RECORDS = "holds no records; give it at least one"
@@ -263,7 +263,7 @@ def _extra(rows: list[dict[str, Any]] | pa.RecordBatch, columns: Columns) -> lis
 
 
 def _typed(value: Any) -> dict[str, str]:
-    return {type(value).__name__: str(value)}
+    return {value.kind if isinstance(value, Unheld) else type(value).__name__: str(value)}
 
 
 # --- formats --------------------------------------------------------------------------------------------------------

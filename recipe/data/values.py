@@ -94,11 +94,13 @@ def python_values(array: pa.Array) -> list[Any]:
 
 
 def _python_value(scalar: pa.Scalar) -> Any:
+    kind = str(scalar.type)
     try:
         return scalar.as_py()
+    except UnicodeDecodeError:
+        return Unheld(kind, "not UTF-8 text")
     except NO_PYTHON_VALUE:
         pass
-    kind = str(scalar.type)
     try:
         return Unheld(kind, scalar.cast(pa.string()).as_py())
     except NO_PYTHON_VALUE:

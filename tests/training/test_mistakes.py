@@ -57,7 +57,7 @@ MISTAKES = [
     # batches
     ("--dataloader_drop_last true --per_device_train_batch_size 99", "--dataloader_drop_last leaves nothing | (99)"),
     ("--dataloader_persistent_workers true", "--dataloader_persistent_workers true: | num_workers > 0"),
-    ("--max_tokens_per_batch 10", "--max_tokens_per_batch 10: record"),
+    ("--max_tokens_per_batch 10", "--max_tokens_per_batch 10: | records.jsonl row"),
     ("""--accelerator_config {"nonsense":1}""", "unexpected keyword argument 'nonsense'"),
     # what decides the best model
     (f"{BEST} bleu", "--metric_for_best_model bleu scores answers, | --eval_generate true"),
