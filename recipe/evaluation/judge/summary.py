@@ -99,7 +99,7 @@ def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int) -> str |
     """What can help against the missing scores of `judge.jsonl`, None if none is missing.
 
     >>> missing_advice([{"status": "cut_off"}, {"status": "scored"}], 8192)
-    '1 cut_off: a --judge_max_tokens above 8192, which was tried, or another --judge'
+    '1 cut_off: a --judge_max_tokens above 8192 if it takes as many, or another --judge'
 
     Args:
         rows: of `judge.jsonl`.
@@ -111,7 +111,7 @@ def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int) -> str |
     lasting = [status for status in counts if status not in (*passing, *cut)]
     advice = {
         "the same command asks again": passing,
-        f"a --judge_max_tokens above {most_tokens}, which was tried, or another --judge": cut,
+        f"a --judge_max_tokens above {most_tokens} if it takes as many, or another --judge": cut,
         "another --judge or --judge_prompts, as it would say the same again": lasting,
     }
     parts = [
