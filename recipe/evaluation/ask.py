@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Answer = dict[str, Any]
 LONGEST_MARK = 12  # tokens
 # statuses of a request that the server will refuse again, because of what it asks
-REFUSALS = {"http_400", "http_422", "context", "cut_off", "content_filter"}
+REFUSALS = {"context", "cut_off", "content_filter"}
+# and of one that it refuses in other words: if it does so with most, something else is wrong
+UNEXPLAINED = {"http_400", "http_422"}
 
 
 def ask_weights(
@@ -83,11 +85,14 @@ def ask_endpoint(
     def keep(index: int, outcome: endpoints.Reply | endpoints.Failure) -> None:
         if isinstance(outcome, endpoints.Reply):
             append_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
-        elif outcome.status in REFUSALS or allow_missing:
+        elif outcome.status in REFUSALS | UNEXPLAINED or allow_missing:
             refused[index] = outcome
 
     requests = [terms.fit(endpoints.chat_request(message_text(prediction), decoding)) for prediction in predictions]
     outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=f"Asking {endpoint} ({label})")
+    unexplained = [index for index, outcome in refused.items() if outcome.status in UNEXPLAINED]
+    if 2 * len(unexplained) > len(predictions) and not allow_missing:
+        refused = {index: outcome for index, outcome in refused.items() if index not in unexplained}
     if others_answered or allow_missing or len(refused) < len(predictions):
         append_answers(path, label, [predictions[i] for i in refused], map(_of_refusal, refused.values()))
     else:  # the fault may be of all requests, not of what they ask

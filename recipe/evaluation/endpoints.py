@@ -39,10 +39,12 @@ FILTERED = ("content_filter", "safety", "prohibited_content", "blocklist", "reci
 # words of errors that say what the status does not
 CUT_OFF_WORDS = re.compile(r"max_tokens or model output limit was reached|could not finish the message", re.IGNORECASE)
 CONTEXT_WORDS = re.compile(
-    r"context.{0,20}(length|window|size)|max_model_len|max_new_tokens. must be|(prompt|input|request).{0,40}"
-    r"(too (long|large|many tokens)|exceed)",
+    r"context.{0,20}(length|window|size)|max_model_len|max_new_tokens. must be|(prompt|input) (is|are) too long|"
+    r"input tokens exceed",
     re.IGNORECASE,
 )
+# of a server that is busy: the next attempt may succeed
+BUSY_WORDS = re.compile(r"rate.?limit|quota|overload|capacity|queue|per (second|minute|hour|day)", re.IGNORECASE)
 FILTER_WORDS = re.compile(r"content.?filter|content.?management.?policy|content.?policy|ResponsibleAI", re.IGNORECASE)
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
 STOP_REASONS = {  # by finish_reason
@@ -364,7 +366,7 @@ def _failure(code: int | None, text: str) -> Failure:
             status = "content_filter"
         elif CUT_OFF_WORDS.search(text):
             status = "cut_off"
-        elif code == 413 or CONTEXT_WORDS.search(text):
+        elif code == 413 or (CONTEXT_WORDS.search(text) and not BUSY_WORDS.search(text)):
             status = "context"
     return Failure(status, _shortened(text))
 

@@ -290,6 +290,9 @@ def test_a_served_model_answers_as_the_same_folder_does_here(served_demo, chat_f
         (200, '{"error": {"message": "No.", "code": "content_filter"}}', "content_filter"),
         (200, '{"error": {"message": "Something broke."}}', "error_reply"),
         (400, "adapter not loaded", "http_400"),
+        (503, "The request queue exceeded its capacity.", "http_503"),
+        (403, "Requests have exceeded the token quota for this context window of a day.", "http_403"),
+        (500, "Context length: tokens per minute exceeded, rate limit.", "http_500"),
     ],
 )
 def test_words_of_an_error_say_more_than_its_status(code, words, status):

@@ -78,6 +78,14 @@ def test_a_prompt_that_the_server_refuses_is_an_answer_with_its_reason(act, stop
     assert "1 of 4 responses (25.0\N{NO-BREAK SPACE}%) of the tuned model" in page and ending[stop_reason] in page
 
 
+def test_a_server_that_refuses_most_prompts_without_a_reason_has_another_fault(evaluate, tmp_path):
+    broken = {f"r{n}": [refusal("adapter not loaded")] for n in range(3)}
+    with pytest.raises(UserError, match=r"left 3 of 4 prompts without an answer \(http_400 3\)"):
+        run(evaluate, tmp_path, broken)
+    answers = run(evaluate, tmp_path / "one", {"r1": [refusal("adapter not loaded")]})
+    assert [answer["text"] for answer in answers] == ["0", "", "2", "3"] and answers[1]["stop_reason"] == "refused"
+
+
 def test_where_all_prompts_are_refused_the_fault_is_not_theirs(evaluate, tmp_path):
     everywhere = {f"r{n}": [refusal("adapter not loaded")] for n in range(4)}
     with pytest.raises(UserError, match=r"left 4 of 4 prompts without an answer \(http_400 4\)[^$]*adapter not loaded"):
