@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import select
@@ -67,11 +66,11 @@ def run_script(
             _exit(f"error: {error}{after_os_error}")
         _exit(f"error: {error}" if isinstance(error, (UserError, *expected)) else traceback.format_exc().rstrip())
     if stopped:
-        gc.collect()  # progress bars show themselves once more when they go: before our words, not after them
+        close_progress_bars()
         sys.exit(f"interrupted: {interrupted}")
 
 
-def _close_progress_bars() -> None:
+def close_progress_bars() -> None:
     """Let the bars that an error has left in the middle end their line."""
     library: Any = sys.modules.get("tqdm.std")
     for bar in list(library.tqdm._instances) if library else ():
@@ -96,7 +95,7 @@ def _exit(message: str) -> NoReturn:
     if rank != "0":
         time.sleep(SECONDS_OF_PATIENCE)
         message = f"process {rank}: {message}"
-    _close_progress_bars()
+    close_progress_bars()
     sys.exit(redact(message))
 
 

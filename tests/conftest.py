@@ -11,6 +11,8 @@ os.environ["HF_TOKEN_PATH"] = os.path.join(os.path.dirname(__file__), "no-token"
 import importlib.util
 import json
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,16 @@ def gpt2_tokenizer() -> PreTrainedTokenizerBase:
     if not path.is_dir():
         pytest.skip(f"the GPT-2 tokenizer is not at {path}; the demo's tokenizer is tested instead")
     return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> Callable[..., None]:
+    """scripts/eval.py in this process: a call with its flags."""
+    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "scripts" / "eval.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["eval_script"] = script  # its dataclasses look their module up
+    spec.loader.exec_module(script)
+    return lambda *flags: script.main([str(flag) for flag in flags])
 
 
 @pytest.fixture(autouse=True)

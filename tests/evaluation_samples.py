@@ -116,9 +116,9 @@ def make_metrics(predictions: list[dict[str, Any]], judge: dict[str, Any] | None
         "provenance": {
             "models": {
                 "baseline": {"name": "recipe/demo/base", "weights": "sha256:0123456789abcdef",
-                             "template_name": "the tuned model's", "template": TEMPLATE},
+                             "template_name": "the tuned model's template", "template": TEMPLATE},
                 "tuned": {"name": "outputs/demo", "weights": "sha256:fedcba9876543210",
-                          "template_name": "its own", "template": TEMPLATE},
+                          "template_name": "its own template", "template": TEMPLATE},
             },
             "headline": "exact_match", "data": "recipe/demo/records", "data_hash": "f639a785bf6ce6ca",
             "splits": {name: len(rows) for name, rows in by_split.items()},

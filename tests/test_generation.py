@@ -352,25 +352,28 @@ def test_memory_that_really_runs_out_halves_the_batch():
     assert "out of memory: continuing with batches of" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_virtual_tokens_are_in_front_of_each_prompt(kind):
-    """PEFT's prompt and prefix tuning, beside PEFT's own `generate` of each prompt alone."""
+def with_virtual_tokens(kind: str, tokenizer):
+    """A model with five virtual tokens, by PEFT, that matter."""
     peft = pytest.importorskip("peft")
     config_class = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=48, initializer_range=0.5,
     )  # fmt: skip
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_config(config), config_class(num_virtual_tokens=5, task_type="CAUSAL_LM")
-    )
+    model = AutoModelForCausalLM.from_config(config)
+    model = peft.get_peft_model(model, config_class(num_virtual_tokens=5, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=3.0)
-    model.eval()
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens_are_in_front_of_each_prompt(kind, tokenizer):
+    """PEFT's prompt and prefix tuning, beside PEFT's own `generate` of each prompt alone."""
+    model = with_virtual_tokens(kind, tokenizer)
     prompts = [[11, 12, 13, 14, 15, 16, 17], [11, 12, 13, 20], [11, 12, 13, 14, 30, 31]]
     responses = generate_responses(model, tokenizer, prompts, max_new_tokens=6)
     for prompt, response in zip(prompts, responses, strict=True):
@@ -387,21 +390,10 @@ def test_virtual_tokens_are_in_front_of_each_prompt(kind):
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_how_likely_references_are_with_virtual_tokens(kind):
-    peft = pytest.importorskip("peft")
-    config_class = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=48, initializer_range=0.3,
-    )  # fmt: skip
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_config(config), config_class(num_virtual_tokens=5, task_type="CAUSAL_LM")
-    )
+def test_how_likely_references_are_with_virtual_tokens(kind, tokenizer):
+    model = with_virtual_tokens(kind, tokenizer)
     prompts, references = [[11, 12, 13, 14], [21, 22], [11, 12, 13]], ["Blue.", "two cats", "no"]
     found = reference_losses(model, tokenizer, prompts, references)
-    model.eval()
     for prompt, reference, (nats, count) in zip(prompts, references, found, strict=True):
         targets = [*tokenizer.encode(reference, add_special_tokens=False), tokenizer.eos_token_id]
         with torch.no_grad():  # `generate`'s own forward pass for one row: the last logits are those of the row's end

@@ -12,6 +12,8 @@ from packaging.version import Version
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.utils.data import RandomSampler, SequentialSampler
+from tqdm.auto import tqdm as auto_tqdm
+from tqdm.std import tqdm as std_tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,13 +25,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import InstructionTrainingArguments
+from recipe.console import close_progress_bars
 from recipe.generation import BlockwiseLayer
 from recipe.model import pad_left
 from recipe.templates import load_template, to_messages
 from recipe.trainer import InstructionTrainer
-from recipe.training.collator_choice import attention_of
+from recipe.training.collator_choice import attention_of, default_attention
 from recipe.training.layout_check import takes_boolean_mask
 from recipe.training.trainer import LAST_HIDDEN_STATES
 
@@ -144,6 +148,21 @@ def test_how_a_model_attends_can_be_read():
     assert not takes_boolean_mask(AutoModelForCausalLM.from_config(config))
 
 
+@pytest.mark.parametrize(("model_type", "by_name"), [("llama", True), ("falcon", False), ("gptj", False)])
+def test_a_class_tells_whether_it_takes_attentions_by_name(model_type, by_name):
+    """transformers' `_supports_attention_backend`; a class without it fails with a KeyError or ignores the name."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "rotary_dim": 4}
+    config = AutoConfig.for_model(model_type, intermediate_size=16, **sizes)
+    assert (default_attention(config) == attention.NAME) == by_name
+    if by_name:
+        assert (
+            attention_of(AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)) == attention.NAME
+        )
+    else:
+        with pytest.raises(KeyError):
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+
+
 def test_a_batch_size_that_is_lowered_reaches_the_plan_of_batches(tmp_path):
     """transformers' `Trainer._train_batch_size`, which `auto_find_batch_size` halves when memory is short."""
 
@@ -174,3 +193,14 @@ def test_the_trainer_orders_records_and_counts_tokens_in_methods_of_its_own(tmp_
     trainer.args.include_num_input_tokens_seen = "all"
     trainer._track_num_input_tokens({"input_ids": torch.zeros(2, 3)})
     assert trainer.state.num_input_tokens_seen == 6
+
+
+# --- recipe.console -------------------------------------------------------------------------------------------------
+
+
+def test_tqdm_knows_the_bars_that_are_open(capsys):
+    """`tqdm._instances`: all bars, of `tqdm.auto` and `tqdm.std` alike, until they are closed."""
+    bars = [auto_tqdm(total=3, desc="one"), std_tqdm(total=3, desc="other")]
+    close_progress_bars()
+    assert all(bar.disable for bar in bars) and not {*bars} & {*std_tqdm._instances}
+    assert capsys.readouterr().err.endswith("\n")

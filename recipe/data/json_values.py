@@ -23,16 +23,7 @@ TOO_DEEP = "(nested too deeply to show)"
 # a string, or a bracket outside of strings
 PARTS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 BYTES = re.compile("[\udc80-\udcff]")  # that are not UTF-8, or halves of characters
-SHORT_ESCAPES = {
-    '"': '"',
-    "\\": "\\",
-    "/": "/",
-    "\b": "b",
-    "\f": "f",
-    "\n": "n",
-    "\r": "r",
-    "\t": "t",
-}  # after a backslash
+SHORT_ESCAPES = dict(zip('"\\/\b\f\n\r\t', '"\\/bfnrt', strict=True))  # what stands behind the backslash
 
 
 class BrokenJSONError(ValueError):

@@ -18,7 +18,7 @@ from recipe.data.columns import OPTIONAL
 
 TEXT_TYPES = ("string", "large_string", "string_view", "null")
 # of Arrow, where Python has no such value: a date after the year 9999, a time zone that nobody knows, bad UTF-8
-NO_PYTHON_VALUE = (ArithmeticError, LookupError, ValueError, TypeError, NotImplementedError, ImportError)
+NO_PYTHON_VALUE = (OverflowError, KeyError, ValueError, NotImplementedError)
 
 
 class Problem(NamedTuple):

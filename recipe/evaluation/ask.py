@@ -55,7 +55,7 @@ def ask_weights(
     for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
         rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
         rows = [{**row, "text": opened[index] + row["text"]} for index, row in zip(indices, rows, strict=True)]
-        append_answers(path, label, [predictions[index] for index in indices], rows)
+        keep_answers(path, label, [predictions[index] for index in indices], rows)
 
 
 def ask_endpoint(
@@ -84,7 +84,7 @@ def ask_endpoint(
 
     def keep(index: int, outcome: endpoints.Reply | endpoints.Failure) -> None:
         if isinstance(outcome, endpoints.Reply):
-            append_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
+            keep_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
         elif outcome.status in REFUSALS | UNEXPLAINED or allow_missing:
             refused[index] = outcome
 
@@ -94,7 +94,7 @@ def ask_endpoint(
     if 2 * len(unexplained) > len(predictions) and not allow_missing:
         refused = {index: outcome for index, outcome in refused.items() if index not in unexplained}
     if others_answered or allow_missing or len(refused) < len(predictions):
-        append_answers(path, label, [predictions[i] for i in refused], map(_of_refusal, refused.values()))
+        keep_answers(path, label, [predictions[i] for i in refused], map(_of_refusal, refused.values()))
     else:  # the fault may be of all requests, not of what they ask
         refused.clear()
     failed = [
@@ -114,7 +114,7 @@ def ask_endpoint(
     return terms.left_out
 
 
-def append_answers(
+def keep_answers(
     path: Path, label: str, predictions: Sequence[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]
 ) -> None:
     """Append one model's answers, with their reasoning apart."""

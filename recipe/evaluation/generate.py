@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from recipe.generation import Decoding
     from recipe.templates import Template
 
-ITS_OWN, OF_TUNED = "its own", "the tuned model's"  # names of templates
 STAGES = ("generate", "score", "judge", "report")
 # no further model gets such a label: roles, and fields of a record
 RESERVED = ("baseline", "tuned", "base", "id", "split", "family", *answers.TEXT_FIELDS)
@@ -236,20 +235,25 @@ def resume_evaluation(
 def choose_templates(
     names: Mapping[str, str], tokenizers: Mapping[str, PreTrainedTokenizerBase], given: str
 ) -> dict[str, Template]:
-    """The template in which each model that is weights is asked, by label; its name says whose it is.
+    """The template in which each model that is weights is asked, by label; its name says which it is, for the page.
 
     That is its own saved one; for a model without one, that of the tuned model; or `given` for all.
     """
     from recipe.templates import OWN, load_template, saved_template
 
     if given and given != OWN:
-        return {label: load_template(given, tokenizer) for label, tokenizer in tokenizers.items()}
+        named = f"the template {given}"
+        return {label: replace(load_template(given, each), name=named) for label, each in tokenizers.items()}
     own = {
-        label: replace(saved_template(tokenizer, f"model {names[label]!r}"), name=ITS_OWN)
+        label: replace(saved_template(tokenizer, f"model {names[label]!r}"), name="its own template")
         for label, tokenizer in tokenizers.items()
         if tokenizer.chat_template
     }
-    fallback = replace(own["tuned"], name=OF_TUNED) if "tuned" in own else load_template(DataArguments().template)
+    if "tuned" in own:
+        fallback = replace(own["tuned"], name="the tuned model's template")
+    else:
+        default = DataArguments().template
+        fallback = replace(load_template(default), name=f"the template {default}")
     return {label: own.get(label) or fallback.for_tokenizer(tokenizer) for label, tokenizer in tokenizers.items()}
 
 
@@ -311,7 +315,7 @@ def append_answers_of(
             rows = answers.echoes(predictions)
         else:
             rows = answers.pair_answers(name, predictions, strip, data_args)
-        ask.append_answers(path, label, predictions, rows)
+        ask.keep_answers(path, label, predictions, rows)
     return []
 
 

@@ -186,7 +186,7 @@ def test_it_answers_better_than_before(folder, base, tuned):
     models = metrics["provenance"]["models"]
     assert models["baseline"]["template"] == AutoTokenizer.from_pretrained(base).chat_template
     assert models["tuned"]["template"] == AutoTokenizer.from_pretrained(tuned).chat_template
-    assert {model["template_name"] for model in models.values()} == {"its own"}
+    assert {model["template_name"] for model in models.values()} == {"its own template"}
     print({name: metrics["metrics"][name] for name in ("exact_match", "token_f1", "chrf", "reference_loss")})
     assert metrics["n"] == 110
     assert metrics["metrics"]["exact_match"]["ci95"][0] > 0

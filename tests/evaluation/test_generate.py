@@ -1,6 +1,5 @@
 """scripts/eval.py as people run it: stages, resuming, several models, recorded answers, gates, bad input."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -20,15 +19,6 @@ from recipe.config import UserError
 
 TEST = json.dumps({"test": str(DEMO / "records" / "validation.jsonl")})
 TWO = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_processes.yaml")
-
-
-@pytest.fixture(scope="module")
-def evaluate():
-    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "scripts" / "eval.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["eval_script"] = script  # its dataclasses look their module up
-    spec.loader.exec_module(script)
-    return lambda *flags: script.main([str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="module")

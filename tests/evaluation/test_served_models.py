@@ -1,25 +1,13 @@
 """What a served model refuses, thinks, or is cut off in: an answer with its reason, and the others are scored."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
-from conftest import ROOT
 from stub_endpoint import Raw, Say, Status, serve_stub
 
 from recipe.config import UserError
 
 RECORDS = [{"instruction": f"Say {number}.", "input": "", "output": str(number)} for number in range(4)]
-
-
-@pytest.fixture(scope="module")
-def evaluate():
-    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "scripts" / "eval.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["eval_script"] = script  # its dataclasses look their module up
-    spec.loader.exec_module(script)
-    return lambda *flags: script.main([str(flag) for flag in flags])
 
 
 def refusal(message: str, code: int = 400) -> Status:

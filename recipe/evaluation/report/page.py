@@ -16,7 +16,6 @@ from markupsafe import Markup
 from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.generate import ITS_OWN, OF_TUNED
 from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
@@ -153,13 +152,6 @@ def templates_in_use(models: Mapping[str, Mapping[str, Any]]) -> dict[str, list[
     return templates
 
 
-def asked_in(template_name: str) -> str:
-    """How a model was asked, to follow "asked in"; the name of a template is whose it is, or its own name."""
-    if template_name == "chat messages":
-        return template_name
-    return f"{template_name} template" if template_name in (ITS_OWN, OF_TUNED) else f"the template {template_name}"
-
-
 def turned(outcomes: Mapping[str, Mapping[str, int]], headline: str) -> dict[str, Any]:
     """On how many examples the headline score went up and down, or exact match where no single example has it."""
     name = headline if headline in outcomes else "exact_match"
@@ -194,7 +186,7 @@ def render(**context: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters.update(nonbreaking=nonbreaking, name=model_name, embed=embed_json, asked_in=asked_in)
+    environment.filters.update(nonbreaking=nonbreaking, name=model_name, embed=embed_json)
     # a content security policy names an inline text by its hash
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
