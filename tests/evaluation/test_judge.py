@@ -407,6 +407,7 @@ def test_means_deltas_and_bounds_by_hand():
     whole = summarize_scores(score_rows(baseline=[1, 2, 3, 2], tuned=[5, 4, 3, 4]), (1, 5), allow_missing=False)
     assert (whole["baseline"], whole["tuned"], whole["delta"]) == (2.0, 4.0, 2.0)
     assert whole["ci95"] == list(bootstrap_interval([4, 2, 0, 2]))
+    assert whole["p"] == pytest.approx(2 / 2**3, abs=0.015)  # of 2^3 choices of signs (0 has none), two reach the sum
     assert whole["bounds"] == {"baseline": [2, 2], "tuned": [4, 4]} and whole["missing"] == {}
 
     rows = score_rows(baseline=[1, None, 3, 2], tuned=[5, 4, None, 4], checkpoint=[2, 2, 2, 4])
@@ -422,7 +423,7 @@ def test_means_deltas_and_bounds_by_hand():
 
     alone = summarize_scores(score_rows(tuned=[5, 3]), (1, 5), allow_missing=False)
     assert (alone["baseline"], alone["tuned"], alone["delta"]) == (None, 4.0, None)
-    assert alone["ci95"] == [3, 5]
+    assert alone["ci95"] == [3, 5] and alone["p"] is None
     nothing = summarize_scores(score_rows(baseline=[None, 1], tuned=[2, None]), (1, 5), allow_missing=True)
     assert nothing["tuned"] is None and nothing["ci95"] is None
 

@@ -462,7 +462,7 @@ def test_a_judges_scores_are_in_the_card(folder, made, run, metrics, tmp_path):
         "model": "judge|7b", "error": None, "complete": True, "labels": ["baseline", "tuned"], "answers": "",
         "scores": {"grade": {
             "scale": [0, 100], "n": 24, "scored": {"baseline": 24, "tuned": 24}, "empty": {}, "missing": {},
-            "baseline": 10.0, "tuned": 61.25, "delta": 51.25, "ci95": [40.0, 60.0], "other_models": {},
+            "baseline": 10.0, "tuned": 61.25, "delta": 51.25, "ci95": [40.0, 60.0], "p": 1e-7, "other_models": {},
             "bounds": {"baseline": [10.0, 10.0], "tuned": [61.25, 61.25]},
         }},
         "pairwise": {

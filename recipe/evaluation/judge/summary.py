@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recipe.evaluation.comparison import bootstrap_interval
+from recipe.evaluation.comparison import bootstrap_interval, paired_p_value
 
 # statuses of faults that may be gone when the same is asked again
 PASSING = ("timeout", "connection", "rate_limited", "http_408", "http_409", "http_5", "not_asked")
@@ -24,9 +24,9 @@ def summarize_scores(rows: Sequence[Mapping[str, Any]], scale: tuple[int, int], 
 
     Returns:
         `scale`, `n` ids; by model how many are `scored` and of these `empty`; `missing`: how many rows by status;
-        `baseline`, `tuned`, `delta` and `ci95`, the paired bootstrap interval of the delta (of the tuned score without
-        a baseline), None if scores are missing; `other_models`: the means of further models; `bounds` by model: its
-        mean if each missing score were the lowest, and the highest.
+        `baseline`, `tuned`, `delta`, its paired bootstrap interval `ci95` and its paired permutation `p` (without a
+        baseline the interval of the tuned score, and no p), None if scores are missing; `other_models`: the means of
+        further models; `bounds` by model: its mean if each missing score were the lowest, and the highest.
     """
     labels = list(dict.fromkeys(row["model"] for row in rows))
     scores = {m: np.array([row["score"] for row in rows if row["model"] == m], dtype=np.float64) for m in labels}
@@ -40,6 +40,7 @@ def summarize_scores(rows: Sequence[Mapping[str, Any]], scale: tuple[int, int], 
     means = {label: mean(label, paired) for label in compared}
     difference = (scores["tuned"] - scores["baseline"] if "baseline" in compared else scores["tuned"])[paired]
     is_known = means["tuned"] is not None
+    several, compares = is_known and len(difference) > 1, "baseline" in compared
     low, high = scale
     return {
         "scale": [low, high],
@@ -49,8 +50,9 @@ def summarize_scores(rows: Sequence[Mapping[str, Any]], scale: tuple[int, int], 
         "missing": _missing(rows),
         "baseline": means.get("baseline"),
         "tuned": means["tuned"],
-        "delta": float(difference.mean()) if is_known and "baseline" in compared else None,
-        "ci95": list(bootstrap_interval(difference)) if is_known and len(difference) > 1 else None,
+        "delta": float(difference.mean()) if is_known and compares else None,
+        "ci95": list(bootstrap_interval(difference)) if several else None,
+        "p": paired_p_value(difference) if several and compares else None,
         "other_models": {label: mean(label, is_scored[label]) for label in labels if label not in compared},
         "bounds": {m: [float(np.nan_to_num(scores[m], nan=end).mean()) for end in (low, high)] for m in labels},
     }
