@@ -9,15 +9,14 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
@@ -27,8 +26,9 @@ from recipe.generation import generate_responses
 from recipe.reasoning import split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
+from recipe.training.checkpoints import WholeSaves
 from recipe.training.layout_check import why_not
-from recipe.training.loss import linear_cross_entropy, token_losses
+from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
@@ -44,7 +44,7 @@ ADVICE = (
 UNCHECKED_LIMIT = 1000  # losses that may wait to be checked, where nothing is logged; a check is one host sync
 
 
-class InstructionTrainer(Trainer):
+class InstructionTrainer(WholeSaves):
     """Fine-tunes a causal language model on the batches of `DataCollatorForInstructionTuning`.
 
     It differs from the stock `transformers.Trainer` in this:
@@ -181,7 +181,7 @@ class InstructionTrainer(Trainer):
                 loss = linear_cross_entropy(hidden, head.weight, head.bias, supervised)
         if states is None:
             outputs = model(**_model_inputs(inputs), use_cache=False)
-            loss = _cross_entropy(outputs.logits, targets, reduction="sum")
+            loss = cross_entropy(outputs.logits, targets, reduction="sum")
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE_INDEX).sum()
         else:
@@ -253,7 +253,7 @@ class InstructionTrainer(Trainer):
                     losses, correct = token_losses(hidden, head.weight, head.bias, supervised)
             else:
                 logits = model(**_model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
-                losses = _cross_entropy(logits, targets, reduction="none")
+                losses = cross_entropy(logits, targets, reduction="none")
                 supervised = targets.flatten()
                 correct = logits.argmax(-1).flatten() == supervised  # never at -100, which is no token
         sums = torch.stack([losses, correct, supervised != IGNORE_INDEX], dim=1)  # (targets, 3)
@@ -323,13 +323,29 @@ class InstructionTrainer(Trainer):
             self._window_tokens, self._window_start = [0, 0, 0], None
         super().log(logs, start_time)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """`Trainer.save_model`, after a check that the losses since the last log and the weights are finite."""
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, which then checks and counts what was not logged: later, processes may be on their own."""
+        output = super().train(*args, **kwargs)
         self._fetch_counts()
+        return output
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        self._fetch_counts()
+        super()._save_checkpoint(*args)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer.save_model`, whole or not at all, after a check that the weights are finite.
+
+        Only a sharded model needs all processes: its weights are gathered.
+        """
         assert self.model is not None
         weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
-        bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any()
-        if self.accelerator.reduce(bad.int(), reduction="sum").item():
+        bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any().int()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # else they are the same everywhere
+            bad = self.accelerator.reduce(bad, reduction="sum")
+        if bad.item():
             raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}. {ADVICE}")
         super().save_model(*args, **kwargs)
 
@@ -370,27 +386,11 @@ class InstructionTrainer(Trainer):
         raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
 
 
-def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:
-    """Loss (nats per target), perplexity and accuracy from the per-row sums of `InstructionTrainer.prediction_step`."""
-    losses, correct = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
-    targets = np.sum(predictions.label_ids)
-    loss = float(losses / targets)
-    return {"loss": loss, "perplexity": float(np.exp(loss)), "next_token_accuracy": float(correct / targets)}
-
-
 def _targets(inputs: Batch) -> torch.Tensor:
     """What each position should predict, (batch, time): the collator's, or shifted here if it did not shift."""
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
     return functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    """In nats, in float32 at least: half precision loses small probabilities."""
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(
-        precise.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
-    )
 
 
 def _model_inputs(inputs: Batch) -> Batch:
