@@ -13,6 +13,7 @@ from torch import nn
 
 from recipe.config import InstructionTrainingArguments, UserError
 from recipe.files import check_place, make_folder, sweep
+from recipe.lock import contents
 from recipe.training.checkpoints import ASIDE, numbered, remove, remove_model
 from recipe.training.resuming import check_whole, find_last_whole, find_problem, is_model_only
 
@@ -37,7 +38,7 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
         if checkpoint is not None:
             check_whole(args, checkpoint)
     if asked.lower() != "false" and checkpoint is None:
-        is_empty = not output_dir.exists() or not any(output_dir.iterdir())
+        is_empty = not contents(output_dir)
         new = "leave the flag out" if is_empty else "start a new one with --overwrite_output_dir true"
         raise UserError(
             f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there, so nothing to resume; name "
@@ -50,7 +51,7 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
             "another --output_dir"
         )
     resumes_this_run = checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents
-    if not (resumes_this_run or args.overwrite_output_dir) and output_dir.exists() and any(output_dir.iterdir()):
+    if not (resumes_this_run or args.overwrite_output_dir) and contents(output_dir):
         resume = "add --resume_from_checkpoint true to resume it, " if last_whole_checkpoint(output_dir) else "add "
         raise UserError(
             f"--output_dir {output_dir} already holds another run or other files; {resume}--overwrite_output_dir true "

@@ -26,7 +26,9 @@ from recipe.generation import generate_responses
 from recipe.reasoning import split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
+from recipe.training.changes import NO_TOTALS, apply_changed, totals_of
 from recipe.training.checkpoints import WholeSaves
+from recipe.training.counts import Counts
 from recipe.training.layout_check import why_not
 from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
@@ -41,7 +43,6 @@ ADVICE = (
     "Training stopped; nothing has been saved since the last checkpoint. Look at the rows, lower --learning_rate, or "
     "use --bf16 or float32 in place of --fp16."
 )
-UNCHECKED_LIMIT = 1000  # losses that may wait to be checked, where nothing is logged; a check is one host sync
 
 
 class InstructionTrainer(WholeSaves):
@@ -101,12 +102,7 @@ class InstructionTrainer(WholeSaves):
         self.model_accepts_loss_kwargs = True  # whatever the model's forward takes: compute_loss takes the step's count
         self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
-        self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
-        self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
-        self._computed_tokens = 0  # with padding
-        self._supervised_tokens: torch.Tensor | int = 0  # on the device
-        self._window_tokens = [0, 0, 0]  # the three counts over all processes, since the last log
-        self._window_start: float | None = None
+        self.counts = Counts(self.accelerator)
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -157,12 +153,12 @@ class InstructionTrainer(WholeSaves):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and the count of their targets over all processes."""
-        self._window_start = self._window_start or time.perf_counter()
+        self.counts.window_start = self.counts.window_start or time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         count = torch.stack([(_targets(batch) != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
-        self._supervised_tokens = self._supervised_tokens + count
+        self.counts.supervised = self.counts.supervised + count
         return batches, self.accelerator.reduce(count, reduction="sum")
 
     def compute_loss(
@@ -186,8 +182,8 @@ class InstructionTrainer(WholeSaves):
             loss = loss / (targets != IGNORE_INDEX).sum()
         else:
             loss = loss * self.accelerator.num_processes / num_items_in_batch
-        if model.training:
-            self._count_micro_batch(inputs, loss.detach())
+        if model.training and self.counts.add(self.state.global_step + 1, loss.detach(), inputs):
+            self._fetch_counts()
         return (loss, outputs) if return_outputs else loss
 
     def _supervised_states(
@@ -277,8 +273,8 @@ class InstructionTrainer(WholeSaves):
         for name, value in metrics.items():
             if name.endswith(("_loss", "_perplexity")) and not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after step {self.state.global_step}. {ADVICE}")
-        if self._window_start is not None:
-            self._window_start += time.perf_counter() - start
+        if self.counts.window_start is not None:
+            self.counts.window_start += time.perf_counter() - start
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -312,15 +308,19 @@ class InstructionTrainer(WholeSaves):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with throughput and shares of the tokens in every entry that has a training loss."""
-        if "loss" in logs and self._window_start is not None:
+        counts = self.counts
+        if "loss" in logs and counts.window_start is not None:
             self._fetch_counts()
-            real, computed, supervised = self._window_tokens
-            logs["tokens_per_second"] = round(real / (time.perf_counter() - self._window_start), 1)
+            real, computed, supervised = counts.window
+            logs["tokens_per_second"] = round(real / (time.perf_counter() - counts.window_start), 1)
             logs["padding"] = round(max(0.0, 1 - real / max(1, computed)), 4)
             logs["shared"] = round(max(0.0, 1 - computed / max(1, real)), 4)
             logs["supervised"] = round(supervised / max(1, real), 4)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-            self._window_tokens, self._window_start = [0, 0, 0], None
+            counts.window, counts.window_start = [0, 0, 0], None
+        if "train_loss" in logs and counts.loss_sum is not None:  # the stock one forgets what was before a checkpoint
+            self._fetch_counts()
+            logs["train_loss"] = counts.loss_sum / max(1, self.state.global_step)
         super().log(logs, start_time)
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -331,8 +331,18 @@ class InstructionTrainer(WholeSaves):
         self._fetch_counts()
         return output
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock one, where training begins; with the totals of the run, and the settings that may change."""
+        optimizer: Any = self.optimizer
+        given = [dict(group) for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.counts.begin(totals_of(checkpoint) if checkpoint else NO_TOTALS)
+        if checkpoint:
+            apply_changed(self, given, getattr(self.args, "allow_changed", None) or ())
+
     def _save_checkpoint(self, *args: Any) -> None:
         self._fetch_counts()
+        self.about_run["totals"] = self.counts.totals
         super()._save_checkpoint(*args)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
@@ -349,28 +359,13 @@ class InstructionTrainer(WholeSaves):
             raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}. {ADVICE}")
         super().save_model(*args, **kwargs)
 
-    def _count_micro_batch(self, inputs: Batch, loss: torch.Tensor) -> None:
-        """Keep what the next log and check need, on the device."""
-        computed = inputs["input_ids"].numel()
-        real = inputs.get("lengths", inputs.get("attention_mask"))  # lengths of records in a shared row, or a 0/1 mask
-        self._computed_tokens += computed
-        self._real_tokens += computed if real is None else real.sum()
-        self._unchecked.append((self.state.global_step + 1, loss, inputs.get("row")))
-        if len(self._unchecked) >= UNCHECKED_LIMIT:
-            self._fetch_counts()
-
     def _fetch_counts(self) -> None:
         """Fetch the token counts of all processes, and stop if a loss was not finite: one host sync."""
-        if not self._unchecked:
+        if (fetched := self.counts.fetch()) is None:
             return
-        finite = torch.stack([loss for _, loss, _ in self._unchecked]).isfinite()
-        counts = [self._real_tokens, self._computed_tokens, self._supervised_tokens, (~finite).sum()]
-        summary = torch.stack([torch.as_tensor(count, device=finite.device) for count in counts])
-        *tokens, bad = self.accelerator.reduce(summary, reduction="sum").tolist()
-        if bad:
-            self._stop_on_bad_loss(finite.tolist())
-        self._unchecked, self._real_tokens, self._computed_tokens, self._supervised_tokens = [], 0, 0, 0
-        self._window_tokens = [before + new for before, new in zip(self._window_tokens, tokens, strict=True)]
+        tokens, finite = fetched
+        if finite:
+            self._stop_on_bad_loss(finite)
         self.state.num_input_tokens_seen += tokens[self.args.include_num_input_tokens_seen == "all"]  # with padding
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
@@ -379,7 +374,7 @@ class InstructionTrainer(WholeSaves):
     def _stop_on_bad_loss(self, finite: list[bool]) -> None:
         first_bad = []  # of this process
         if not all(finite):
-            step, loss, rows = self._unchecked[finite.index(False)]
+            step, loss, rows = self.counts.unchecked[finite.index(False)]
             first_bad = [(step, loss.item(), None if rows is None else rows.tolist())]
         step, loss, rows = min(gather_object(first_bad), key=lambda bad: bad[0])
         where = "" if rows is None else f" in the batch of {rows_in_words(self.train_dataset, rows)}"
