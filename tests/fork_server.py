@@ -10,6 +10,7 @@ python fork_server.py DESCRIPTOR DESCRIPTOR
 
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -147,8 +148,7 @@ def as_started(request: dict[str, Any], descriptors: list[int]) -> None:
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    if os.isatty(1):
-        sys.stdout.reconfigure(line_buffering=True)
+        reopen((sys.stdin, sys.stdout, sys.stderr)[number], number)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if number < signal.SIGRTMIN:
             signal.signal(number, signal.SIG_DFL)
@@ -164,6 +164,17 @@ def as_started(request: dict[str, Any], descriptors: list[int]) -> None:
         numpy.random.seed()  # Python's own generator does it by itself; torch begins with the same seed in every process
     if datasets := sys.modules.get("datasets"):
         importlib.reload(datasets.config)  # its HF_DATASETS_CACHE: read here alone, and by attribute everywhere else
+
+
+def reopen(stream: Any, number: int) -> None:
+    """As the interpreter opens it, but the same object, which loggers have: it remembers what kind of file it writes to."""
+    settings = {"encoding": stream.encoding, "errors": stream.errors, "write_through": stream.write_through}
+    unbuffered, mode = isinstance(stream.buffer, io.RawIOBase), "w" if number else "r"
+    raw = io.FileIO(number, mode, closefd=False)
+    raw.name = stream.name
+    buffer = raw if unbuffered else io.BufferedWriter(raw) if number else io.BufferedReader(raw)
+    stream.__init__(buffer, line_buffering=number == 2 or raw.isatty(), **settings)
+    stream.mode = mode
 
 
 def main_module(request: dict[str, Any]) -> types.ModuleType:
