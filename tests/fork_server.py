@@ -1,13 +1,14 @@
 """A process that has imported the libraries and forks a child for each script that tests start; see processes.py.
 
-Two of them run: one with the libraries that know nothing of Hugging Face, and one, forked from it, with all of them. Each
-notes which environment variables were read while it imported: a script that wants others is started elsewhere.
+Two of them run: one with the libraries that know nothing of Hugging Face, and one, forked from it, with all of them.
+Each notes which environment variables were read while it imported: a script that wants others is started elsewhere.
 A child leaves the loop of its server and runs its script at the top level of this file, so that the interpreter ends it
 as it ends any script: exit code, traceback, threads, `atexit`, SIGINT.
 
 python fork_server.py DESCRIPTOR DESCRIPTOR
 """
 
+import contextlib
 import gc
 import importlib
 import io
@@ -26,17 +27,18 @@ from typing import Any, NoReturn
 
 LIBRARIES = (  # seconds of every script's start, and none of them reads a variable of Hugging Face
     "numpy", "pyarrow", "pyarrow.parquet", "pyarrow.dataset", "pandas", "torch", "torch.distributed", "torch._dynamo",
-    "torch._inductor", "torch._inductor.utils", "scipy.stats", "sklearn.metrics", "sympy", "matplotlib.pyplot", "openai", "aiohttp", "httpx",
-    "rich.table", "jinja2.sandbox", "psutil", "PIL.Image", "yaml", "pydantic", "sacrebleu", "rouge_score.rouge_scorer",
+    "torch._inductor", "torch._inductor.utils", "scipy.stats", "sklearn.metrics", "sympy", "matplotlib.pyplot",
+    "openai", "aiohttp", "httpx", "rich.table", "jinja2.sandbox", "psutil", "PIL.Image", "yaml", "pydantic", "sacrebleu", "rouge_score.rouge_scorer",
 )  # fmt: skip
 ALL = (
-    "transformers", "transformers.trainer", "transformers.models.auto.modeling_auto", "datasets", "accelerate", "evaluate",
-    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "recipe.trainer", "recipe.model",
-    "recipe.figures", "recipe.data", "recipe.data.inspection", "recipe.data.inspection_tables",
+    "transformers", "transformers.trainer", "transformers.models.auto.modeling_auto", "datasets", "accelerate",
+    "evaluate", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
+    "recipe.trainer", "recipe.model", "recipe.figures", "recipe.data", "recipe.data.inspection", "recipe.data.inspection_tables",
     "recipe.provenance", "recipe.training.checks", "recipe.training.first_step", "recipe.training.samples",
     "recipe.publishing.card", "recipe.publishing.push_while_training", "recipe.publishing.secret_check",
     "recipe.evaluation.measures", "recipe.evaluation.likelihood", "recipe.evaluation.report.page",
-    "recipe.evaluation.judge.run", "recipe.evaluation.gates", "recipe.evaluation.headline", "recipe.evaluation.generate",
+    "recipe.evaluation.judge.run", "recipe.evaluation.gates", "recipe.evaluation.headline",
+    "recipe.evaluation.generate",
 )  # fmt: skip
 
 
@@ -112,10 +114,8 @@ def serve(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def tell(descriptor: int, text: str) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the test does not wait for this one any more
         os.write(descriptor, text.encode())
-    except BrokenPipeError:
-        pass  # the test does not wait for this one any more
 
 
 def report_ended(watched: dict[int, int]) -> None:
@@ -131,10 +131,8 @@ def report_ended(watched: dict[int, int]) -> None:
 
 def end(watched: dict[int, int]) -> NoReturn:
     for pid in watched:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     while True:  # all of them, so that their time counts as ours
         try:
             os.wait()
@@ -148,7 +146,6 @@ def as_started(request: dict[str, Any], descriptors: list[int]) -> None:
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
-        reopen((sys.stdin, sys.stdout, sys.stderr)[number], number)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if number < signal.SIGRTMIN:
             signal.signal(number, signal.SIG_DFL)
@@ -160,20 +157,24 @@ def as_started(request: dict[str, Any], descriptors: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
+    for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        reopen(stream, number)
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()  # Python's own generator does it by itself; torch begins with the same seed in every process
+        numpy.random.seed()  # Python's own generator does it by itself
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.seed()
     if datasets := sys.modules.get("datasets"):
         importlib.reload(datasets.config)  # its HF_DATASETS_CACHE: read here alone, and by attribute everywhere else
 
 
 def reopen(stream: Any, number: int) -> None:
-    """As the interpreter opens it, but the same object, which loggers have: it remembers what kind of file it writes to."""
-    settings = {"encoding": stream.encoding, "errors": stream.errors, "write_through": stream.write_through}
-    unbuffered, mode = isinstance(stream.buffer, io.RawIOBase), "w" if number else "r"
+    """As the interpreter opens it, for a stream remembers its kind of file; but the same object, which loggers have."""
+    unbuffered, mode = bool(os.environ.get("PYTHONUNBUFFERED")), "w" if number else "r"
+    settings = {"encoding": stream.encoding, "errors": stream.errors, "write_through": unbuffered}
     raw = io.FileIO(number, mode, closefd=False)
     raw.name = stream.name
-    buffer = raw if unbuffered else io.BufferedWriter(raw) if number else io.BufferedReader(raw)
-    stream.__init__(buffer, line_buffering=number == 2 or raw.isatty(), **settings)
+    buffer = io.BufferedReader(raw) if number == 0 else raw if unbuffered else io.BufferedWriter(raw)
+    stream.__init__(buffer, line_buffering=not unbuffered and (number == 2 or raw.isatty()), **settings)
     stream.mode = mode
 
 

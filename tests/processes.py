@@ -1,11 +1,11 @@
 """Starts the scripts that tests run in processes of their own, without the seconds that the imports take.
 
-    done = processes.run([sys.executable, "scripts/train.py", "configs/demo.yaml"], cwd=ROOT, capture_output=True, text=True)
+    done = processes.run([sys.executable, "scripts/train.py", "configs/demo.yaml"], cwd=ROOT, capture_output=True)
 
-`run` and `start` take what `subprocess.run` and `subprocess.Popen` take, and give the same. The process is a real one, with
-its own id, group, signals, files and exit code; but it is forked from a server (fork_server.py) that has imported the
-libraries. What a fork cannot do as well is started as always, and `how` tells which it was: other programs, options of the
-interpreter, environment variables that were read during the imports, folders that shadow what is imported.
+`run` and `start` take what `subprocess.run` and `subprocess.Popen` take, and give the same. The process is a real one,
+with its own id, group, signals, files and exit code; but it is forked from a server (fork_server.py) that has imported
+the libraries. What a fork cannot do as well is started as always, and `how` tells which it was: other programs, options
+of the interpreter, environment variables that were read during the imports, folders that shadow what is imported.
 """
 
 import atexit
@@ -22,14 +22,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 SERVER = Path(__file__).with_name("fork_server.py")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # before any test
 # read by the interpreter, C libraries or in walks over all of the environment, which the server cannot note
 READ_AT_START = (
-    "PYTHON", "LC_", "LANG", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "LD_", "MALLOC_", "GLIBC_", "TORCH_", "PYTORCH_",
-    "ATEN_", "CUDA_", "TQDM_", "FSSPEC_", "ARROW_", "RUST_", "JE_", "MIMALLOC_",
+    "PYTHON", "LC_", "LANG", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "LD_", "MALLOC_", "GLIBC_", "TORCH_",
+    "PYTORCH_", "ATEN_", "CUDA_", "TQDM_", "FSSPEC_", "ARROW_", "RUST_", "JE_", "MIMALLOC_",
 )  # fmt: skip
-SET_AGAIN = {"HF_DATASETS_CACHE"}  # the child reads it anew
+SET_AGAIN = {"HF_DATASETS_CACHE", "PYTHONUNBUFFERED"}  # the child reads them anew
 _servers: list["Server"] = []
 
 
@@ -52,7 +53,7 @@ class Server:
         return self._about
 
     def why_not(self, environment: Mapping[str, str], first_path: str) -> str:
-        """Why a script that wants this environment, with this folder first in `sys.path`, is not to be forked from it."""
+        """Why a script that wants this environment, with this folder first in `sys.path`, is not forked from it."""
         names = {name for name in {*ENVIRONMENT, *environment} if ENVIRONMENT.get(name) != environment.get(name)}
         read = {name for name in names - SET_AGAIN if name in self.about["read"] or name.startswith(READ_AT_START)}
         if read:
@@ -61,9 +62,9 @@ class Server:
         for entry in os.listdir(here) if os.path.isdir(here) else ():
             name = entry.partition(".")[0]
             found = self.about["loaded"].get(name)
-            if found is not None and (entry == name or entry.endswith((".py", ".so"))):
-                if os.path.realpath(found) not in (here, os.path.join(here, name)):
-                    return f"{here} has another {name}"
+            is_module = found is not None and (entry == name or entry.endswith((".py", ".so")))
+            if is_module and os.path.realpath(found) not in (here, os.path.join(here, name)):
+                return f"{here} has another {name}"
         return ""
 
 
@@ -92,14 +93,14 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def parse(command: Sequence[str | Path], cwd: str | Path | None) -> dict[str, Any] | None:
-    """What a command asks of the interpreter; nothing if it is another program, or has options that a fork cannot follow."""
+    """What a command asks of the interpreter; nothing if it is another program, or has options of Python's own."""
     words = [os.fspath(word) for word in command]
     if len(words) < 2 or words[0] != sys.executable:
         return None
     kind = {"-c": "c", "-m": "m"}.get(words[1], "script")
     rest = words[1:] if kind == "script" else words[2:]
-    if not rest or (kind == "script" and (rest[0].startswith("-") or not os.path.isfile(os.path.join(cwd or "", rest[0])))):
-        return None
+    if not rest or (kind == "script" and not os.path.isfile(os.path.join(cwd or "", rest[0]))):
+        return None  # an option, or nothing
     return {"kind": kind, "target": rest[0], "arguments": rest[1:], "command": words}
 
 
@@ -114,7 +115,9 @@ def choose(
     if not hasattr(os, "fork") or not hasattr(socket, "send_fds") or sys.platform == "darwin":
         return None, {}, "this system cannot fork it"
     folder = os.path.abspath(cwd or os.curdir)
-    first = folder if request["kind"] != "script" else os.path.dirname(os.path.realpath(os.path.join(folder, request["target"])))
+    first = folder
+    if request["kind"] == "script":
+        first = os.path.dirname(os.path.realpath(os.path.join(folder, request["target"])))
     reasons = []
     for server in servers():
         reason = server.why_not(environment, first)
@@ -147,11 +150,7 @@ class Forked(subprocess.Popen):
                 socket.send_fds(self._server.control, [b"x"], [message.fileno(), *streams, status])
         finally:
             os.close(status)
-            ours = {given[name] for name in names} - {given["p2cwrite"], given["c2pread"], given["errread"], -1}
-            for descriptor in ours - {getattr(self, "_devnull", None)}:
-                os.close(descriptor)
-            if hasattr(self, "_devnull"):
-                os.close(self._devnull)
+            self._close_pipe_fds(*(given[name] for name in names))
             self._child_created = True
         self.pid = self._hear(None)
 
@@ -201,8 +200,8 @@ def start(
 
 
 def run(
-    command: Sequence[str | Path], *, timeout: float | None = None, check: bool = False, input: str | bytes | None = None,
-    capture_output: bool = False, **options: Any,
+    command: Sequence[str | Path], *, timeout: float | None = None, check: bool = False,
+    input: str | bytes | None = None, capture_output: bool = False, **options: Any,
 ) -> subprocess.CompletedProcess:  # fmt: skip
     """`subprocess.run` of a script; the options are those of `start`."""
     if capture_output:
@@ -233,3 +232,69 @@ def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 def how(command: Sequence[str | Path], *, cwd: str | Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """ "forked", or why a command is started as an ordinary process."""
     return choose(command, cwd, env)[2]
+
+
+def ranks_environment(config: str | Path, processes: int) -> list[dict[str, str]]:
+    """What `accelerate launch --config_file CONFIG --num_processes N` adds to the environment of each process."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = ["--config_file", str(config), "--num_processes", str(processes), "--main_process_port", port, "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    if processes == 1:
+        _, added = prepare_simple_launcher_cmd_env(arguments)
+    else:
+        added = prepare_multi_gpu_env(arguments)
+    shared = {name: value for name, value in added.items() if os.environ.get(name) != value}
+    if processes == 1:
+        return [shared]
+    size = str(processes)
+    shared |= {  # by torchrun, whose agent would be the store where the processes meet; here it is that of rank 0
+        "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "ROLE_WORLD_SIZE": size, "GROUP_WORLD_SIZE": "1",
+        "GROUP_RANK": "0", "ROLE_NAME": "default", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0", "PYTHONUNBUFFERED": "1",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+    }  # fmt: skip
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank} for rank in map(str, range(processes))]
+
+
+def start_ranks(
+    script: str | Path, processes: int, *arguments: str | Path, config: str | Path | None = None,
+    env: Mapping[str, str] | None = None, **options: Any,
+) -> list[subprocess.Popen]:  # fmt: skip
+    """The processes that `accelerate launch` would start, without the launcher: no one ends them all when one fails."""
+    if config is None:
+        config = ROOT / ("accelerate_config.yaml" if processes == 1 else "configs/accelerate/two_processes.yaml")
+    environment = dict(os.environ if env is None else env)
+    command = [sys.executable, script, *arguments]
+    return [start(command, env=environment | added, **options) for added in ranks_environment(config, processes)]
+
+
+def run_ranks(
+    script: str | Path, processes: int, *arguments: str | Path, timeout: float = 240, **options: Any
+) -> subprocess.CompletedProcess:
+    """`start_ranks` to their end, and what all of them wrote. Like the launcher, it ends the others when one fails."""
+    end = time.monotonic() + timeout
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        started = start_ranks(script, processes, *arguments, stdout=output, stderr=errors, **options)
+        try:
+            while (None in (codes := [each.poll() for each in started])) and not any(codes):
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(started[0].args, timeout)
+                time.sleep(0.02)
+            for each in started:
+                each.terminate()
+            for each in started:
+                each.wait(timeout=30)
+        finally:
+            for each in started:
+                kill_group(each)
+                each.wait()
+        texts = []
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess(started[0].args, int(any(codes)), *texts)
