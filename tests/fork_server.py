@@ -28,12 +28,14 @@ from typing import Any, NoReturn
 LIBRARIES = (  # seconds of every script's start, and none of them reads a variable of Hugging Face
     "numpy", "pyarrow", "pyarrow.parquet", "pyarrow.dataset", "pandas", "torch", "torch.distributed", "torch._dynamo",
     "torch._inductor", "torch._inductor.utils", "scipy.stats", "sklearn.metrics", "sympy", "matplotlib.pyplot",
-    "openai", "aiohttp", "httpx", "rich.table", "jinja2.sandbox", "psutil", "PIL.Image", "yaml", "pydantic", "sacrebleu", "rouge_score.rouge_scorer",
+    "openai", "aiohttp", "httpx", "rich.table", "jinja2.sandbox", "psutil", "PIL.Image", "yaml", "pydantic",
+    "sacrebleu", "rouge_score.rouge_scorer",
 )  # fmt: skip
 ALL = (
     "transformers", "transformers.trainer", "transformers.models.auto.modeling_auto", "datasets", "accelerate",
     "evaluate", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
-    "recipe.trainer", "recipe.model", "recipe.figures", "recipe.data", "recipe.data.inspection", "recipe.data.inspection_tables",
+    "recipe.trainer", "recipe.model", "recipe.figures", "recipe.data", "recipe.data.inspection",
+    "recipe.data.inspection_tables",
     "recipe.provenance", "recipe.training.checks", "recipe.training.first_step", "recipe.training.samples",
     "recipe.publishing.card", "recipe.publishing.push_while_training", "recipe.publishing.secret_check",
     "recipe.evaluation.measures", "recipe.evaluation.likelihood", "recipe.evaluation.report.page",

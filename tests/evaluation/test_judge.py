@@ -1,11 +1,11 @@
 """The judge: prompts and the reading of replies by hand, every id with a score or a reason, against stub and server."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import processes
 import pytest
 from conftest import DEMO, ROOT
 from serve import server  # noqa: F401
@@ -384,7 +384,7 @@ with serve_stub({{"": [Say("85")], "slow": [Hang(30)], "slow2": [Hang(30)]}}) as
         print("interrupted")
 """
     started = time.monotonic()
-    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "interrupted\n", done.stderr
     assert time.monotonic() - started < 25
     rows = rows_in(tmp_path)
