@@ -13,10 +13,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import sacrebleu
 import yaml
@@ -48,7 +48,7 @@ from recipe.templates import load_template
 
 
 def script(name: str, *arguments: str, cache: Path) -> None:
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, f"scripts/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=170,
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
     )  # fmt: skip
@@ -229,7 +229,7 @@ def example_in(card: str) -> str:
 
 
 def execute(code: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120,
         env={**os.environ, **environment},
     )  # fmt: skip

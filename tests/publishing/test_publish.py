@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import DEMO, ROOT
 from huggingface_hub import ModelCard
@@ -47,7 +48,7 @@ def run(made, tmp_path) -> Path:
 
 
 def script(cache: Path, *command: str, expect: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=200,
         env={**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HOME": str(cache / "home"), **variables},
     )  # fmt: skip

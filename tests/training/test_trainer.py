@@ -4,10 +4,9 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import sacrebleu
 import torch
@@ -245,21 +244,19 @@ def test_resumed_in_the_middle_of_an_epoch_equals_never_stopped(demo_model, demo
     assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
 
 
-def launch_three_steps(tmp_path, config: str, processes: int, batching: str = "padded") -> tuple[list[dict], Path]:
-    """Three steps of the demo through `accelerate launch`, 8 rows a step over all processes: log and folder."""
+def launch_three_steps(tmp_path, config: str, count: int, batching: str = "padded") -> tuple[list[dict], Path]:
+    """Three steps of the demo as `accelerate launch` starts them, 8 rows a step over all processes: log and folder."""
     output_dir = tmp_path / f"{Path(config).stem}-{batching}"
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
-        "scripts/train.py", "configs/demo.yaml", "--output_dir", str(output_dir), "--max_steps", "3",
-        "--per_device_train_batch_size", str(8 // processes), "--per_device_eval_batch_size", "7",
+    done = processes.run_ranks(
+        "scripts/train.py", count, "configs/demo.yaml", "--output_dir", str(output_dir), "--max_steps", "3",
+        "--per_device_train_batch_size", str(8 // count), "--per_device_eval_batch_size", "7",
         "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "1",
         "--disable_tqdm", "true", "--warmup_steps", "0", "--eval_generate", "true", "--generation_max_new_tokens", "4",
-        "--batching", batching,
-    ]  # fmt: skip
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        "--batching", batching, config=config, cwd=ROOT,
+        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((output_dir / "run.json").read_text())["processes"] == processes
+    assert json.loads((output_dir / "run.json").read_text())["processes"] == count
     return json.loads((output_dir / "trainer_state.json").read_text())["log_history"], output_dir
 
 
