@@ -207,8 +207,6 @@ class WholeSaves(Trainer):
         """`Trainer.save_model`, whole or not at all; only a sharded model needs all processes, to gather it."""
         if self._seal is not None:  # of a checkpoint, which is whole when all of it is
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
-                self._seal.take("*.safetensors")
             return
         with whole_model(Path(output_dir or self.args.output_dir or ""), self.args.should_save) as draft:
             super().save_model(str(draft), _internal_call=True)

@@ -9,8 +9,9 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import recipe
@@ -21,23 +22,22 @@ FORMAT = 1
 PART = 16 * 2**20  # bytes that are hashed at once; a larger file has one hash for each part, so that cores can share it
 BUFFER = 2**20  # bytes; fits a core's cache
 THREADS = min(16, os.cpu_count() or 1)  # hashlib computes outside the GIL
+SECONDS_BETWEEN_FLUSHES = 0.02  # so that the disk writes while the next file is made
 UNKNOWN = None  # the hash of a part that is not yet computed
 
 Entry = dict[str, Any]  # of a file: its size, and the SHA-256 of each part
 
 
 class Seal:
-    """Flushes the files of a folder to the disk and writes their manifest, last.
+    """Flushes the files of a folder to the disk, also while they are written, and writes their manifest, last.
 
-    Flushing makes a save safe from a power failure, and a save waits for it. Hashes find damage that comes later: what
-    is not hashed when the last file is flushed is hashed in the background, so that training goes on.
+    Flushing makes a save safe from a power failure, and a save waits for it. Hashes find damage that comes later: large
+    files are hashed in the background when the save is done, so that training goes on.
 
     Example::
 
         seal = Seal(folder)
-        save_the_weights(folder)
-        seal.take("*.safetensors")  # begins to flush and hash them
-        save_the_optimizer(folder)
+        save_everything(folder)
         seal.close({"step": 500})
         seal.complete(folder.rename(final))  # in the background
         seal.wait()
@@ -46,22 +46,13 @@ class Seal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.content: dict[str, Any] = {"format": FORMAT, "code": code_version(), "part_bytes": PART}
-        self._flushing, self._hashing = ThreadPoolExecutor(2), ThreadPoolExecutor(1)
-        self._taken: dict[Path, tuple[tuple[int, int], Future, list[Future]]] = {}  # (size, time of change), and work
+        self._saved = Event()
+        self._flushing = Thread(target=self._flush_large_files)
+        self._flushing.start()
         self._completing: Thread | None = None
 
-    def take(self, pattern: str = "*") -> None:
-        """Begin to flush and hash files, which must be complete; one that changes later is taken again."""
-        for path in sorted(self.folder.rglob(pattern)):
-            if path.is_file():
-                status = path.stat()
-                stamp = (status.st_size, status.st_mtime_ns)
-                if path not in self._taken or self._taken[path][0] != stamp:
-                    hashes = [self._hashing.submit(_hash_part, path, start) for start in _parts(status.st_size)]
-                    self._taken[path] = stamp, self._flushing.submit(flush, path), hashes
-
     def close(self, about: Mapping[str, Any]) -> None:
-        """Wait until all files are on the disk, and write the manifest as the last one, with the hashes known by then.
+        """Wait until all files are on the disk, and write the manifest as the last one, with the hashes of small files.
 
         Args:
             about: what else the manifest tells, for example the step; no secrets.
@@ -69,26 +60,28 @@ class Seal:
         Raises:
             OSError: the disk is full, or fails.
         """
-        self.take()
-        for _, flushed, _ in self._taken.values():
-            flushed.result()
-        for path in self.folder.rglob("*"):
-            if path.is_dir():
-                flush(path)
+        self.abandon()
         files: dict[str, Entry] = {}
-        self._hashing.shutdown(cancel_futures=True)
-        for path, ((size, _), _, hashes) in sorted(self._taken.items()):
-            known = [UNKNOWN if work.cancelled() else work.result() for work in hashes]
-            files[path.relative_to(self.folder).as_posix()] = {"size": size, "sha256": known}
+        for path in sorted(self.folder.rglob("*")):
+            flush(path)
+            if path.is_file():
+                size = path.stat().st_size
+                hashes = [UNKNOWN] * len(_parts(size)) if size > PART else [_hash_part(path, 0)]
+                files[path.relative_to(self.folder).as_posix()] = {"size": size, "sha256": hashes}
         self.content |= {**about, "files": files}
         write_manifest(self.folder, self.content)
-        flush(self.folder)
-        self.abandon()
 
     def abandon(self) -> None:
-        """End the threads that flush and hash."""
-        for pool in (self._flushing, self._hashing):
-            pool.shutdown(cancel_futures=True)
+        """End the thread that flushes while files are written."""
+        self._saved.set()
+        self._flushing.join()
+
+    def _flush_large_files(self) -> None:
+        while not self._saved.wait(SECONDS_BETWEEN_FLUSHES):
+            for path in self.folder.glob("*"):
+                with suppress(OSError):  # `close` reports it, if it stays
+                    if path.is_file() and path.stat().st_size > PART:
+                        flush(path)
 
     def complete(self, folder: Path) -> None:
         """Hash in the background what is not hashed, in the folder's new place, and write the manifest again."""

@@ -98,6 +98,11 @@ def _say(args: InstructionTrainingArguments, line: str) -> None:
 def _say_if_unchecked(args: InstructionTrainingArguments, folder: Path) -> None:
     if not has_manifest(folder):
         _say(args, f"{folder} has no {MANIFEST}: its files are there and open, but their contents cannot be checked")
+    elif not is_hashed(folder):
+        _say(
+            args,
+            f"{folder} is whole; the run ended before its large files were hashed, so their contents are not checked",
+        )
 
 
 def has_manifest(folder: Path) -> bool:
