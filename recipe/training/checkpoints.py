@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from recipe.files import draft_of, flush, make_folder
-from recipe.training.manifest import MANIFEST, Seal
+from recipe.training.manifest import MANIFEST, Seal, add_hashes, write_manifest
 
 ASIDE = "_unfinished"
 STATE = "trainer_state.json"
@@ -59,6 +60,7 @@ def whole_checkpoint(trainer: Trainer, run_dir: Path, about: Mapping[str, Any]) 
             seal.close({"step": state.global_step, "world_size": args.world_size, **about})
             _put_in_place(draft, final)
             remove_older(final, args.save_total_limit, state.best_model_checkpoint)
+            seal.complete(final)
     finally:
         seal.abandon()
         if args.should_save:
@@ -134,6 +136,8 @@ def whole_model(folder: Path, writes: bool) -> Iterator[Path]:
         if writes and draft.is_dir():  # FSDP may keep its shards in checkpoints alone
             (draft / PICKLED_ARGUMENTS).unlink(missing_ok=True)
             seal.close({})
+            add_hashes(draft, seal.content)
+            write_manifest(draft, seal.content)
             _replace_model(folder, draft)
     finally:
         seal.abandon()
@@ -173,14 +177,27 @@ class WholeSaves(Trainer):
         super().__init__(*args, **kwargs)
         self.about_run: dict[str, Any] = {}
         self._seal: Seal | None = None  # while a checkpoint is written
+        self._last_seal: Seal | None = None  # which may still be hashed
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, to the last hash of its last checkpoint."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._wait_for_hashes()
+
+    def _wait_for_hashes(self) -> None:
+        if self._last_seal is not None:
+            self._last_seal.wait()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """`Trainer._save_checkpoint`, to a folder aside that gets its name when it is whole and on the disk."""
+        self._wait_for_hashes()
         try:
             with whole_checkpoint(self, Path(self._get_output_dir(trial)), self.about_run) as self._seal:
                 super()._save_checkpoint(model, trial)
         finally:
-            self._seal = None
+            self._seal, self._last_seal = None, self._seal
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -190,8 +207,6 @@ class WholeSaves(Trainer):
         """`Trainer.save_model`, whole or not at all; only a sharded model needs all processes, to gather it."""
         if self._seal is not None:  # of a checkpoint, which is whole when all of it is
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
-                self._seal.take("*.safetensors")
             return
         with whole_model(Path(output_dir or self.args.output_dir or ""), self.args.should_save) as draft:
             super().save_model(str(draft), _internal_call=True)

@@ -6,51 +6,53 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import recipe
-from recipe.files import flush, write_whole
+from recipe.files import draft_of, flush
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-PART = 64 * 2**20  # bytes that are hashed at once; a larger file has one hash for each part, so that all cores help
+PART = 16 * 2**20  # bytes that are hashed at once; a larger file has one hash for each part, so that cores can share it
 BUFFER = 2**20  # bytes; fits a core's cache
-THREADS = min(16, 2 + (os.cpu_count() or 1))  # two may wait for the disk; hashlib computes outside the GIL
+THREADS = min(16, os.cpu_count() or 1)  # hashlib computes outside the GIL
+SECONDS_BETWEEN_FLUSHES = 0.02  # so that the disk writes while the next file is made
+UNKNOWN = None  # the hash of a part that is not yet computed
+
+Entry = dict[str, Any]  # of a file: its size, and the SHA-256 of each part
 
 
 class Seal:
-    """Flushes and hashes the files of a folder while others are still being written, then writes the manifest.
+    """Flushes the files of a folder to the disk, also while they are written, and writes their manifest, last.
+
+    Flushing makes a save safe from a power failure, and a save waits for it. Hashes find damage that comes later: large
+    files are hashed in the background when the save is done, so that training goes on.
 
     Example::
 
         seal = Seal(folder)
-        save_the_weights(folder)
-        seal.take("*.safetensors")  # in the background
-        save_the_optimizer(folder)
+        save_everything(folder)
         seal.close({"step": 500})
+        seal.complete(folder.rename(final))  # in the background
+        seal.wait()
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.code = code_version()
-        self._pool = ThreadPoolExecutor(THREADS)
-        self._taken: dict[Path, tuple[tuple[int, int], list[Future]]] = {}  # (size, time of change), flush and hashes
-
-    def take(self, pattern: str = "*") -> None:
-        """Begin to flush and hash files, which must be complete; one that changes later is taken again."""
-        for path in sorted(self.folder.rglob(pattern)):
-            if path.is_file():
-                status = path.stat()
-                stamp = (status.st_size, status.st_mtime_ns)
-                if path not in self._taken or self._taken[path][0] != stamp:
-                    hashes = [self._pool.submit(_hash_part, path, start) for start in _parts(status.st_size)]
-                    self._taken[path] = stamp, [self._pool.submit(flush, path), *hashes]
+        self.content: dict[str, Any] = {"format": FORMAT, "code": code_version(), "part_bytes": PART}
+        self._saved = Event()
+        self._flushing = Thread(target=self._flush_large_files)
+        self._flushing.start()
+        self._completing: Thread | None = None
 
     def close(self, about: Mapping[str, Any]) -> None:
-        """Wait until all files are on the disk, and write the manifest as the last one.
+        """Wait until all files are on the disk, and write the manifest as the last one, with the hashes of small files.
 
         Args:
             about: what else the manifest tells, for example the step; no secrets.
@@ -58,22 +60,68 @@ class Seal:
         Raises:
             OSError: the disk is full, or fails.
         """
-        self.take()
-        files = {}
-        for path, ((size, _), [flushed, *hashes]) in self._taken.items():
-            flushed.result()
-            files[path.relative_to(self.folder).as_posix()] = {"size": size, "sha256": [h.result() for h in hashes]}
-        for path in self.folder.rglob("*"):
-            if path.is_dir():
-                flush(path)
-        content = {"format": FORMAT, "code": self.code, **about, "part_bytes": PART, "files": files}
-        text = json.dumps({**content, "sha256": _own_hash(content)}, indent=1)
-        write_whole(self.folder / MANIFEST, text.encode())  # bytes: nothing in it may be rewritten
         self.abandon()
+        files: dict[str, Entry] = {}
+        for path in sorted(self.folder.rglob("*")):
+            flush(path)
+            if path.is_file():
+                size = path.stat().st_size
+                hashes = [UNKNOWN] * len(_parts(size)) if size > PART else [_hash_part(path, 0)]
+                files[path.relative_to(self.folder).as_posix()] = {"size": size, "sha256": hashes}
+        self.content |= {**about, "files": files}
+        write_manifest(self.folder, self.content)
 
     def abandon(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the thread that flushes while files are written."""
+        self._saved.set()
+        self._flushing.join()
+
+    def _flush_large_files(self) -> None:
+        while not self._saved.wait(SECONDS_BETWEEN_FLUSHES):
+            for path in self.folder.glob("*"):
+                with suppress(OSError):  # `close` reports it, if it stays
+                    if path.is_file() and path.stat().st_size > PART:
+                        flush(path)
+
+    def complete(self, folder: Path) -> None:
+        """Hash in the background what is not hashed, in the folder's new place, and write the manifest again."""
+        self._completing = Thread(target=self._complete, args=(folder,))
+        self._completing.start()
+
+    def wait(self) -> None:
+        """Wait for what `complete` began."""
+        if self._completing is not None:
+            self._completing.join()
+
+    def _complete(self, folder: Path) -> None:
+        names = set(self.content["files"])
+        try:
+            add_hashes(folder, self.content)
+            write_manifest(folder, self.content)
+        except OSError as error:
+            if not folder.is_dir():  # it was removed meanwhile
+                return
+            print(f"  {folder.name}: its files are whole, but could not be hashed ({error.strerror})")
+        if not any((folder / name).exists() for name in names):  # it was being removed when the manifest was written
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def add_hashes(folder: Path, content: dict[str, Any]) -> None:
+    """Hash the parts of files whose hash a manifest does not know."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, entry in content["files"].items():
+            starts = _parts(entry["size"], content["part_bytes"])
+            works = [
+                pool.submit(_hash_part, folder / name, start) if known is UNKNOWN else known
+                for start, known in zip(starts, entry["sha256"], strict=True)
+            ]
+            entry["sha256"] = [work.result() if isinstance(work, Future) else work for work in works]
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write a manifest, with a hash of itself; the folder must be there."""
+    with draft_of(folder / MANIFEST) as draft:
+        draft.write_text(json.dumps({**content, "sha256": _own_hash(content)}, indent=1), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | str:
@@ -96,8 +144,9 @@ def find_damage(folder: Path, contents: bool = True) -> str | None:
     Args:
         contents: also compare the hashes, which reads every file.
 
-    >>> find_damage(Path("run/checkpoint-500"))  # doctest: +SKIP
-    'optimizer.pt has 4,096 bytes, not 995,638,346'
+    Example::
+
+        find_damage(Path("run/checkpoint-500"))  # "optimizer.pt has 4,096 bytes, not 995,638,346"
     """
     manifest = read_manifest(folder)
     if isinstance(manifest, str):
@@ -116,6 +165,7 @@ def find_damage(folder: Path, contents: bool = True) -> str | None:
             (name, wanted, pool.submit(_hash_part, folder / name, start, part))
             for name, entry in manifest["files"].items()
             for start, wanted in zip(_parts(entry["size"], part), entry["sha256"], strict=True)
+            if wanted is not UNKNOWN
         ]
         try:
             for name, wanted, hashed in found:
@@ -128,12 +178,18 @@ def find_damage(folder: Path, contents: bool = True) -> str | None:
     return None
 
 
+def is_hashed(folder: Path) -> bool:
+    """Whether a folder's manifest knows all hashes: a run may be killed between a save and its last hash."""
+    manifest = read_manifest(folder)
+    return isinstance(manifest, dict) and all(UNKNOWN not in entry["sha256"] for entry in manifest["files"].values())
+
+
 @functools.cache
 def code_version() -> str:
     """The version of this recipe, and a hash of its Python files, which may have been edited since.
 
-    >>> code_version()  # doctest: +SKIP
-    '0.1.0 sha256:5d41402abc4b2a76'
+    >>> code_version().startswith(recipe.__version__)
+    True
     """
     root, digest = Path(recipe.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

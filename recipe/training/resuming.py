@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from recipe.config import InstructionTrainingArguments, UserError
 from recipe.training.checkpoints import STATE, WEIGHTS, numbered, put_back, step_of
-from recipe.training.manifest import MANIFEST, find_damage
+from recipe.training.manifest import MANIFEST, find_damage, is_hashed
 
 # of a checkpoint: the Trainer's, FSDP's and DeepSpeed's
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "pytorch_model_fsdp_*", "global_step*")
@@ -98,6 +98,11 @@ def _say(args: InstructionTrainingArguments, line: str) -> None:
 def _say_if_unchecked(args: InstructionTrainingArguments, folder: Path) -> None:
     if not has_manifest(folder):
         _say(args, f"{folder} has no {MANIFEST}: its files are there and open, but their contents cannot be checked")
+    elif not is_hashed(folder):
+        _say(
+            args,
+            f"{folder} is whole; the run ended before its large files were hashed, so their contents are not checked",
+        )
 
 
 def has_manifest(folder: Path) -> bool:
@@ -128,7 +133,8 @@ def find_problem(folder: Path, processes: int, contents: bool = True) -> str | N
     if not folder.is_dir():
         return "no such folder"
     if has_manifest(folder):
-        return find_damage(folder, contents)
+        damage = find_damage(folder, contents)
+        return damage if damage or not contents or is_hashed(folder) else _find_unreadable(folder)
     try:
         state = TrainerState.load_from_json(str(folder / STATE))
     except FileNotFoundError:
