@@ -106,11 +106,13 @@ def serve(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if pid == 0:
             signal.set_wakeup_fd(-1)
             control.close()
-            for descriptor in (wake, woken, status, *watched.values()):
+            for descriptor in (wake, woken, *watched.values()):
                 os.close(descriptor)
+            os.setsid()
+            tell(status, f"pid {os.getpid()}\n")  # not before it is a group of its own, which can be killed
+            os.close(status)
             return request, descriptors[1:4]
         watched[pid] = status
-        tell(status, f"{pid}\n")
         for descriptor in descriptors[1:4]:
             os.close(descriptor)
 
@@ -127,14 +129,15 @@ def report_ended(watched: dict[int, int]) -> None:
             return
         if pid in watched:
             descriptor = watched.pop(pid)
-            tell(descriptor, f"{os.waitstatus_to_exitcode(status)}\n")
+            tell(descriptor, f"code {os.waitstatus_to_exitcode(status)}\n")
             os.close(descriptor)
 
 
 def end(watched: dict[int, int]) -> NoReturn:
     for pid in watched:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        for kill in (os.kill, os.killpg):  # it may not be a group yet
+            with contextlib.suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
     while True:  # all of them, so that their time counts as ours
         try:
             os.wait()
@@ -143,8 +146,7 @@ def end(watched: dict[int, int]) -> NoReturn:
 
 
 def as_started(request: dict[str, Any], descriptors: list[int]) -> None:
-    """Group, streams, signals, folder, environment and random numbers of a process that has just begun."""
-    os.setsid()
+    """Streams, signals, folder, environment and random numbers of a process that has just begun."""
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)

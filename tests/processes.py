@@ -115,6 +115,8 @@ def choose(
     if not hasattr(os, "fork") or not hasattr(socket, "send_fds") or sys.platform == "darwin":
         return None, {}, "this system cannot fork it"
     folder = os.path.abspath(cwd or os.curdir)
+    if not os.path.isdir(folder):
+        return None, {}, f"{folder} is no folder"
     first = folder
     if request["kind"] == "script":
         first = os.path.dirname(os.path.realpath(os.path.join(folder, request["target"])))
@@ -152,10 +154,10 @@ class Forked(subprocess.Popen):
             os.close(status)
             self._close_pipe_fds(*(given[name] for name in names))
             self._child_created = True
-        self.pid = self._hear(None)
+        self.pid = self._hear("pid", None)
 
-    def _hear(self, timeout: float | None) -> int | None:
-        """The next number that the server tells; none if it tells nothing for so long."""
+    def _hear(self, what: str, timeout: float | None) -> int | None:
+        """Its id, which it tells itself, or its exit code, which the server tells; none if neither comes in time."""
         end = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._heard:
             left = None if end is None else max(0.0, end - time.monotonic())
@@ -166,16 +168,19 @@ class Forked(subprocess.Popen):
                 raise RuntimeError(f"the server of {self.args} ended before it")
             self._heard += heard
         line, _, self._heard = self._heard.partition(b"\n")
-        return int(line)
+        told, number = line.decode().split()
+        if told != what:
+            raise RuntimeError(f"{self.args} ended with {number} before it had begun")
+        return int(number)
 
     def _internal_poll(self, _deadstate=None, **_):
         if self.returncode is None:
-            self._ended(self._hear(0))
+            self._ended(self._hear("code", 0))
         return self.returncode
 
     def _wait(self, timeout):
         if self.returncode is None:
-            self._ended(self._hear(timeout))
+            self._ended(self._hear("code", timeout))
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
