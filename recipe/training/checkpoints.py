@@ -23,7 +23,8 @@ ASIDE = "_unfinished"
 STATE = "trainer_state.json"
 PICKLED_ARGUMENTS = "training_args.bin"  # the Trainer's; nothing reads it, and it may hold a token
 LAST = ("config.json", "adapter_config.json", MANIFEST)  # a folder without its config is no model to anyone
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model*.safetensors", INDEX, "adapter_model.safetensors")
 
 
 @contextmanager

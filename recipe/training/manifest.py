@@ -66,7 +66,7 @@ class Seal:
             flush(path)
             if path.is_file():
                 size = path.stat().st_size
-                hashes = [UNKNOWN] * len(_parts(size)) if size > PART else [_hash_part(path, 0)]
+                hashes = [UNKNOWN] * len(_parts(size, PART)) if size > PART else [_hash_part(path, 0, PART)]
                 files[path.relative_to(self.folder).as_posix()] = {"size": size, "sha256": hashes}
         self.content |= {**about, "files": files}
         write_manifest(self.folder, self.content)
@@ -108,11 +108,12 @@ class Seal:
 
 def add_hashes(folder: Path, content: dict[str, Any]) -> None:
     """Hash the parts of files whose hash a manifest does not know."""
+    part = content["part_bytes"]
     with ThreadPoolExecutor(THREADS) as pool:
         for name, entry in content["files"].items():
-            starts = _parts(entry["size"], content["part_bytes"])
+            starts = _parts(entry["size"], part)
             works = [
-                pool.submit(_hash_part, folder / name, start) if known is UNKNOWN else known
+                pool.submit(_hash_part, folder / name, start, part) if known is UNKNOWN else known
                 for start, known in zip(starts, entry["sha256"], strict=True)
             ]
             entry["sha256"] = [work.result() if isinstance(work, Future) else work for work in works]
@@ -201,11 +202,11 @@ def _own_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _parts(size: int, part: int = PART) -> range:
+def _parts(size: int, part: int) -> range:
     return range(0, max(size, 1), part)
 
 
-def _hash_part(path: Path, start: int, part: int = PART) -> str:
+def _hash_part(path: Path, start: int, part: int) -> str:
     """SHA-256 of `part` bytes of a file, or of what is left of it."""
     digest, buffer, left = hashlib.sha256(), memoryview(bytearray(BUFFER)), part
     with open(path, "rb", buffering=0) as file:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import TrainerState
 
 from recipe.config import InstructionTrainingArguments, UserError
-from recipe.training.checkpoints import STATE, WEIGHTS, numbered, put_back, step_of
+from recipe.training.checkpoints import INDEX, STATE, WEIGHTS, numbered, put_back, step_of
 from recipe.training.manifest import MANIFEST, find_damage, is_hashed
 
 # of a checkpoint: the Trainer's, FSDP's and DeepSpeed's
@@ -68,7 +68,7 @@ def check_whole(args: InstructionTrainingArguments, folder: Path) -> None:
     others = [other for other in numbered(folder.parent) if step < 0 or step_of(other) < step]
     [others, *_] = _from_each_disk(args, others)
     whole = next((other for other in others if find_problem_anywhere(args, other) is None), None)
-    way_out = f"resume from {whole}" if whole else "no whole checkpoint is before it: start over"
+    way_out = f"resume from {whole}" if whole else "no checkpoint before it is whole, so start a new run"
     raise UserError(f"--resume_from_checkpoint {folder} is damaged: {problem}; {way_out}")
 
 
@@ -130,16 +130,21 @@ def find_problem(folder: Path, processes: int, contents: bool = True) -> str | N
         processes: of this run, each of which needs its own random state.
         contents: also read every file.
     """
-    if not folder.is_dir():
-        return "no such folder"
-    if has_manifest(folder):
+    try:
+        if not has_manifest(folder):
+            return _find_problem_without_manifest(folder, processes)
         damage = find_damage(folder, contents)
         return damage if damage or not contents or is_hashed(folder) else _find_unreadable(folder)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+
+
+def _find_problem_without_manifest(folder: Path, processes: int) -> str | None:
     try:
         state = TrainerState.load_from_json(str(folder / STATE))
     except FileNotFoundError:
         return f"{STATE} is missing"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{STATE} cannot be read ({type(error).__name__})"
     if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
         return f"{STATE} is not what a Trainer writes"
@@ -154,6 +159,8 @@ def _find_missing(folder: Path, processes: int) -> str | None:
     sharded = any(file for name in SHARDED for file in folder.glob(name))
     if not sharded and not any(file for name in WEIGHTS for file in folder.glob(name)):
         return "its weights are missing (no model.safetensors)"
+    if any(folder.glob("model-*-of-*.safetensors")) and not (folder / INDEX).is_file():
+        return f"{INDEX} is missing"
     ranks = len(list(folder.glob("rng_state_*.pth")))
     random_states = [f"rng_state_{rank}.pth" for rank in range(max(processes, ranks, 2))]
     if (folder / "rng_state.pth").exists() or not ranks:
@@ -165,20 +172,21 @@ def _find_missing(folder: Path, processes: int) -> str | None:
 
 def _find_unreadable(folder: Path) -> str | None:
     """The first file that cannot be opened; those of torch are zip files with a checksum."""
-    index = folder / "model.safetensors.index.json"
     for path in sorted(folder.rglob("*")):
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-            elif path.suffix in (".pt", ".pth", ".bin") and path.is_file():
+            elif path.suffix in (".pt", ".pth", ".bin"):
                 with zipfile.ZipFile(path) as file:
                     if file.testzip() is not None:
                         return f"{path.name} is damaged"
-            elif path == index:
+            elif path == folder / INDEX:
                 shards = set(json.loads(path.read_bytes())["weight_map"].values())
                 if missing := [name for name in sorted(shards) if not (folder / name).is_file()]:
                     return f"{missing[0]} is missing"
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
         except Exception as error:  # a damaged file raises anything
             return f"{path.name} cannot be read ({type(error).__name__})"
     return None

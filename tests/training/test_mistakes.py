@@ -206,7 +206,8 @@ def test_a_disk_without_room_for_a_checkpoint(refused, monkeypatch):
 
 def test_a_checkpoint_of_weights_alone_is_not_resumed(refused, work, tmp_path):
     checkpoint = shutil.copytree(work / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
-    (checkpoint / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "manifest.json"):  # as --save_only_model leaves it
+        (checkpoint / name).unlink()
     message = refused("--resume_from_checkpoint", str(checkpoint))
     assert f"{checkpoint} holds no optimizer" in message and f"--model_name_or_path {checkpoint}" in message
 
