@@ -198,9 +198,10 @@ def example_prompt(output_dir: Path) -> dict[str, str]:
     from recipe.templates import saved_template
 
     tokenizer: Any = AutoTokenizer.from_pretrained(output_dir)
-    messages = saved_template(tokenizer).messages(EXAMPLE)
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return {"chat": json.dumps(messages, ensure_ascii=False), "prompt": prompt}
+    template = saved_template(tokenizer, f"{output_dir}")
+    return {
+        "chat": json.dumps(template.messages(EXAMPLE), ensure_ascii=False), "prompt": template.prompt(EXAMPLE),
+    }  # fmt: skip
 
 
 def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
