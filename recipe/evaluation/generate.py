@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import PartialState
 
-from recipe.config import DataArguments, ModelArguments, UserError, setting
+from recipe.config import RUN_CODE, DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, ask, endpoints
 from recipe.evaluation.headline import check_headline, choose_headline
 from recipe.files import file_hash, read_json, write_json
@@ -63,6 +63,7 @@ class EvalArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Of the weights; auto: bfloat16 on a GPU that has it, else float32."
     )
+    trust_remote_code: bool = setting(False, RUN_CODE)
     endpoint_concurrency: int = setting(8, "Requests to a served model at the same time.")
     endpoint_timeout: float = setting(120.0, "Seconds a served model has for an answer.")
     endpoint_allow_missing: bool = setting(
@@ -111,7 +112,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         records, predictions = select_records(args, data_args, run)
     models = name_models(args)
     weights = {label: name for label, name in models.items() if model_kind(name) == "weights"}
-    tokenizers = {label: load_tokenizer(ModelArguments(name)) for label, name in weights.items()}
+    tokenizers = {label: load_tokenizer(model_arguments(name, args)) for label, name in weights.items()}
     templates = choose_templates(weights, tokenizers, data_args.template)
     for name in weights.values():
         check_finite(name)
@@ -126,6 +127,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         "data_hash": data_hash(records),
         "splits": Counter(prediction["split"] for prediction in predictions),
         "generation": {**asdict(decoding_of(args)), "dtype": args.dtype},
+        "trust_remote_code": args.trust_remote_code,
         "left_out": {},  # fields of it that an endpoint did not accept, by model
         "command": command_line(),
         "versions": versions(),
@@ -300,7 +302,7 @@ def append_answers_of(
     if template is not None:
         with state.split_between_processes(predictions) as share:
             try:
-                model = ModelArguments(name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
+                model = model_arguments(name, args)
                 ask.ask_weights(label, model, share, path, decoding, args.batch_size, template, state)
             except UserError as error:
                 if not state.is_main_process:  # the main process prints its own error
@@ -317,6 +319,12 @@ def append_answers_of(
             rows = answers.pair_answers(name, predictions, strip, data_args)
         ask.keep_answers(path, label, predictions, rows)
     return []
+
+
+def model_arguments(name: str, args: EvalArguments) -> ModelArguments:
+    """How weights are loaded."""
+    dtype: Any = args.dtype  # auto is resolved
+    return ModelArguments(name, dtype=dtype, trust_remote_code=args.trust_remote_code)
 
 
 def decoding_of(args: EvalArguments) -> Decoding:

@@ -43,7 +43,7 @@ OPERATORS = ["+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "
 
 # what takes all time or all memory, each with a number to vary it
 ENDLESS = [
-    "{{% for a in range({n}) %}}{{% for b in range({n}) %}}{{% for c in 'xyz' %}}{{% endfor %}}{{% endfor %}}{{% endfor %}}",
+    "{{% for a in range({n}) %}}{{% for b in range({n}) %}}{{% set c = 1 %}}{{% endfor %}}{{% endfor %}}",
     "{{{{ 'x' * 10**1{d} }}}}",
     "{{{{ [0] * 10**1{d} }}}}",
     "{{{{ '%9{d}00000000d' % 1 }}}}",
@@ -62,7 +62,7 @@ ENDLESS = [
     "{{% macro m(n) %}}{{% if n %}}{{{{ m(n - 1) }}}}{{{{ m(n - 1) }}}}{{% endif %}}{{% endmacro %}}{{{{ m({d}00) }}}}",
     "{{% for a in [[]] recursive %}}{{% for i in range({n}) %}}{{{{ loop([1, 2]) }}}}{{% endfor %}}{{% endfor %}}",
     "{{% set ns = namespace(x='ab{d}') %}}{{% for i in range({n}) %}}{{% set ns.x = ns.x + ns.x %}}{{% endfor %}}",
-    "{{% set ns = namespace(x=[{d}]) %}}{{% for i in range(99) %}}{{% set ns.x = [ns.x, ns.x] %}}{{% endfor %}}{{{{ ns.x }}}}",
+    "{{% set n = namespace(x=[{d}]) %}}{{% for i in range(99) %}}{{% set n.x = [n.x]*2 %}}{{% endfor %}}{{{{ n.x }}}}",
     "{{% for c in 'x' * 9{d}0000 %}}{{% for d in 'x' * 900000 %}}{{% endfor %}}{{% endfor %}}",
     "{{{{ lipsum(n=9{d}00000) }}}}",
     "{{{{ range({n})|map('string')|map('center', 99999)|list|length }}}}",
@@ -101,7 +101,8 @@ def harmless(draw: random.Random) -> str:
                 [
                     f"{{{{ {value} }}}}\n",
                     f"{{% if {value} %}}\n  yes\n{{% else %}}no{{% endif %}}\n",
-                    f"{{%- for m in messages %}}\n{{{{ {value} }}}}{{% if loop.last %}}{{% break %}}{{% endif %}}{{% endfor %}}\n",
+                    f"{{%- for m in messages %}}\n{{{{ {value} }}}}{{% if m.input %}}{{% break %}}{{% endif %}}"
+                    + "{% endfor %}",
                     f"{{% set x = {value} %}}{{{{ x }}}}",
                     f"{{% generation %}}{{{{ {value} }}}}{{% endgeneration %}}",
                     f"{{% macro f(m) %}}{{{{ {value} }}}}{{% endmacro %}}{{{{ f(messages[1]) }}}}",
