@@ -44,7 +44,8 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
     async def only_what_belongs_there(request: Any) -> None:
         moved = urlsplit(str(request.url))[:2] != origin
         for name in list(request.headers):
-            if (not all_headers or moved) and (name.lower() not in HEADERS or (moved and name == "authorization")):
+            is_needed = name.startswith("x-stainless-") or name in HEADERS  # the former are the client's own notes
+            if (moved and name == "authorization") or ((moved or not all_headers) and not is_needed):
                 del request.headers[name]
 
     try:

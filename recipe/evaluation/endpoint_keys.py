@@ -27,7 +27,8 @@ def host_of(url: str) -> str:
     """
     parts = urlsplit(url)
     host = (parts.hostname or "").rstrip(".")
-    return f"{host}:{parts.port}" if parts.port else host
+    port = parts.netloc.rpartition("]")[2].rpartition("@")[2].partition(":")[2]  # `parts.port` refuses odd ones
+    return f"{host}:{port}" if port else host
 
 
 def is_openais(url: str) -> bool:
@@ -101,6 +102,7 @@ def key_advice(url: str, variable: str | None) -> str:
     )
 
 
-def _origin(url: str) -> tuple[str, str, int | None]:
+def _origin(url: str) -> tuple[str, str, str | None]:
     parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+    port = host_of(url).rpartition("]")[2].partition(":")[2] or {"https": "443", "http": "80"}.get(parts.scheme)
+    return parts.scheme, parts.hostname or "", port
