@@ -163,7 +163,7 @@ def build_model(config: PreTrainedConfig, attn_implementation: str | None = None
     """The same random weights each time, large enough for every part to count."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options, trust_remote_code=False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

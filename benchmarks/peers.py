@@ -31,11 +31,11 @@ Rows = list[dict[str, Any]]  # input_ids, labels (aligned, not shifted), length,
 def make_model(job: Job, attention: str | None = None) -> Any:
     """The same weights for every contender, in float32."""
     options = {"dtype": torch.float32, "attn_implementation": attention or job["attention"]}
-    return AutoModelForCausalLM.from_pretrained(job["folder"], **options)
+    return AutoModelForCausalLM.from_pretrained(job["folder"], **options, trust_remote_code=False)
 
 
 def load_tokenizer(job: Job) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(job["folder"], padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"], padding_side="right", trust_remote_code=False)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

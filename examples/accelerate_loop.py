@@ -34,8 +34,8 @@ def main() -> None:
     # No gradient_accumulation_steps: accelerate would divide the loss by it again.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     set_seed(1)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
     with accelerator.main_process_first():  # the others read its cache
         splits = load_splits(DataArguments(data=options.data), tokenizer)
     records = splits["train"].select(range(32))  # a few, to be done in seconds; without `select`, all

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", default="recipe/demo/base", help="a folder or a Hub id")
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     splits = load_splits(DataArguments(data=options.data), tokenizer)
     records = list(splits["train"].select(range(32)).select_columns(["input_ids", "labels"]))
     pad = tokenizer.eos_token_id
@@ -44,7 +44,9 @@ def main() -> None:
     print(f"{'layout':<25}{'tokens computed':>15}{'loss':>12}   largest difference of a gradient")
     padded: list[torch.Tensor] = []
     for name, (collate, kind) in layouts.items():
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation=kind)
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=torch.float32, attn_implementation=kind, trust_remote_code=False
+        )
         batch = collate(records)
         loss, gradients = loss_and_gradients(model, batch)
         padded = padded or gradients

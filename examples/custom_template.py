@@ -32,8 +32,8 @@ def main() -> None:
     options = parser.parse_args()
 
     set_seed(1)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
     template = load_template(options.template, tokenizer)
     prepare_for_chat(model, tokenizer, template)  # so that the saved folder answers with this template
 
@@ -62,11 +62,13 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
 
-    saved = AutoTokenizer.from_pretrained(OUTPUT_DIR)
+    saved = AutoTokenizer.from_pretrained(OUTPUT_DIR, trust_remote_code=False)
     prompts = [
         saved.apply_chat_template(to_messages(record), tokenize=False, add_generation_prompt=True) for record in records
     ]
-    answers = generate_responses(AutoModelForCausalLM.from_pretrained(OUTPUT_DIR), saved, prompts, max_new_tokens=48)
+    answers = generate_responses(
+        AutoModelForCausalLM.from_pretrained(OUTPUT_DIR, trust_remote_code=False), saved, prompts, max_new_tokens=48
+    )
     for prompt, answer in list(zip(prompts, answers, strict=True))[:3]:
         print(f"\n{prompt}{answer.text}")
     right = sum(answer.text == record["output"] for answer, record in zip(answers, records, strict=True))

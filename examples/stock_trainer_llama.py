@@ -45,9 +45,9 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or a Hub id; default: a small Llama with random weights")
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model or "recipe/demo/base")
+    tokenizer = AutoTokenizer.from_pretrained(options.model or "recipe/demo/base", trust_remote_code=False)
     if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
     else:
         model = make_llama(len(tokenizer))
     splits = load_splits(DataArguments(data=options.data), tokenizer)

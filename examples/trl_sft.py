@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--model", default="recipe/demo/base", help="a folder or a Hub id")
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
     splits = load_splits(DataArguments(data=options.data), tokenizer)
     records = splits["train"].select(range(32))  # a few, to be done in seconds; without `select`, all
 

@@ -31,6 +31,7 @@ def setting(default: Any, help: str) -> Any:
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": help})
 
 
+RUN_CODE = "Run the code that a model's folder or repository brings along; look at it before."
 LOWER_IS_BETTER = ("loss", "perplexity", "repeated_4grams", "empty_rate")  # of the metrics of an evaluation
 
 
@@ -60,6 +61,7 @@ class ModelArguments:
     attn_implementation: str | None = setting(
         None, "sdpa, eager, flash_attention_2, ...; default: as --batching needs."
     )
+    trust_remote_code: bool = setting(False, RUN_CODE)
 
 
 @dataclass

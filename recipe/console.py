@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import select
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -18,7 +21,7 @@ from rich.text import Text
 
 from recipe.config import UserError
 from recipe.keys import clean_hub_token
-from recipe.redaction import redact
+from recipe.redaction import redact_message
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
 SECONDS_OF_PATIENCE = 5  # of a process for the main one, which should have met the same error
@@ -42,20 +45,18 @@ def run_script(
 
     A character that the terminal's encoding lacks is shown as its escape. A `UserError`, an `OSError` and what else is
     `expected` end with one message and exit code 1; so does Ctrl-C, with the script's own words. Any other error shows
-    its traceback. Nothing is shown before `redact` has seen it.
+    its traceback. Nothing is shown before `redact_message` has seen it.
 
     Example::
 
         if __name__ == "__main__":
             run_script(main, interrupted="nothing was changed; run it again")
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     stopped = False
     try:
-        clean_hub_token()
-        main(sys.argv[1:])
-        sys.stdout.flush()
+        with safe_output():
+            clean_hub_token()
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         stopped = True
     except Exception as error:
@@ -66,8 +67,48 @@ def run_script(
             _exit(f"error: {error}{after_os_error}")
         _exit(f"error: {error}" if isinstance(error, (UserError, *expected)) else traceback.format_exc().rstrip())
     if stopped:
-        close_progress_bars()
         sys.exit(f"interrupted: {interrupted}")
+
+
+class SafeStream(io.TextIOWrapper):
+    """A stream of the terminal that shows no secret."""
+
+    def write(self, text: str) -> int:
+        super().write(redact_message(text))
+        return len(text)
+
+
+_streams: list[SafeStream] = []  # a library may go on with one that it has seen; and one that is freed is closed
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """While it lasts, whatever is printed, warned of or logged, here or in a library, goes through `redact_message`."""
+    make_record = logging.getLogRecordFactory()
+
+    def safe_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        record.msg, record.args = redact_message(record.getMessage()), ()
+        return record
+
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    safe = [
+        SafeStream(
+            stream.buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        for stream in streams
+    ]  # fmt: skip
+    _streams.extend(safe)
+    logging.setLogRecordFactory(safe_record)
+    try:
+        with redirect_stdout(safe[0]), redirect_stderr(safe[1]):
+            yield
+    finally:
+        close_progress_bars()
+        logging.setLogRecordFactory(make_record)
+        for stream in safe:
+            stream.flush()
 
 
 def close_progress_bars() -> None:
@@ -94,8 +135,7 @@ def _exit(message: str) -> NoReturn:
     if (rank := process_rank()) != "0":
         time.sleep(SECONDS_OF_PATIENCE)
         message = f"process {rank}: {message}"
-    close_progress_bars()
-    sys.exit(redact(message))
+    sys.exit(redact_message(message))
 
 
 def process_rank() -> str:

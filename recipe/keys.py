@@ -8,7 +8,7 @@ import unicodedata
 from functools import cache
 
 from recipe.config import UserError
-from recipe.redaction import QUOTES, strip_key
+from recipe.redaction import QUOTES, learn_secret, strip_key
 
 COPY_AGAIN = "copy the key again, alone, without quotes"
 
@@ -19,7 +19,9 @@ def read_key(variable: str) -> str | None:
     Raises:
         UserError: it is no key; the message does not show it.
     """
-    return checked_key(variable, os.environ.get(variable, ""))
+    value = os.environ.get(variable, "")
+    learn_secret(variable, value)
+    return checked_key(variable, value)
 
 
 def clean_hub_token() -> None:

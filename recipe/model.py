@@ -51,7 +51,7 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
         raise UserError("no tokenizer: give --tokenizer_name with --model_type, or --model_name_or_path")
     check_folder(name)
     with _library_errors(f"tokenizer {name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, **_code(config))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"tokenizer {name!r} is empty: the tokenizer's files are missing; give --tokenizer_name")
     if tokenizer.eos_token_id is None:
@@ -80,10 +80,10 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
     check_weights(name or "")
     with _library_errors(", ".join([subject, *_flags(config)])):
         if name is None:
-            model = AutoModelForCausalLM.from_config(**options)
+            model = AutoModelForCausalLM.from_config(**options, **_code(config))
         else:
             options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **_code(config))
             model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
         raise UserError(
@@ -175,7 +175,7 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
         raise UserError(f"unknown --model_type {model_type!r}; for example gpt2, llama, qwen2")
     with _library_errors(f"model {name!r}"):
         if name is not None and model_type is None:
-            model_config = AutoConfig.from_pretrained(name, revision=config.model_revision)
+            model_config = AutoConfig.from_pretrained(name, revision=config.model_revision, **_code(config))
         elif model_type is not None and name is None:
             special_tokens = {key: getattr(tokenizer, key) for key in SPECIAL_TOKEN_IDS}
             defaults = {"vocab_size": len(tokenizer), **special_tokens}
@@ -193,6 +193,11 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
                 given = {key: getattr(model_config, key) for key in re.findall(r"(?:^|,)(\w+)=", overrides)}
                 model_config = AutoConfig.for_model(model_config.model_type, **defaults | given)
     return model_config
+
+
+def _code(config: ModelArguments) -> dict[str, bool]:
+    """Whether code of the model may be run, said in so many words: if nothing is said, transformers asks on stdin."""
+    return {"trust_remote_code": config.trust_remote_code}
 
 
 def _flags(config: ModelArguments) -> list[str]:
@@ -262,6 +267,11 @@ def _library_errors(subject: str) -> Iterator[None]:
             said = f"the address or HF_TOKEN has a character that a request cannot hold ({said})"
         elif isinstance(error, KeyError):
             said = f"it does not know {said}"
+        elif "trust_remote_code" in str(error):
+            said = (
+                "it brings code of its own, which loading it would run on this machine; look at that code, and if you "
+                "trust it add --trust_remote_code true, or name a model of an architecture that transformers knows"
+            )
         elif isinstance(error, OSError) and "model.safetensors" in said:
             said = f"{said}; only safetensors are loaded: if you trust other weights, save them anew: {CONVERSION}"
         raise UserError(f"{subject}: {said or type(error).__name__}") from error

@@ -2,9 +2,10 @@
 
 A secret is the value of an environment variable whose name says so (`OPENAI_API_KEY`, `db_password`), of a flag or a
 line of the config file whose name says so (`--hub_token`), a token of the Hub wherever it stands in flags or config
-file, or that `hf auth login` has stored, or the password of an address in a variable, a flag or the config file
-(`https://me:password@host`). Each is found in these spellings, mixed ones and parts of longer words
-too:
+file, or that `hf auth login` has stored, or a secret part of an address in a variable, a flag or the config file: its
+password (`https://me:password@host`, also with a slash in it), or a parameter such as `?token=` or `&X-Amz-Signature=`.
+In the terminal and in logs, no address shows such a part, whosever it is, see `redact_message`. Each secret is found in
+these spellings, mixed ones and parts of longer words too:
 
 - as it is, and without the white space, quotes and invisible characters around it, see `strip_key`;
 - `repr` of text and of bytes, JSON, with escapes such as `\\/`, `\\u00e9`, `\\xe9`, `\\351`, also escaped twice;
@@ -14,9 +15,9 @@ too:
 - base64, also for addresses, and as a part of a longer text, as in `Authorization: Basic` (`user:key`);
 - every character as `%73`, `\\x73`, `\\u0073`, `&#x73;` or `&#115;`, and all bytes in hexadecimal digits.
 
-Not found are values of fewer than 12 characters, and what a file may well hold for other reasons: numbers, single
-words, words joined by `_`, `-` or `.` (unless the name says secret, password or API key), paths, and special tokens
-(`EOS_TOKEN=<|endoftext|>`).
+Not found are values of fewer than 12 characters (8, if the name says API key, password or secret), and what a file may
+well hold for other reasons: numbers, single words, words joined by `_`, `-` or `.` (unless the name says secret,
+password or API key), paths, and special tokens (`EOS_TOKEN=<|endoftext|>`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ NO_SECRET_VARIABLE = re.compile(
 )
 SURE_VARIABLE = re.compile(r"PASS|SECRET|CREDENTIAL|API_?KEY|HF_TOKEN", re.IGNORECASE)  # whatever its value looks like
 SHORTEST_SECRET = 12  # characters; shorter values may be words
+SHORTEST_SURE = 8  # of letters and digits, where the name leaves no doubt
 ORDINARY = re.compile(
     r"[A-Za-z]{1,24}|[\d.,:+e-]*\d"  # a word, a number
     r"|(~|\.\.?)/.*|/(home|Users|root|etc|var|usr|opt|tmp|mnt|media|run|srv|data|work|private|dev|proc)/.*|[A-Za-z]:\\.*"
@@ -55,6 +57,13 @@ ORDINARY = re.compile(
 )
 JOINED_WORDS = re.compile(r"[A-Za-z]+([ _.,;-]+[A-Za-z]+)*")
 CREDENTIALS = re.compile(r"://([^\s/?#:@\"'<>\\]*:([^\s/?#@\"'<>\\]+)@)")  # of an address: user and password, password
+# the same with a slash, a question mark or a number sign in the password, as people write it; no port and no path
+LOOSE_CREDENTIALS = re.compile(r"://([^\s/?#:@\"'<>\\]+:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>\\]+)@")
+USER_ALONE = re.compile(r"://([^\s/?#:@\"'<>\\]+)@")  # of an address; it may be a token
+PARAMETER = re.compile(
+    r"(?<=[?&;#])([\w.-]*(?:token|key|secret|password|passwd|signature|sig|credential|auth)[\w-]*=)([^&;#\s\"'<>\\]+)",
+    re.IGNORECASE,
+)
 QUOTES = "\"'`´‘’‚‛“”„‟«»‹›＂＇"  # as a .env file, a chat or a word processor puts them around a key
 UNSEEN = "\x00-\x20\x7f-\xa0\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
 EDGES = re.compile(rf"^[\s{UNSEEN}{QUOTES}]+|[\s{UNSEEN}{QUOTES}]+$")
@@ -100,17 +109,54 @@ def secrets() -> frozenset[tuple[str, str]]:
     named += [("a flag", token) for word in sys.argv[1:] for token in HUB_TOKEN.findall(word)]
     found = {(name, value) for name, raw in named for value in _values(name, raw)}
     for name, raw in [*os.environ.items(), *(("a flag", word) for word in sys.argv), *_config_addresses]:
-        for user_and_password, password in CREDENTIALS.findall(raw) if "://" in raw else ():
-            found |= {(name, user_and_password)} if len(password) >= SHORTEST_SECRET // 2 else set()
-            found |= {(name, value) for value in _values("PASSWORD", password)}
+        found |= {(name, value) for value in _of_addresses(raw)} if "://" in raw else set()
     return frozenset(found)
+
+
+def _of_addresses(text: str) -> Iterator[str]:
+    """The secrets of the addresses in a text; short ones with what stands around them, so that no word is one."""
+    for user_and_password, password in CREDENTIALS.findall(text):
+        if len(password) >= SHORTEST_SECRET // 2:
+            yield user_and_password
+        elif not password.isalpha():
+            yield f"//{user_and_password}"
+        yield from _values("PASSWORD", password)
+    for both in LOOSE_CREDENTIALS.findall(text):
+        if not CREDENTIALS.match(f"://{both}@"):
+            yield both
+        yield from _values("PASSWORD", both.partition(":")[2])
+    for user in USER_ALONE.findall(text):
+        yield from _values("a user", user)
+    for name, value in PARAMETER.findall(text):
+        yield name + value
+        yield from _values("PASSWORD", value)
+
+
+def redact_message(text: str) -> str:
+    """`redact` for the terminal and for logs, where the secret parts of any address are hidden, whosever it is.
+
+    >>> redact_message("cannot open ftp://me:pa/ss@host/a and https://host/b?sig=abc&c=1 and https://host/@me")
+    'cannot open ftp://***@host/a and https://host/b?sig=***&c=1 and https://host/@me'
+    """
+    text = redact(text)
+    if "://" in text:
+        for pattern in (CREDENTIALS, LOOSE_CREDENTIALS):
+            text = pattern.sub("://***@", text)
+        text = USER_ALONE.sub(lambda user: "://***@" if [*_values("a user", user[1])] else user[0], text)
+        text = PARAMETER.sub(r"\1***", text)
+    return text
+
+
+def learn_secret(name: str, value: str) -> None:
+    """Remember the value of a variable that is used as a key, whatever its name says."""
+    _config_secrets.add((name, value))
 
 
 def learn_from_config(text: str) -> None:
     """Remember the secrets of a config file, before anything is said about it: it may be no valid YAML."""
     _config_secrets.update((name, value) for name, value in SECRET_LINE.findall(text))
     _config_secrets.update(("the config file", token) for token in HUB_TOKEN.findall(text))
-    _config_addresses.update(("the config file", found[0]) for found in CREDENTIALS.finditer(text))
+    _config_addresses.update(("the config file", line) for line in text.splitlines() if "://" in line)
 
 
 _config_secrets: set[tuple[str, str]] = set()  # the name of a setting, and the text of its value
@@ -131,8 +177,9 @@ def _flags() -> Iterator[tuple[str, str]]:
     words = sys.argv[1:]
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if SECRET_FLAG.fullmatch(name):
-            yield name, value if equals else "".join(words[index + 1 : index + 2])
+        value = value if equals else "".join(words[index + 1 : index + 2])
+        if SECRET_FLAG.fullmatch(name) or (name.endswith("_key_env") and value.rpartition("=")[2] not in os.environ):
+            yield name, value  # a flag that takes the name of a variable may be given the key itself
 
 
 def _stored_tokens() -> list[tuple[str, str]]:
@@ -155,7 +202,9 @@ def _values(name: str, raw: str) -> Iterator[str]:
     parts = [strip_key(part) for part in re.split(r"[,;\s]+", value)]
     for part in {value, *parts}:
         is_words = JOINED_WORDS.fullmatch(part) is not None and not SURE_VARIABLE.search(name)
-        if len(part) >= SHORTEST_SECRET and not is_words and not ORDINARY.fullmatch(part) and not _is_path(part):
+        is_mixed = re.search(r"[A-Za-z].*\d|\d.*[A-Za-z]", part) is not None and SURE_VARIABLE.search(name) is not None
+        shortest = SHORTEST_SURE if is_mixed else SHORTEST_SECRET
+        if len(part) >= shortest and not is_words and not ORDINARY.fullmatch(part) and not _is_path(part):
             yield part
 
 
@@ -212,6 +261,7 @@ def _sign(char: str) -> str:
         utf16 = char.encode("utf-16-be", "surrogatepass")
         alternatives.append("".join(rf"\\{{1,8}}u(?i:{utf16[i : i + 2].hex()})" for i in range(0, len(utf16), 2)))
     alternatives += {
+        "\n": [r"\\{1,8}n"], "\r": [r"\\{1,8}r"], "\t": [r"\\{1,8}t"],
         "'": [r"'\"'\"'", r"'\\''", "''"], '"': ['""'], " ": [r"\s+", r"\+"], "+": [" "], "\\": [r"\\{2,16}"],
     }.get(char, [])  # fmt: skip
     return rf"\\{{0,8}}(?:{'|'.join(alternatives)})"

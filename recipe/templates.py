@@ -2,23 +2,21 @@
 
 Training, evaluation and `apply_chat_template` of the saved tokenizer all render this one template. Templates of other
 models (ChatML, Llama, Gemma, ...) know nothing of a record's input: there it stands in the content of the message.
+A template is a program of somebody else: it is rendered in a bounded process, see `recipe.sandbox`.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from recipe.config import UserError
+from recipe.sandbox import RenderError, render
 
 OWN = "tokenizer"  # the name of the template that a tokenizer brings
 BUILT_IN = Path(__file__).with_name("chat_templates")
@@ -58,6 +56,7 @@ class Template:
     chat_template: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... by name
     input_in_content: bool = False  # because the template reads nothing of a message but its content
+    source: str = ""  # where it comes from, for messages; default: its name
 
     def messages(self, record: Mapping[str, str | None]) -> list[dict[str, str]]:
         """The chat messages that this template, and `apply_chat_template` with it, renders to the record's prompt."""
@@ -70,9 +69,26 @@ class Template:
         return self.prompts([record])[0]
 
     def prompts(self, records: Iterable[Mapping[str, str | None]]) -> list[str]:
-        """`prompt` of many records."""
-        conversations = [self.messages(record) for record in records]
-        return _render(conversations, self.chat_template, add_generation_prompt=True, **self.special_tokens)
+        """`prompt` of many records.
+
+        Raises:
+            UserError: the template refuses a record, or needs more than its share of time, memory or length.
+        """
+        return self._render([self.messages(record) for record in records], add_generation_prompt=True)
+
+    def conversation(self, record: Mapping[str, str | None]) -> str:
+        """The whole text: prompt, response, and what the template puts behind it."""
+        [text] = self._render([[*self.messages(record), {"role": "assistant", "content": record["output"] or ""}]])
+        return text
+
+    def _render(self, conversations: Sequence[list[dict[str, str]]], add_generation_prompt: bool = False) -> list[str]:
+        variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        try:
+            contexts = [{"messages": messages} for messages in conversations]
+            return render(self.chat_template, contexts, variables | dict(self.special_tokens))
+        except RenderError as error:
+            where = f" line {error.line}" if error.line else ""
+            raise UserError(f"template {self.source or self.name}{where}: {error}") from error
 
     def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Template:
         """This template with the special tokens of a tokenizer, and with its rule about the beginning.
@@ -122,7 +138,7 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
             or one that puts text between the prompt and the response.
     """
     if name_or_path == OWN and tokenizer is not None:
-        template = saved_template(tokenizer)
+        template = saved_template(tokenizer, _subject(tokenizer))
     else:
         path = _template_path(name_or_path)
         try:
@@ -131,9 +147,8 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
             raise UserError(f"template {path}: it is not UTF-8 text ({error}); save it as UTF-8") from error
         except OSError as error:
             raise UserError(f"template {path}: {error}") from error
-        template = _prepare(Template(name_or_path, source), tokenizer, str(path))
-    with _template_errors(name_or_path):
-        _check_response(template)
+        template = _prepare(Template(name_or_path, source, source=str(path)), tokenizer)
+    _check_response(template)
     return template
 
 
@@ -147,9 +162,15 @@ def saved_template(tokenizer: PreTrainedTokenizerBase, subject: str = "the token
     """
     if not tokenizer.chat_template:
         raise UserError(f"{subject} has no chat template of its own; give alpaca, phi3 or the path of a .jinja file")
-    with _template_errors(f"of {subject}"):
+    try:
         source = tokenizer.get_chat_template()
-    return _prepare(Template(OWN, source), tokenizer, f"of {subject}")
+    except ValueError as error:  # several, none of them the default
+        raise UserError(f"template of {subject}: {' '.join(str(error).split())}") from error
+    return _prepare(Template(OWN, source, source=f"of {subject}"), tokenizer)
+
+
+def _subject(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else "the tokenizer"
 
 
 def _template_path(name_or_path: str) -> Path:
@@ -163,43 +184,26 @@ def _template_path(name_or_path: str) -> Path:
     return path
 
 
-@contextmanager
-def _template_errors(subject: str) -> Iterator[None]:
-    """Turn what Jinja and a template's own expressions raise into one line about the template."""
-    try:
-        yield
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        raise UserError(f"template {subject}{f' line {line}' if line else ''}: {error}") from error
-
-
-def _prepare(template: Template, tokenizer: PreTrainedTokenizerBase | None, subject: str) -> Template:
+def _prepare(template: Template, tokenizer: PreTrainedTokenizerBase | None) -> Template:
     """The template for a tokenizer, with the input where the template shows it; refused if a field is lost."""
-    with _template_errors(subject):
-        if tokenizer is not None:
-            template = template.for_tokenizer(tokenizer)
-        if SAMPLE["input"] not in template.prompt(SAMPLE):
-            template = replace(template, input_in_content=True)
-        prompt = template.prompt(SAMPLE)
+    if tokenizer is not None:
+        template = template.for_tokenizer(tokenizer)
+    if SAMPLE["input"] not in template.prompt(SAMPLE):
+        template = replace(template, input_in_content=True)
+    prompt = template.prompt(SAMPLE)
     for part, variable in (("instruction", "message.content"), ("input", "message.input")):
         if SAMPLE[part] not in prompt:
-            raise UserError(f"template {subject}: the prompt loses the record's {part}; write {{{{ {variable} }}}}")
+            raise UserError(
+                f"template {template.source}: the prompt loses the record's {part}; write {{{{ {variable} }}}}"
+            )
     return template
 
 
 def _check_response(template: Template) -> None:
     """Refuse a template that adds text between its prompt and its response, or loses the response."""
-    expected = template.prompt(SAMPLE) + SAMPLE["output"]
-    conversation = [*template.messages(SAMPLE), {"role": "assistant", "content": SAMPLE["output"]}]
-    [rendered] = _render([conversation], template.chat_template, **template.special_tokens)
+    expected, rendered = template.prompt(SAMPLE) + SAMPLE["output"], template.conversation(SAMPLE)
     if not rendered.startswith(expected):
         raise UserError(
-            f"template {template.name}: a whole conversation must begin with the prompt and the response\n"
-            f"  prompt and response: {expected!r}\n  conversation:        {rendered!r}"
+            f"template {template.source}: a whole conversation must begin with the prompt and the response\n"
+            f"  prompt and response: {expected[:300]!r}\n  conversation:        {rendered[:300]!r}"
         )
-
-
-def _render(conversations: list, chat_template: str, **variables: Any) -> list[str]:
-    # transformers documents only `apply_chat_template`, which needs a tokenizer; this is the function it calls
-    rendered: Any = render_jinja_template(conversations, chat_template=chat_template, **variables)
-    return rendered[0]

@@ -76,6 +76,7 @@ class Stub:
         self.bodies: list[dict] = []
         self.attempts: Counter[str] = Counter()  # answered by an act, by name
         self.keys: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
 
@@ -120,6 +121,7 @@ def serve_stub(
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with stub.lock:
+                stub.headers.append(dict(self.headers))
                 stub.at_once += 1
                 stub.most_at_once = max(stub.most_at_once, stub.at_once)
             try:

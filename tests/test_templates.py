@@ -117,14 +117,16 @@ def test_a_template_that_reads_content_alone_has_the_input_in_it(tmp_path, shown
 
 def test_the_tokenizers_own_template_can_be_trained_with():
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
-    with pytest.raises(UserError, match="the tokenizer has no chat template of its own; give alpaca"):
+    with pytest.raises(UserError, match=r"the tokenizer .* has no chat template of its own; give alpaca"):
         load_template("tokenizer", tokenizer)
     tokenizer.chat_template = load_template("phi3").chat_template
     assert load_template("tokenizer", tokenizer).prompts([WITH_INPUT, WITHOUT]) == load_template("phi3").prompts(
         [WITH_INPUT, WITHOUT]
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}: {% endfor %}<think>"
-    with pytest.raises(UserError, match="template tokenizer: a whole conversation must begin with the prompt"):
+    with pytest.raises(
+        UserError, match=r"template of the tokenizer .*: a whole conversation must begin with the prompt"
+    ):
         load_template("tokenizer", tokenizer)
 
 

@@ -25,7 +25,8 @@ from recipe.templates import Template, common_prefix, load_template
 from recipe.tokens import FlatTokens, encode_prompts, encode_responses, not_as_text, prompt_ids
 
 # what decides an encoding beside tokenizer, template and settings
-CODE = [Path(__file__), *(Path(__file__).parents[1] / name for name in ("templates.py", "tokens.py"))]
+PARTS = ("templates.py", "sandbox_process.py", "tokens.py")
+CODE = [Path(__file__), *(Path(__file__).parents[1] / name for name in PARTS)]
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 TOKENS = List(Value("int32"))
 ENCODED_FEATURES = Features(

@@ -60,7 +60,7 @@ def ask_weights(
 
 def ask_endpoint(
     label: str,
-    name: str,
+    endpoint: endpoints.Endpoint,
     predictions: Sequence[Mapping[str, Any]],
     path: Path,
     decoding: Decoding,
@@ -77,7 +77,6 @@ def ask_endpoint(
     Raises:
         UserError: other requests failed, or all were refused; it counts those that have no answer, with reasons.
     """
-    endpoint = endpoints.parse_endpoint(name)
     warm_up = {**endpoints.chat_request("Hello.", decoding), "max_tokens": 1}
     terms = endpoints.preflight(endpoint, warm_up, max(300.0, timeout))
     refused: dict[int, endpoints.Failure] = {}

@@ -7,7 +7,7 @@ import os
 import ssl
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from recipe.config import UserError
@@ -19,8 +19,18 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # in lower or upper case
 CERTIFICATES = {"SSL_CERT_FILE": Path.is_file, "SSL_CERT_DIR": Path.is_dir}
 
 
-def open_client(url: str, key: str, timeout: float, retries: int) -> AsyncOpenAI:
+# all that a request needs; the client adds what OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS hold
+HEADERS = (
+    "host", "accept", "accept-encoding", "connection", "content-type", "content-length", "transfer-encoding",
+    "user-agent", "authorization", "proxy-authorization",
+)  # fmt: skip
+
+
+def open_client(url: str, key: str, timeout: float, retries: int, all_headers: bool = False) -> AsyncOpenAI:
     """A client for an endpoint; one on this machine is asked directly, as no proxy reaches it.
+
+    What the OPENAI_* variables hold goes along with `all_headers` only. A redirect to another place is followed
+    without the key.
 
     Raises:
         UserError: a variable names certificates that are not there, or a proxy that cannot be used.
@@ -29,8 +39,18 @@ def open_client(url: str, key: str, timeout: float, retries: int) -> AsyncOpenAI
 
     # the client reads the variables of proxies and of certificates together, or neither
     certificates = _certificates()
+    origin = urlsplit(url)[:2]
+
+    async def only_what_belongs_there(request: Any) -> None:
+        moved = urlsplit(str(request.url))[:2] != origin
+        for name in list(request.headers):
+            is_needed = name.startswith("x-stainless-") or name in HEADERS  # the former are the client's own notes
+            if (moved and name == "authorization") or ((moved or not all_headers) and not is_needed):
+                del request.headers[name]
+
     try:
-        client = DefaultAsyncHttpxClient(trust_env=not is_loopback(url), verify=certificates)
+        hooks = {"request": [only_what_belongs_there]}
+        client = DefaultAsyncHttpxClient(trust_env=not is_loopback(url), verify=certificates, event_hooks=hooks)
     except (ImportError, ValueError) as error:
         raise UserError(_unusable_proxy(error)) from error
     return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=client)

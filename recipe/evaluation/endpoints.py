@@ -1,7 +1,7 @@
 """Models behind an OpenAI-compatible endpoint (vLLM, Ollama, `transformers serve`, ...).
 
-An endpoint is written `http://host:port/v1#model`. The key is read from the environment variable OPENAI_API_KEY and
-never written, even if the endpoint sends it back. Each request ends in a `Reply` or in a `Failure`.
+An endpoint is written `http://host:port/v1#model`. Which key it gets is said in `endpoint_keys.py`; a key is never
+written, even if the endpoint sends it back. Each request ends in a `Reply` or in a `Failure`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
 from recipe.evaluation.connection import certificate_advice, open_client, proxy_advice
+from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice
 from recipe.evaluation.negotiation import Terms, negotiate
-from recipe.keys import read_key
 from recipe.redaction import redact
 
 if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, and most runs ask no endpoint
@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, 
 
     from recipe.generation import Decoding
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP statuses 408, 409, 429 and 5xx
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
 GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
@@ -57,8 +56,6 @@ ADVICE = {  # by the status of a failure
     "connection": "is it running, and is the port right?",
     "timeout": "it may still be loading the model: try again, or give it more time",
     "rate_limited": "wait, or send fewer requests at once",
-    "http_401": "set the environment variable OPENAI_API_KEY to its key",
-    "http_403": "set the environment variable OPENAI_API_KEY to a key that may use this model",
     "http_404": "is the path right (most end in /v1), and does it know the model?",
     "malformed": "is the path right (most end in /v1)?",
 }
@@ -71,6 +68,7 @@ class Endpoint:
 
     url: str
     model: str
+    key_variable: str | None = field(default=None, repr=False, compare=False)  # that a flag names for it
 
     def __str__(self) -> str:
         return f"{self.url}#{self.model}"
@@ -111,24 +109,28 @@ def is_endpoint(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def parse_endpoint(name: str) -> Endpoint:
+def parse_endpoint(name: str, key_variable: str | None = None) -> Endpoint:
     """Read `http://host:port/v1#model`, and whether its key can be sent; no request is sent yet.
 
     >>> parse_endpoint("http://localhost:8000/v1/#llama3")
     Endpoint(url='http://localhost:8000/v1', model='llama3')
 
+    Args:
+        key_variable: the environment variable with its key, if it is not OPENAI_API_KEY.
+
     Raises:
-        UserError: the name is not such an address, or has a user and a password in it; or see `read_key`.
+        UserError: the name is not such an address, or has a user and a password in it; or see `endpoint_key`.
     """
-    read_key(KEY_VARIABLE)
     address, _, model = name.partition("#")
     if ADDRESS.fullmatch(address) is None or not model:
         shown = re.sub(r"//.*@", "//", name).partition("?")[0]  # without what may be a secret
         raise UserError(
-            f"endpoint {shown!r}: write http://host:port/v1#model, without user or password; the key goes into the "
-            "environment variable OPENAI_API_KEY"
+            f"endpoint {shown!r}: write http://host:port/v1#model, without user or password; the key goes into an "
+            "environment variable, which --endpoint_key_env or --judge_key_env names"
         )
-    return Endpoint(address.rstrip("/"), model)
+    endpoint = Endpoint(address.rstrip("/"), model, key_variable)
+    endpoint_key(endpoint.url, key_variable)
+    return endpoint
 
 
 def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 300.0) -> Terms:
@@ -164,7 +166,10 @@ def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 3
         return known
     terms = negotiate(request, known, outcome.error, send) if outcome.status in NEGOTIABLE else None
     if terms is None:
-        hints = (ADVICE.get(outcome.status), proxy_advice(endpoint.url) if outcome.status in FROM_PROXY else None)
+        advised = ADVICE.get(outcome.status)
+        if outcome.status in ("http_401", "http_403"):
+            advised = key_advice(endpoint.url, endpoint.key_variable)
+        hints = (advised, proxy_advice(endpoint.url) if outcome.status in FROM_PROXY else None)
         advice = [hint for hint in (*hints, certificate_advice(outcome.error)) if hint]
         raise UserError("; ".join([f"endpoint {endpoint}: {outcome}", *advice]))
     _TERMS[signature] = terms
@@ -207,9 +212,9 @@ def ask(
     """
     # the client's timeout starts again at each byte: a slow stream of bytes would never end
     limit = time_limit or (MAX_RETRIES + 1) * timeout + MAX_RETRIES * LONGEST_PAUSE
-    key = read_key(KEY_VARIABLE) or "none"  # local servers want none, the client wants one
+    key = endpoint_key(endpoint.url, endpoint.key_variable) or "none"  # local servers want none, the client wants one
     attempts = MAX_RETRIES if retries is None else retries
-    client = open_client(endpoint.url, key, timeout, attempts)
+    client = open_client(endpoint.url, key, timeout, attempts, all_headers=is_openais(endpoint.url))
     slots = asyncio.Semaphore(concurrency)
     failed_in_a_row: list[Failure] = []
 

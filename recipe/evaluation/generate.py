@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import PartialState
 
-from recipe.config import DataArguments, ModelArguments, UserError, setting
+from recipe.config import RUN_CODE, DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, ask, endpoints
+from recipe.evaluation.endpoint_keys import variable_for
 from recipe.evaluation.headline import check_headline, choose_headline
 from recipe.files import file_hash, read_json, write_json
 from recipe.provenance import command_line, hardware, versions, weights_hash
@@ -63,6 +64,12 @@ class EvalArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Of the weights; auto: bfloat16 on a GPU that has it, else float32."
     )
+    trust_remote_code: bool = setting(False, RUN_CODE)
+    endpoint_key_env: list[str] = setting(
+        list,
+        "Environment variable with the key of the served models, or HOST=NAME for each host. Default: OPENAI_API_KEY, "
+        "which is sent to api.openai.com, OPENAI_BASE_URL and this machine only.",
+    )
     endpoint_concurrency: int = setting(8, "Requests to a served model at the same time.")
     endpoint_timeout: float = setting(120.0, "Seconds a served model has for an answer.")
     endpoint_allow_missing: bool = setting(
@@ -92,7 +99,7 @@ class EvalArguments:
         for name in [*self.model, self.baseline or ""]:
             kind = model_kind(name)
             if kind == "endpoint":
-                endpoints.parse_endpoint(name)
+                self.endpoint(name)
             elif kind == "file" and self.overwrite_output_dir and Path(name).resolve().parent == output_dir:
                 raise UserError(
                     f"--overwrite_output_dir would remove {name}, the answers to score; name another folder"
@@ -100,6 +107,11 @@ class EvalArguments:
         if self.dtype == "auto":
             has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             self.dtype = "bfloat16" if has_bfloat16 else "float32"
+
+    def endpoint(self, name: str) -> endpoints.Endpoint:
+        """A served model with the key that is meant for its host."""
+        served = [other for other in [*self.model, self.baseline or ""] if model_kind(other) == "endpoint"]
+        return endpoints.parse_endpoint(name, variable_for(name, self.endpoint_key_env, served))
 
 
 def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
@@ -111,7 +123,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         records, predictions = select_records(args, data_args, run)
     models = name_models(args)
     weights = {label: name for label, name in models.items() if model_kind(name) == "weights"}
-    tokenizers = {label: load_tokenizer(ModelArguments(name)) for label, name in weights.items()}
+    tokenizers = {label: load_tokenizer(model_arguments(name, args)) for label, name in weights.items()}
     templates = choose_templates(weights, tokenizers, data_args.template)
     for name in weights.values():
         check_finite(name)
@@ -126,6 +138,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         "data_hash": data_hash(records),
         "splits": Counter(prediction["split"] for prediction in predictions),
         "generation": {**asdict(decoding_of(args)), "dtype": args.dtype},
+        "trust_remote_code": args.trust_remote_code,
         "left_out": {},  # fields of it that an endpoint did not accept, by model
         "command": command_line(),
         "versions": versions(),
@@ -300,7 +313,7 @@ def append_answers_of(
     if template is not None:
         with state.split_between_processes(predictions) as share:
             try:
-                model = ModelArguments(name, dtype=args.dtype)  # type: ignore[arg-type]  # auto is resolved
+                model = model_arguments(name, args)
                 ask.ask_weights(label, model, share, path, decoding, args.batch_size, template, state)
             except UserError as error:
                 if not state.is_main_process:  # the main process prints its own error
@@ -308,7 +321,7 @@ def append_answers_of(
                 raise
     elif state.is_main_process and kind == "endpoint":
         settings = (args.endpoint_concurrency, args.endpoint_timeout, args.endpoint_allow_missing, others_answered)
-        return ask.ask_endpoint(label, name, predictions, path, decoding, *settings)
+        return ask.ask_endpoint(label, args.endpoint(name), predictions, path, decoding, *settings)
     elif state.is_main_process:
         strip = functools.partial(strip_end, ends=ends)
         if kind == "echo":
@@ -317,6 +330,12 @@ def append_answers_of(
             rows = answers.pair_answers(name, predictions, strip, data_args)
         ask.keep_answers(path, label, predictions, rows)
     return []
+
+
+def model_arguments(name: str, args: EvalArguments) -> ModelArguments:
+    """How weights are loaded."""
+    dtype: Any = args.dtype  # auto is resolved
+    return ModelArguments(name, dtype=dtype, trust_remote_code=args.trust_remote_code)
 
 
 def decoding_of(args: EvalArguments) -> Decoding:

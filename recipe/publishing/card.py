@@ -64,6 +64,7 @@ def make_model_card(
         card = make_model_card(Path("outputs/demo"), run, license="apache-2.0", language=["en"])
     """
     adapter = (output_dir / "adapter_config.json").is_file()
+    trusted = bool(run["config"]["model"].get("trust_remote_code"))  # earlier runs had no such setting
     weights = [parse_local_safetensors_file_metadata(path) for path in output_dir.glob("*.safetensors")]
     name = Path(repo_id or output_dir.resolve()).name
     card = ModelCard.from_template(
@@ -78,7 +79,8 @@ def make_model_card(
         parameters=sum(count for file in weights for count in file.parameter_count.values()),
         sources=sources,
         address=json.dumps(repo_id or public_path(str(output_dir)), ensure_ascii=False),
-        **example_prompt(output_dir),
+        **example_prompt(output_dir, trusted),
+        trusted=trusted,
         has_curve=(output_dir / "loss.png").is_file(),
         evaluation=evaluation_parts(evaluation) if evaluation else None,
         escape=escape,
@@ -191,16 +193,20 @@ def sources(data: Any) -> Iterator[tuple[str | None, str]]:
             yield split, source
 
 
-def example_prompt(output_dir: Path) -> dict[str, str]:
-    """The chat of the example, as Python, and its prompt, as the saved tokenizer makes it."""
+def example_prompt(output_dir: Path, trusted: bool) -> dict[str, str]:
+    """The chat of the example, as Python, and its prompt, as the saved tokenizer makes it.
+
+    `trusted` says whether the folder may run code of its own, as in training.
+    """
     from transformers import AutoTokenizer  # here: --help needs none of it
 
     from recipe.templates import saved_template
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(output_dir)
-    messages = saved_template(tokenizer).messages(EXAMPLE)
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return {"chat": json.dumps(messages, ensure_ascii=False), "prompt": prompt}
+    tokenizer: Any = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=trusted)
+    template = saved_template(tokenizer, f"{output_dir}")
+    return {
+        "chat": json.dumps(template.messages(EXAMPLE), ensure_ascii=False), "prompt": template.prompt(EXAMPLE),
+    }  # fmt: skip
 
 
 def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:

@@ -24,6 +24,7 @@ from huggingface_hub.utils.sha import git_hash
 from recipe.config import UserError
 from recipe.files import read_json
 from recipe.keys import checked_key
+from recipe.publishing.public_paths import public_files
 from recipe.publishing.secret_check import refuse_secrets
 from recipe.redaction import redact
 
@@ -219,12 +220,13 @@ def push_files(
     check_reference(tag, "the tag")
     refuse_local_folders(files)
     refuse_secrets(files, allowed=allowed)
+    contents = public_files(files)
     api = hub()
 
     def attempt() -> Push:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         commit, remote = info.sha or "", {file.rfilename: file for file in info.siblings or []}
-        additions = [CommitOperationAdd(path, file) for path, file in files.items()]
+        additions = [CommitOperationAdd(path, content) for path, content in contents.items()]
         changed = [addition for addition in additions if not is_same(addition, remote.get(addition.path_in_repo))]
         stale = stale_files(files, [addition.path_in_repo for addition in changed], remote)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [*changed, *map(CommitOperationDelete, stale)]

@@ -216,3 +216,34 @@ def test_hostile_replies_take_no_seconds(unit):
 )
 def test_quotations_and_other_scales(reply, shown, value):
     assert read_verdict(reply, "stop", (0, 100), [shown]).value == value
+
+
+HOSTILE = {
+    "objects in lists, from many lines": "".join('\n{"x": [' + "{}," * 5000 for _ in range(18)) + "}",
+    "objects in objects": '{"score": 5, "reason": ' * 9000 + '"x"' + "}" * 9000,
+    "a line for each": '{"a":\n' * 16_000 + "1" + "}" * 16_000,
+    "lists in lists": '{"score": 5, "x": ' + "[" * 120_000 + "]" * 120_000 + "}",
+    "open objects": '{"x": ' + "{\n" * 120_000 + "}",
+    "strings that begin an object": '\n{"a": "' + ('\n{"b": "' + "x" * 1000) * 240 + '"}',
+    "digits": '{"score": ' + "9" * 250_000 + "}",
+    "fences": "\n```" + "a" * 120_000 + "\n" * 120_000 + 'x\n{"score": 5',
+    "blanks behind fences": ("```" + " " * 30) * 7500 + '\n{"score": [}',
+    "reasoning in reasoning": "<think>" * 18_000 + "</think>" * 17_000,
+    "emphasis": "*_" * 120_000 + "5",
+}  # 250 kB each
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_hostile_reply_is_read_in_a_time_linear_in_its_length(text, reason):
+    """In processor time, so that a busy machine changes nothing; it took up to 20 seconds."""
+    shown = ["y" * 250_000, "word " * 50_000, "{" * 250_000]
+    started = time.process_time()
+    assert read_verdict(text, reason, (0, 100), shown).value is None
+    assert time.process_time() - started < 1.5
+
+
+def test_a_long_reason_is_read_and_the_outermost_object_counts():
+    inner = json.dumps({"reason": "r" * 100_000, "steps": [{"score": 1}, {"score": 2}], "score": 7}, indent=0)
+    assert read_verdict(inner, "stop", (0, 100)).value == 7
+    assert read_verdict(f"Well.\n{inner}", "stop", (0, 100)).value == 7

@@ -315,6 +315,30 @@ def test_a_view_can_be_shared_by_its_address(browser, report):
         assert page.locator("#shown").text_content() == "120 examples"
 
 
+INHERITED = ("constructor", "__proto__", "toString", "valueOf", "hasOwnProperty", "__lookupSetter__")
+
+
+@pytest.mark.parametrize("name", INHERITED[:3])
+def test_names_that_every_object_has_mean_nothing_in_the_address(browser, report, name):
+    keys = ("show", "model", "score", "sort", "family", "split", "id", "diff", "page")
+    for fragment in (*(f"#{key}={name}" for key in keys), f"#{name}=1", f"#{name}"):
+        with opened(browser, report, fragment) as page:
+            assert page.locator("#shown").text_content() == "120 examples"
+            assert page.locator(".example").count() == 25
+            assert page.locator("#show input:checked").input_value() == "all"
+
+
+def test_names_that_every_object_has_are_names_in_the_data(browser, tmp_path):
+    predictions = make_predictions(6)
+    for prediction, name in zip(predictions, INHERITED, strict=False):
+        prediction["id"] = prediction["family"] = name
+    write_report(tmp_path, predictions, make_metrics(predictions))
+    with opened(browser, tmp_path / "report.html", "#family=constructor") as page:
+        assert page.locator(".example .id").all_text_contents() == ["constructor"]
+    with opened(browser, tmp_path / "report.html", "#id=__proto__") as page:
+        assert page.locator(".example.linked .id").all_text_contents() == ["__proto__"]
+
+
 def test_the_page_says_what_was_looked_at_and_why_a_score_is_missing(browser, tmp_path):
     predictions = make_predictions(150)
     for prediction in predictions:

@@ -2,7 +2,8 @@
 
 A scoring prompt sets its own scale, `{% set low = 0 %}{% set high = 100 %}`, and `{% set reason = true %}` if it asks
 for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
-no text contains; `pairwise.jinja` is given `response_a` and `response_b` instead of `response`.
+no text contains; `pairwise.jinja` is given `response_a` and `response_b` instead of `response`. They are rendered in a
+bounded process, see `recipe.sandbox`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from recipe.config import UserError
 from recipe.evaluation.endpoints import writable
 from recipe.evaluation.judge.reading import Verdict, read_verdict
+from recipe.sandbox import RenderError, render, settings_of
 
 BUILT_IN = Path(__file__).with_name("prompt_templates")
 PAIRWISE = "pairwise"
-JINJA_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class JudgePrompt:
     """A prompt with its scale; pairwise comparison has none."""
 
     name: str
-    template: Template
+    template: str
     digest: str
     scale: tuple[int, int] | None
     asks_reason: bool
@@ -45,8 +43,8 @@ class JudgePrompt:
         texts = {"instruction": record["instruction"] or "", "input": record.get("input") or "", **responses}
         texts["reference"] = record["output"] or ""
         try:
-            content = self.template.render(texts, fence=fence(texts.values()))
-        except JINJA_ERRORS as error:  # the prompt fits the records it was tried on, but not this one
+            [content] = render(self.template, [{**texts, "fence": fence(texts.values())}], chat=False)
+        except RenderError as error:  # the prompt fits the records it was tried on, but not this one
             raise UserError(f"judge prompt {self.name}: record {record.get('id')} cannot be shown: {error}") from error
         return [{"role": "user", "content": writable(content)}]
 
@@ -94,9 +92,10 @@ def load_judge_prompts(names: Sequence[str]) -> list[JudgePrompt]:
             raise UserError(f"--judge_prompts: two are named {path.stem}; rename the file of one")
         try:
             prompts[path.stem] = _load(path)
-        except (*JINJA_ERRORS, OSError) as error:
-            line = f" line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-            raise UserError(f"judge prompt {path}{line}: {error}") from error
+        except RenderError as error:
+            raise UserError(f"judge prompt {path}{f' line {error.line}' if error.line else ''}: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"judge prompt {path}: {error}") from error
     return list(prompts.values())
 
 
@@ -114,22 +113,21 @@ def _prompt_path(name: str) -> Path:
 def _load(path: Path) -> JudgePrompt:
     """Read a prompt and try it out, so that a prompt that cannot work is refused before anything is asked."""
     text = path.read_text(encoding="utf-8")
-    template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
     is_pairwise = path == BUILT_IN / f"{PAIRWISE}.jinja"
     responses = ("response_a", "response_b") if is_pairwise else ("response",)
     texts = {name: f"the-{name}" for name in ("instruction", "input", "reference", *responses)}
-    rendered = template.render(texts, fence="=====")
-    lost = [name for name, text in texts.items() if text not in rendered]
+    [rendered] = render(text, [{**texts, "fence": "====="}], chat=False)
+    lost = [name for name, shown in texts.items() if shown not in rendered]
     if lost:
         raise UserError(f"judge prompt {path}: the prompt leaves out {', '.join(lost)}; write {{{{ {lost[0]} }}}}")
     digest = hashlib.sha256(text.encode()).hexdigest()
     if is_pairwise:
-        return JudgePrompt(path.stem, template, digest, None, asks_reason=True)
-    settings = vars(template.make_module({**texts, "fence": "====="}))
+        return JudgePrompt(path.stem, text, digest, None, asks_reason=True)
+    settings = settings_of(text, {**texts, "fence": "====="}, ["low", "high", "reason"])
     low, high = settings.get("low"), settings.get("high")
     if type(low) is not int or type(high) is not int or low >= high:
         raise UserError(
             f"judge prompt {path}: the scale is {low} to {high}; set two integers, "
             "{% set low = 0 %}{% set high = 100 %}, at the top of the file"
         )
-    return JudgePrompt(path.stem, template, digest, (low, high), asks_reason=bool(settings.get("reason")))
+    return JudgePrompt(path.stem, text, digest, (low, high), asks_reason=bool(settings.get("reason")))

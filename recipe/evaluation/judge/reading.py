@@ -16,7 +16,10 @@ from typing import Any
 from recipe.evaluation.endpoints import CUT_OFF, FILTERED
 from recipe.reasoning import final_part
 
-MOST_STARTS = 20  # lines from which an object that ends the reply is looked for: hostile replies have thousands
+# An object that ends the reply is looked for from so many lines, and in so many characters from there to the end, all
+# lines together: hostile replies have thousands of lines with objects in objects, each of which takes long to read.
+MOST_STARTS = 20
+MOST_CHARACTERS = 200_000
 WHOLE = re.compile(r"(-?[0-9]{1,9})(?:\.0+)?(?: ?(?:/|out of) ?([0-9]{1,9})| ?(%)| points?)?", re.IGNORECASE)
 WINNER = re.compile(r"(?:the )?(?:(?:response|answer) )?\[{0,2}(?:a (?=tie))?(A|B|tie)\]{0,2}", re.IGNORECASE)
 _BEFORE = r"(?:(?:my|the|your) )?(?:(?:overall|final|total) ){0,2}"
@@ -91,7 +94,9 @@ def _final_object(text: str, must_be_whole: bool, shown: Sequence[str] = ()) -> 
         return None
     decoder = json.JSONDecoder(strict=False, object_pairs_hook=_Pairs)
     starts = [match.end() - 1 for match in re.finditer(r"^[ \t]{0,3}\{", text, re.MULTILINE)]
-    for start in starts[-MOST_STARTS:]:
+    for start in starts[:1] if must_be_whole else _near_the_end(starts, len(text)):
+        if len(text) - start > MOST_CHARACTERS:
+            continue
         try:
             parsed, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
@@ -105,6 +110,17 @@ def _final_object(text: str, must_be_whole: bool, shown: Sequence[str] = ()) -> 
         if is_own and not is_open and not (is_fenced and not fence) and not (must_be_whole and before.strip()):
             return parsed.pairs
     return None
+
+
+def _near_the_end(starts: list[int], end: int) -> list[int]:
+    """The last starts that can be tried in a bounded time, in their order."""
+    total, near = 0, []
+    for start in reversed(starts[-MOST_STARTS:]):
+        total += end - start
+        if total > MOST_CHARACTERS:
+            break
+        near.append(start)
+    return near[::-1]
 
 
 def _value_of_object(

@@ -20,6 +20,7 @@ from typing import Any
 from recipe.config import UserError, setting
 from recipe.evaluation.answers import append_lines
 from recipe.evaluation.comparison import labels_of
+from recipe.evaluation.endpoint_keys import variable_for
 from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight
 from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
 from recipe.evaluation.judge.reading import Verdict
@@ -36,7 +37,12 @@ class JudgeArguments:
     """Whether and how a judge scores the responses."""
 
     judge: str | None = setting(
-        None, "OpenAI-compatible endpoint, http://host:port/v1#model, its key in OPENAI_API_KEY. Default: none."
+        None, "OpenAI-compatible endpoint, http://host:port/v1#model, its key as --judge_key_env says. Default: none."
+    )
+    judge_key_env: str | None = setting(
+        None,
+        "Environment variable with the judge's key. Default: OPENAI_API_KEY, which is sent to api.openai.com, "
+        "OPENAI_BASE_URL and this machine only.",
     )
     judge_prompts: list[str] = setting(
         lambda: ["score_0_100"],
@@ -53,11 +59,16 @@ class JudgeArguments:
 
     def __post_init__(self) -> None:
         if self.judge is not None:
-            parse_endpoint(self.judge)
+            self.endpoint()
         load_judge_prompts(self.judge_prompts)
         for name in ("judge_concurrency", "judge_timeout", "judge_warmup_timeout", "judge_max_tokens"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: give a number above 0")
+
+    def endpoint(self) -> Endpoint:
+        """The judge with its key."""
+        named = [self.judge_key_env] if self.judge_key_env else []
+        return parse_endpoint(self.judge or "", variable_for(self.judge or "", named, flag="--judge_key_env"))
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
     Raises:
         UserError: nothing could be asked, no reply is known, and an earlier `judge.jsonl` would be lost.
     """
-    endpoint, prompts = parse_endpoint(args.judge or ""), load_judge_prompts(args.judge_prompts)
+    endpoint, prompts = args.endpoint(), load_judge_prompts(args.judge_prompts)
     predictions, path = _first_split(predictions), output_dir / "judge.jsonl"
     questions = [q for prediction in predictions for prompt in prompts for q in _questions(prompt, prediction)]
     outcomes: dict[str, Reply | Failure] = {}

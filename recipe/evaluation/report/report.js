@@ -95,6 +95,11 @@ function option(value, text) {
   return element;
 }
 
+/** What an object has under a name, undefined if nothing: names may come from the address or the data ("constructor"). */
+const own = (object, name) => object && Object.hasOwn(object, name) ? object[name] : undefined;
+/** An object without what every other one has. */
+const table = entries => Object.assign(Object.create(null), entries);
+
 const count = number => number.toLocaleString("en-US");
 
 // --- word diff --------------------------------------------------------------------------------------------------------
@@ -148,13 +153,13 @@ function startBrowser(data) {
   const compared = labels.filter(label => label !== "baseline");
   const total = data.id.length;
   const rowOf = new Map(data.id.map((id, row) => [id, row]));
-  const scores = {}; // name → {title, value(label, row)}, null where missing
+  const scores = table(); // name → {title, value(label, row)}, null where missing
   for (const [name, title] of Object.entries(data.scores)) {
     scores[name] = { title, unit: 100, value: (label, row) => data.answers[label].scores[name][row] };
   }
   for (const prompt of Object.keys(data.judge_scales)) {
     scores[`judge:${prompt}`] = {
-      title: `Judge, ${prompt}`, unit: 1, value: (label, row) => data.answers[label].judge[prompt]?.[row]?.[1] ?? null,
+      title: `Judge, ${prompt}`, unit: 1, value: (label, row) => own(data.answers[label].judge, prompt)?.[row]?.[1] ?? null,
     };
   }
 
@@ -182,7 +187,7 @@ function startBrowser(data) {
     || Boolean(data.pairwise) && !(data.pairwise[row] ?? [[null, "not asked"]]).every(([, status]) => settled(status)));
   const cut = label => row => ["length", "context"].includes(data.answers[label].stop_reason[row]);
   const name = () => state.model === "tuned" ? "tuned" : names.get(state.model);
-  const shows = {
+  const shows = table({
     all: ["all", () => true],
     ...(base ? {
       better: [() => `${name()} better`, row => change(row) > 0],
@@ -196,22 +201,22 @@ function startBrowser(data) {
     cut: [() => `${name()} hit the cap`, row => cut(state.model)(row)],
     empty: [() => `${name()} empty`, row => !text(state.model, row).trim()],
     ...(judgements.length ? { unscored: ["unscored", unscored] } : {}),
-  };
+  });
   const byChange = sign => (a, b) => {
     const [x, y] = [change(a), change(b)];
     if (x === null || y === null) return (x === null) - (y === null); // examples without a change go last
     return sign * (y - x) || a - b;
   };
-  const sorts = {
+  const sorts = table({
     original: ["original order", null],
     ...(base ? { win: ["biggest win", byChange(1)], regression: ["biggest regression", byChange(-1)] } : {}),
     longest: ["longest response", (a, b) => text(state.model, b).length - text(state.model, a).length || a - b],
-  };
+  });
 
   // --- controls
 
   const fields = form.elements;
-  const radios = {};
+  const radios = table();
   for (const key of Object.keys(shows)) {
     const label = make("label");
     const radio = document.createElement("input");
@@ -232,11 +237,11 @@ function startBrowser(data) {
   fill("family", [["", "all families"], ...distinct(data.family)]);
   fill("split", [["", "all splits"], ...distinct(data.split)]);
 
-  const allowed = {
-    show: value => value in radios, model: value => compared.includes(value), score: value => Object.hasOwn(scores, value),
+  const allowed = table({
+    show: value => Object.hasOwn(radios, value), model: value => compared.includes(value), score: value => Object.hasOwn(scores, value),
     sort: value => Object.hasOwn(sorts, value), family: value => data.family.includes(value),
-    split: value => data.split.includes(value), q: () => true, diff: value => value === "off", page: value => Number(value) > 0,
-  };
+    split: value => data.split.includes(value), q: () => true, diff: value => value === "off", page: value => Number.isSafeInteger(Number(value)) && Number(value) > 0,
+  });
 
   // --- state in the address, so that a view can be shared
 
@@ -249,7 +254,7 @@ function startBrowser(data) {
 
   function readAddress() {
     const hash = location.hash.slice(1);
-    const given = {};
+    const given = table();
     for (const part of hash.split("&")) {
       const [key, value] = part.split(/=(.*)/s);
       try { given[key] = decodeURIComponent(value ?? ""); } catch { /* not a part of ours: ignore it */ }
