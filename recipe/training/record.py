@@ -76,8 +76,12 @@ class RunRecord(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.run:
-            return
+        if not self.run:
+            self._begin()
+            self._write("running")
+
+    def _begin(self) -> None:
+        """Add a leg for this start."""
         trainer = self.trainer
         self.run = describe_run(self.settings.model, self.settings.data, trainer, attention_of(trainer.model))
         self.run["config"]["training"]["push_to_hub"] = self.pushes  # the Trainer's own push is off
@@ -90,13 +94,14 @@ class RunRecord(TrainerCallback):
             | {"last_step": self.first_step, "seconds": None, "state": "running"}
             | ({"changed": self.changed} if self.changed else {})
         )
-        self._write("running")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write("running")
 
     def close(self, how: str) -> dict[str, Any]:
         """Complete the record with how the run ended, and return it."""
+        if not self.run:  # resumed at its last step
+            self._begin()
         self._write(how)
         return self.run
 

@@ -153,6 +153,10 @@ class InstructionTrainer(WholeSaves):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and the count of their targets over all processes."""
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed at its end: the stock loop would take one more step
+            return [], None
         self.counts.window_start = self.counts.window_start or time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:

@@ -175,4 +175,4 @@ def test_a_file_that_is_written_whole_is_the_earlier_or_the_later_one(disk):
         write_whole(path, content)
     left = [contents(moment).get("new/run.json") for moment in disk.moments]
     assert set(left) == {None, b"earlier", b"later"} and left[-1] == b"later"
-    assert [value for value in left if value][0] == b"earlier" and None not in left[left.index(b"earlier") + 2 :]
+    assert next(value for value in left if value) == b"earlier" and None not in left[left.index(b"earlier") + 2 :]

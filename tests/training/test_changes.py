@@ -29,8 +29,9 @@ from recipe.training.manifest import MANIFEST
 
 RECORDS = [json.loads(line) for line in (DEMO / "records" / "validation.jsonl").read_text().splitlines()[:24]]
 BEGUN = {
+    "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1,
     "model_name_or_path": str(DEMO / "base"), "data": None, "max_steps": 8, "per_device_train_batch_size": 4,
-    "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "report_to": "none", "logging_steps": 1,
+    "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3,  "report_to": "none", "logging_steps": 1,
     "disable_tqdm": True, "num_sample_generations": 0, "use_cpu": True,
 }  # fmt: skip
 
@@ -95,8 +96,8 @@ CHANGES = [  # settings, and what is named
     ({"overflow": "drop"}, "overflow: truncate → drop"),
     ({"batching": "shared_prefix"}, "batching: padded → shared_prefix"),
     ({"config_overrides": "resid_pdrop=0.1"}, "config_overrides: null → resid_pdrop=0.1"),
-    ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: linear → cosine"),
-    ({"warmup_steps": 3}, "warmup_steps: 0 → 3"),
+    ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: constant_with_warmup → cosine"),
+    ({"warmup_steps": 3}, "warmup_steps: 1.0 → 3"),
     ({"dtype": "bfloat16"}, "dtype: float32 → bfloat16"),
     ({"bf16": True}, "mixed_precision: no → bf16"),
     ({"max_grad_norm": 0.1}, "max_grad_norm: 1.0 → 0.1"),
@@ -228,6 +229,13 @@ def test_changes_take_effect_and_totals_are_of_all_legs(records, tmp_path, capsy
         results[0]["train_loss"] == results[1]["train_loss"] and results[0]["tokens_seen"] == results[1]["tokens_seen"]
     )
     assert results[1]["train_seconds"] > 0
+
+    train(again, records, "--resume_from_checkpoint", "true")  # from its last step: nothing is left to do
+    run = json.loads((again / "run.json").read_text())
+    assert run["result"]["steps"] == 8 and run["result"]["train_loss"] == results[0]["train_loss"]
+    assert (run["legs"][-1]["first_step"], run["legs"][-1]["last_step"]) == (8, 8)
+    one, other = (load_file(folder / "model.safetensors") for folder in (straight, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
     with pytest.raises(UserError, match="of step 8, and this run would end at step 5"):
         train(again, records, "--resume_from_checkpoint", "true", "--max_steps", "5", "--allow_changed", "max_steps")
