@@ -4,12 +4,14 @@ The expected reading is never computed by the code under test: a kind of reply e
 it does not, and then the number in it is a decoy.
 """
 
+import doctest
 import json
 import time
 from collections import Counter
 
 import pytest
 
+from recipe.evaluation.judge import quotations, reading
 from recipe.evaluation.judge.reading import read_verdict
 
 SCALES = [(0, 100), (1, 5), (-3, 3), (1, 10)]
@@ -330,3 +332,9 @@ def test_two_winners_are_none():
         )
     ]
     assert read == [None, "B", "B", None, None, "B", None]
+
+
+def test_docstring_examples():
+    for module, least in ((quotations, 3), (reading, 2)):
+        failed, run = doctest.testmod(module)
+        assert run >= least and not failed

@@ -121,7 +121,8 @@ def _fence_parts(lines: Sequence[str]) -> list[str]:
 
 def _open_lines(text: str) -> list[bool]:
     """For each line whether something that may be a quotation was opened before it and is not closed."""
-    opened, depth, since, line = [False], Counter[str](), {}, 0
+    since: dict[str, int] = {}  # what is open, and the line in which it was opened
+    opened, depth, line = [False], Counter[str](), 0
     for match in SIGN.finditer(text):
         if match["line"]:
             line += 1

@@ -129,10 +129,11 @@ def _own_verdicts(text: str, scale: tuple[int, int] | None) -> list[_Said]:
                     found.append(_Said(*_value_of_object(pairs, scale), end=end))
             elif (value := _labelled_value(line.text, scale)) is not None:
                 is_final = (
-                    IS_FINAL.match(_unlisted(line.text)) is not None or FINAL_HEADING.fullmatch(heading) is not None
+                    IS_FINAL.match(_unlisted(line.text)) is not None
+                    or FINAL_HEADING.fullmatch(_plain(heading)) is not None
                 )
                 found.append(_Said(value, None, is_final, end=line.start + len(line.text)))
-        heading = _plain(line.text)
+        heading = line.text
     return found
 
 
