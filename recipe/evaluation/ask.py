@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from recipe.config import ModelArguments, UserError
 from recipe.evaluation import answers, endpoints
-from recipe.reasoning import open_mark, split_scored
+from recipe.reasoning import opened_by, split_scored
 from recipe.templates import message_text
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from recipe.templates import Template
 
 Answer = dict[str, Any]
-LONGEST_MARK = 12  # tokens
 # statuses of a request that the server will refuse again, because of what it asks
 REFUSALS = {"context", "cut_off", "content_filter"}
 # and of one that it refuses in other words: if it does so with most, something else is wrong
@@ -50,12 +49,10 @@ def ask_weights(
     references = [prediction["output"] for prediction in predictions]
     bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
     losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0])
-    # some templates end in the mark that opens the reasoning, which is then in no answer
-    opened = [open_mark(str(tokenizer.decode(prompt[-LONGEST_MARK:]))) for prompt in prompts]
+    opened = [opened_by(tokenizer, prompt) for prompt in prompts]
     for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
         rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
-        rows = [{**row, "text": opened[index] + row["text"]} for index, row in zip(indices, rows, strict=True)]
-        keep_answers(path, label, [predictions[index] for index in indices], rows)
+        keep_answers(path, label, [predictions[i] for i in indices], rows, [opened[i] for i in indices])
 
 
 def ask_endpoint(
@@ -114,20 +111,26 @@ def ask_endpoint(
 
 
 def keep_answers(
-    path: Path, label: str, predictions: Sequence[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]
+    path: Path,
+    label: str,
+    predictions: Sequence[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
+    opened: Sequence[str] | None = None,
 ) -> None:
-    """Append one model's answers, with their reasoning apart."""
-    rows = [without_reasoning(row, prediction["output"]) for row, prediction in zip(rows, predictions, strict=True)]
+    """Append one model's answers, with their reasoning apart; `opened` are the marks of `opened_by`, if any."""
+    references = [prediction["output"] for prediction in predictions]
+    opened = opened or [""] * len(references)
+    rows = [without_reasoning(*parts) for parts in zip(rows, references, opened, strict=True)]
     answers.append_answers(path, label, predictions, rows)
 
 
-def without_reasoning(answer: Mapping[str, Any], reference: str) -> Answer:
+def without_reasoning(answer: Mapping[str, Any], reference: str, opened: str = "") -> Answer:
     """An answer whose reasoning, `<think>...</think>` before it, is in a field of its own and is not scored.
 
     >>> without_reasoning({"text": "<think>Plural.</think>cats"}, "cats")
     {'text': 'cats', 'reasoning': 'Plural.'}
     """
-    text, reasoning = split_scored(answer["text"], reference)
+    text, reasoning = split_scored(answer["text"], reference, opened)
     if reasoning is None:
         return {**answer}
     before = answer.get("reasoning")

@@ -23,7 +23,7 @@ from recipe.config import InstructionTrainingArguments
 from recipe.data.origin import rows_in_words
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
-from recipe.reasoning import split_scored
+from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
 from recipe.training.changes import NO_TOTALS, apply_changed, totals_of
@@ -302,8 +302,8 @@ class InstructionTrainer(WholeSaves):
             )
         answers = [(response.text, response.stop_reason) for response in responses]
         texts, reasons = zip(*(answers if sharded else gather_object(answers)), strict=True)
-        references = self._generation_references
-        scored = [split_scored(*pair)[0] for pair in zip(texts, references, strict=True)]
+        references, opened = self._generation_references, [opened_by(self.processing_class, p) for p in prompts]
+        scored = [split_scored(*parts)[0] for parts in zip(texts, references, opened, strict=True)]
         scores = score_responses(scored, references, reasons)
         output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
         return output

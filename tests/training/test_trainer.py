@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, Trainer
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import load_splits
+from recipe.evaluation.ask import without_reasoning
 from recipe.generation import generate_responses
+from recipe.reasoning import opened_by
 from recipe.templates import load_template
+from recipe.tokens import prompt_ids
 from recipe.trainer import InstructionTrainer
 from recipe.training.samples import SampleGenerations
 
@@ -310,3 +313,26 @@ def test_eval_generate_scores_answers_and_picks_the_best_checkpoint_by_them(demo
     assert trainer.state.best_global_step == best and trainer.model.training is False
     weights = load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors")
     assert torch.equal(trainer.model.transformer.wpe.weight.detach(), weights["transformer.wpe.weight"].float())
+
+
+@pytest.mark.parametrize(("ending", "score"), [("", 1), ("<think>\n", 0), ("<|START_THINKING|>", 0)])
+def test_what_is_cut_off_inside_opened_reasoning_has_no_score(demo_model, demo_tokenizer, tmp_path, ending, score):
+    """The references are the very texts that are generated; as reasoning that does not end they are no answers."""
+    path = tmp_path / "own.jinja"
+    ends = "{% if m.role == 'user' %}\n" + ending + "{% endif %}"
+    path.write_text("{% for m in messages %}{{ m.content }}" + ends + "{% endfor %}", encoding="utf-8")
+    template = load_template(str(path))
+    records = [{"instruction": text, "input": "", "output": "."} for text in ("Name a colour.", "Name two animals.")]
+    prompts = prompt_ids(template, demo_tokenizer, records)
+    texts = [response.text for response in generate_responses(demo_model, demo_tokenizer, prompts, max_new_tokens=8)]
+    assert all(texts)
+    trainer = InstructionTrainer(
+        demo_model, arguments(tmp_path), data_collator=DataCollatorForInstructionTuning(demo_tokenizer.eos_token_id),
+        processing_class=demo_tokenizer, template=template, max_new_tokens=8,
+        eval_dataset=Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "length": 3}]),
+        generation_records=[{**record, "output": text} for record, text in zip(records, texts, strict=True)],
+    )  # fmt: skip
+    found = trainer.evaluate()
+    assert found["eval_token_f1"] == found["eval_exact_match"] == score
+    scored = [without_reasoning({"text": text}, text, opened_by(demo_tokenizer, prompts[0]))["text"] for text in texts]
+    assert scored == (texts if score else ["", ""])
