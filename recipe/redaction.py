@@ -3,8 +3,8 @@
 A secret is the value of an environment variable whose name says so (`OPENAI_API_KEY`, `db_password`), of a flag or a
 line of the config file whose name says so (`--hub_token`), a token of the Hub wherever it stands in flags or config
 file, or that `hf auth login` has stored, or the password of an address in a variable, a flag or the config file
-(`https://me:password@host`). Each is found in these spellings, mixed ones and parts of longer words
-too:
+(`https://me:password@host`; of a proxy, also without the scheme). Each is found in these spellings, mixed ones and
+parts of longer words too:
 
 - as it is, and without the white space, quotes and invisible characters around it, see `strip_key`;
 - `repr` of text and of bytes, JSON, with escapes such as `\\/`, `\\u00e9`, `\\xe9`, `\\351`, also escaped twice;
@@ -103,7 +103,26 @@ def secrets() -> frozenset[tuple[str, str]]:
         for user_and_password, password in CREDENTIALS.findall(raw) if "://" in raw else ():
             found |= {(name, user_and_password)} if len(password) >= SHORTEST_SECRET // 2 else set()
             found |= {(name, value) for value in _values("PASSWORD", password)}
-    return frozenset(found)
+    return frozenset(found | set(_proxy_credentials()))
+
+
+def _proxy_credentials() -> Iterator[tuple[str, str]]:
+    """User and password of the proxies that the environment names, which need no scheme, or may be a key alone.
+
+    A password of 6 characters or more is looked for, alone unless it is a word or a number.
+    """
+    for name, raw in os.environ.items():
+        if not re.fullmatch(r"(?!no_)\w+_proxy", name, re.IGNORECASE):
+            continue
+        address = re.sub(r"^(?:[A-Za-z][\w+.-]*:/+|(?:https?|socks\w*):(?=.*@))", "", unquote(unquote(raw)))
+        before, is_before, _ = address.rpartition("@")
+        # a password whose host was forgotten stands where the port should
+        credentials = before if is_before else re.split(r"[/?#]", address)[0].rpartition("]")[2]
+        user, colon, password = credentials.partition(":")
+        secret = password if colon or not is_before else user
+        if len(secret) >= SHORTEST_SECRET // 2:
+            yield from [(name, f"{user}:{secret}")] if user and colon else []
+            yield from [(name, secret)] if not ORDINARY.fullmatch(secret) else []
 
 
 def learn_from_config(text: str) -> None:

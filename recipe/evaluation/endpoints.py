@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
-from recipe.evaluation.connection import certificate_advice, open_client, proxy_advice
+from recipe.evaluation.connection import certificate_advice, is_address, open_client, proxy_advice, without_credentials
 from recipe.evaluation.negotiation import Terms, negotiate
 from recipe.keys import read_key
 from recipe.redaction import redact
@@ -46,7 +46,6 @@ CONTEXT_WORDS = re.compile(
 # of a server that is busy: the next attempt may succeed
 BUSY_WORDS = re.compile(r"rate.?limit|quota|overload|capacity|queue|per (second|minute|hour|day)", re.IGNORECASE)
 FILTER_WORDS = re.compile(r"content.?filter|content.?management.?policy|content.?policy|ResponsibleAI", re.IGNORECASE)
-ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
 STOP_REASONS = {  # by finish_reason
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "eos"),
     **dict.fromkeys(CUT_OFF, "length"),
@@ -108,7 +107,7 @@ class Failure:
 
 def is_endpoint(name: str) -> bool:
     """Whether a model's name is the address of an endpoint."""
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def parse_endpoint(name: str) -> Endpoint:
@@ -122,11 +121,10 @@ def parse_endpoint(name: str) -> Endpoint:
     """
     read_key(KEY_VARIABLE)
     address, _, model = name.partition("#")
-    if ADDRESS.fullmatch(address) is None or not model:
-        shown = re.sub(r"//.*@", "//", name).partition("?")[0]  # without what may be a secret
+    if not is_address(address) or not model:
         raise UserError(
-            f"endpoint {shown!r}: write http://host:port/v1#model, without user or password; the key goes into the "
-            "environment variable OPENAI_API_KEY"
+            f"endpoint {without_credentials(name)!r}: write http://host:port/v1#model, without user or password; the "
+            "key goes into the environment variable OPENAI_API_KEY"
         )
     return Endpoint(address.rstrip("/"), model)
 
