@@ -127,7 +127,7 @@ def test_each_fault_has_its_status():
     statuses = dict(zip(script, [getattr(outcome, "status", "reply") for outcome in outcomes], strict=True))
     expected = {
         "slow": "timeout", "drip": "timeout", "cut": "connection", "busy": "rate_limited", "broken": "http_500",
-        "refused": "http_422", "fine": "reply",
+        "refused": "http_422", "fine": "reply", "no_choices": "no_answer", "no_message": "no_answer",
     }  # fmt: skip
     assert statuses == {name: expected.get(name, "malformed") for name in script}
     assert time.monotonic() - started < 20

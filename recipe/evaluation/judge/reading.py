@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.evaluation.endpoints import CUT_OFF, FILTERED
+from recipe.evaluation.failures import BROKEN_OFF, CUT_OFF, stop_reason
 from recipe.reasoning import final_part
 
 MOST_STARTS = 20  # lines from which an object that ends the reply is looked for: hostile replies have thousands
@@ -33,7 +33,7 @@ OPEN_FENCE = re.compile(r"(?:^|\n)[ ]{0,3}```[ ]*\w*\s*\Z")
 @dataclass(frozen=True)
 class Verdict:
     """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range`,
-    `cut_off` or `content_filter` without one."""
+    `cut_off`, `broken_off` or `content_filter` without one."""
 
     status: str
     value: int | str | None = None
@@ -55,8 +55,10 @@ def read_verdict(
         shown: texts that the judge was given. What stands in one of them too is no verdict, unless it is all there is.
     """
     finish = (finish_reason or "").lower()
-    if finish in FILTERED:
+    if stop_reason(finish) == "refused":
         return Verdict("content_filter")
+    if finish in BROKEN_OFF:
+        return Verdict("broken_off")
     found = _final_object(text.strip(), must_be_whole=True)  # a reason may hold a mark of reasoning
     rest = text if found else final_part(text)
     missing = Verdict("cut_off" if rest is None or finish in CUT_OFF else "unparsable")
