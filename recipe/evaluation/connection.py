@@ -20,6 +20,7 @@ PROXIES = ("http", "https", "all")  # of which addresses; each has a variable in
 CERTIFICATES = {"SSL_CERT_FILE": "a file", "SSL_CERT_DIR": "a folder"}
 HIGHEST_PORT = 65535
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII | re.IGNORECASE)
+LONGEST_SHOWN = 200  # characters of an address
 LAST_AT = re.compile(r".*(?:@|%(?:25)*40)", re.DOTALL)  # what ends a user and a password, also with escapes
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -47,7 +48,9 @@ def open_client(url: str, key: str, timeout: float, retries: int) -> AsyncOpenAI
     try:
         return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=client)
     except Exception as error:
-        raise UserError(f"endpoint {url}: not an address that can be asked ({_words(error)}); correct it") from error
+        raise UserError(
+            f"endpoint {_printable(url)}: not an address that can be asked ({_words(error)}); correct it"
+        ) from error
 
 
 def _certificates() -> ssl.SSLContext | bool:
@@ -57,26 +60,25 @@ def _certificates() -> ssl.SSLContext | bool:
         try:
             open(log, "ab").close()
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"SSLKEYLOGFILE names {log}, which cannot be written ({_words(error)}): {advice}"
-            ) from error
+            named = f"SSLKEYLOGFILE names {_printable(log)}, which"
+            raise UserError(f"{named} cannot be written ({_words(error)}): {advice}") from error
     for name, kind in CERTIFICATES.items():
         path = os.environ.get(name)
         if not path:
             continue
-        is_file = name == "SSL_CERT_FILE"
+        is_file, named = name == "SSL_CERT_FILE", f"{name} names {_printable(path)}, which"
         try:
             if not os.path.exists(path):
-                raise UserError(f"{name} names {path}, which is not there: {advice}")
+                raise UserError(f"{named} is not there: {advice}")
             if not (os.path.isfile(path) if is_file else os.path.isdir(path)):
-                raise UserError(f"{name} names {path}, which is not {kind}: {advice}")
+                raise UserError(f"{named} is not {kind}: {advice}")
             if not is_file:
                 os.listdir(path)  # it is looked into only when a server is asked: one that cannot be read holds nothing
             return ssl.create_default_context(cafile=path if is_file else None, capath=None if is_file else path)
         except (ssl.SSLError, ValueError) as error:
-            raise UserError(f"{name} names {path}, which holds no certificates ({_words(error)}): {advice}") from error
+            raise UserError(f"{named} holds no certificates ({_words(error)}): {advice}") from error
         except OSError as error:
-            raise UserError(f"{name} names {path}, which cannot be read ({_words(error)}): {advice}") from error
+            raise UserError(f"{named} cannot be read ({_words(error)}): {advice}") from error
     return True
 
 
@@ -130,7 +132,7 @@ def certificate_advice(error: str) -> str | None:
     names = [name for name in CERTIFICATES if os.environ.get(name)]
     if "CERTIFICATE_VERIFY_FAILED" not in error or not names:
         return None
-    return f"{names[0]} is {os.environ[names[0]]}: does it hold the certificate of this server?"
+    return f"{names[0]} is {_printable(os.environ[names[0]])}: does it hold the certificate of this server?"
 
 
 def without_credentials(address: str) -> str:
@@ -150,7 +152,7 @@ def without_credentials(address: str) -> str:
     port = re.search(r":([^:\]]*)$", host)
     if port and port[1] and not _is_port(port[1]):
         host, path = f"{host[: port.start()]}:***", ""
-    return f"{scheme[0] if scheme else ''}{'***@' if before else ''}{host}{path}"
+    return _printable(f"{scheme[0] if scheme else ''}{'***@' if before else ''}{host}{path}")
 
 
 def _proxies() -> dict[str, tuple[str, str]]:
@@ -197,5 +199,11 @@ def _is_port(text: str) -> bool:
     return re.fullmatch("[0-9]{1,5}", text) is not None and 0 < int(text) <= HIGHEST_PORT
 
 
+def _printable(text: str) -> str:
+    """What a message can show of a text in one line."""
+    shown = "".join(char if char.isprintable() else "?" for char in text)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+
+
 def _words(error: Exception) -> str:
-    return " ".join(redact(str(error)).split())
+    return _printable(" ".join(redact(str(error)).split()))

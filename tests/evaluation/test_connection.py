@@ -56,6 +56,8 @@ def test_a_server_on_this_machine_is_asked_directly(variable, value, monkeypatch
         ("SSL_CERT_DIR", "/nowhere/certs", "SSL_CERT_DIR names /nowhere/certs, which is not there"),
         ("SSL_CERT_FILE", os.path.abspath(__file__), "which holds no certificates"),
         ("SSL_CERT_FILE", os.path.dirname(__file__), "which is not a file"),
+        ("SSL_CERT_FILE", "/nowhere/a\nb", "SSL_CERT_FILE names /nowhere/a?b, which is not there"),
+        ("http_proxy", "http://a\nb:80", "the proxy of http_proxy"),
         ("SSL_CERT_FILE", os.devnull, "which is not a file"),
         ("SSL_CERT_FILE", "/" + "a" * 5000, "which is not there"),
         ("SSL_CERT_DIR", os.path.abspath(__file__), "which is not a folder"),
@@ -77,6 +79,7 @@ def test_what_cannot_be_used_is_named_in_one_line(variable, value, words, monkey
     with pytest.raises(UserError) as refused:
         answer_of("http://judge.invalid/v1")
     line = str(refused.value)
+    assert line.isprintable() and len(line) < 900
     assert words in line and variable in line and "\n" not in line
     assert "secret" not in line and "is the path right" not in line
 
