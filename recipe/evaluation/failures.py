@@ -172,7 +172,7 @@ def _error_of(error: Any, otherwise: str = "") -> Failure:
     words = list(_words_in({"error": error})) or [otherwise]
     number, codes = _number_in(error), list(_codes_in(error))
     text = "; ".join(words) + (f" (code {', '.join(codes)})" if codes else "")
-    if number is None and re.search(r"rate.?limit|quota|too.?many.?requests", text, re.IGNORECASE):
+    if number is None and re.search(r"rate.?limit|quota|too.?many.?requests|overload", text, re.IGNORECASE):
         number = 429
     return _failure(number, text)
 

@@ -43,6 +43,7 @@ def choice(finish_reason="stop", **message) -> dict:
         ({"error": True, "explanation": "gone fishing"}, "error_reply", "gone fishing"),
         ({"errno": 5, "error_description": "Clock is wrong"}, "error_reply", "Clock is wrong (code 5)"),
         ({"error": {"message": "Rate limit", "status": 429}, "choices": []}, "rate_limited", "Rate limit"),
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "Wait."}}, "rate_limited", "Wait."),
         ({"hello": "world"}, "malformed", '{"hello": "world"}'),
         ({"choices": "none"}, "malformed", '{"choices": "none"}'),
         ({"choices": [{"text": "a completion"}]}, "malformed", "a completion"),
