@@ -604,6 +604,69 @@ def test_what_a_filter_holds_back_is_a_reason_of_its_own_and_no_command_is_advis
     assert others.startswith("3 content_filter, 1 unparsable: another --judge or --judge_prompts")
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        Status(403, body='{"error": {"message": "Your input was flagged by moderation."}}'),
+        Status(451, body="flagged"),
+        Raw(b'{"error": {"message": "The prompt was flagged."}}'),
+        Raw(b'{"choices": [], "promptFeedback": {"blockReason": "flagged"}}'),
+        Raw(b'{"choices": [{"message": {"content": null, "refusal": "flagged"}, "finish_reason": "stop"}]}'),
+    ],
+)
+def test_what_a_judge_refuses_is_a_missing_score_with_its_words(act, tmp_path):
+    """In each form: the other answers are scored, and the same command is not advised."""
+    with serve_stub({"": [Say("85")], "bad": [act]}) as stub:
+        result, rows = judge(stub, [prediction(0, tuned="do:bad"), prediction(1, tuned="fine")], tmp_path)
+    assert [(row["status"], row["score"]) for row in rows] == [("content_filter", None), ("scored", 85)]
+    assert "flagged" in rows[0]["error"] and result["error"] is None and not result["complete"]
+    assert result["advice"] == "1 content_filter: another --judge or --judge_prompts, as it would say the same again"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "again"),
+    [
+        ({"choices": [{"message": {"content": "85"}, "finish_reason": "error"}]}, "broken_off", True),
+        ({"choices": None}, "no_answer", False),
+        ({"code": 40001, "msg": "Insufficient balance"}, "error_reply", False),
+        ({"error": {"message": "wrong key", "code": 401}}, "http_401", False),
+        ({"error": {"message": "busy", "code": 503}}, "http_503", True),
+    ],
+)
+def test_what_a_judge_answers_with_status_200_is_a_reason(body, status, again, tmp_path):
+    with serve_stub({"": [Say("85")], "bad": [Raw(json.dumps(body).encode())]}) as stub:
+        result, rows = judge(stub, [prediction(0, tuned="do:bad"), prediction(1, tuned="fine")], tmp_path)
+    assert [row["status"] for row in rows] == [status, "scored"] and rows[0]["error"]
+    assert ("the same command" in result["advice"]) == again
+
+
+@pytest.mark.parametrize(
+    ("act", "again"),
+    [
+        (Status(401), False),
+        (Status(402), False),
+        (Status(403), False),
+        (Status(404), False),
+        (Status(405), False),
+        (Raw(b"<html>"), False),
+        (Raw(b'{"choices": []}'), False),
+        (Status(400, body="seed, max_tokens and temperature must be other ones"), False),
+        (Status(501, body="not implemented"), False),
+        (Status(503, body="the parameter seed is unsupported"), False),
+        (Raw(b'{"error": {"message": "Unsupported parameter: seed"}}'), False),
+        (Status(429), True),
+        (Status(503), True),
+    ],
+)
+def test_where_nothing_can_be_asked_no_command_is_advised_that_cannot_help(act, again, tmp_path):
+    with serve_stub({"": [act]}) as stub:
+        result, rows = judge(stub, [prediction(0, tuned="cats"), prediction(1, tuned="dogs")], tmp_path)
+    assert [row["status"] for row in rows] == ["not_asked"] * 2 and result["error"] == rows[0]["error"]
+    assert result["advice"] == "2 not_asked: " + (
+        "the same command asks again" if again else "put right what the error says, or name another --judge"
+    )
+
+
 def test_a_judge_that_takes_no_temperature_is_said_to_waver_also_from_the_cache(tmp_path):
     def refuses(body):
         unknown = [name for name in ("max_tokens", "temperature") if name in body]

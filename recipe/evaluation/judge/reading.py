@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from recipe.evaluation.endpoints import CUT_OFF, FILTERED
+from recipe.evaluation.failures import BROKEN_OFF, CUT_OFF, stop_reason
 from recipe.evaluation.judge.quotations import own_lines, planted_values
 from recipe.reasoning import SPACE, final_part
 
@@ -38,7 +38,7 @@ OPEN_FENCE = re.compile(r"[ ]{0,3}```[ ]*\w*[ \t]*")
 @dataclass(frozen=True)
 class Verdict:
     """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range`,
-    `cut_off` or `content_filter` without one."""
+    `cut_off`, `broken_off` or `content_filter` without one."""
 
     status: str
     value: int | str | None = None
@@ -60,8 +60,10 @@ def read_verdict(
         shown: texts that the judge was given. What stands in one of them too is no verdict, unless it is all there is.
     """
     finish = (finish_reason or "").lower()
-    if finish in FILTERED:
+    if stop_reason(finish) == "refused":
         return Verdict("content_filter")
+    if finish in BROKEN_OFF:
+        return Verdict("broken_off")
     pairs = _whole_object(text)  # a reason may hold a mark of reasoning
     rest = text if pairs else final_part(text)
     if rest is None:

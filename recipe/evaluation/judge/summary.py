@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from recipe.evaluation.comparison import bootstrap_interval, paired_p_value
+from recipe.evaluation.failures import may_pass
 
-# statuses of faults that may be gone when the same is asked again
-PASSING = ("timeout", "connection", "rate_limited", "http_408", "http_409", "http_5", "not_asked")
+# statuses of faults that the judge names and only a user can remove, such as a wrong key or an account without money
+TO_PUT_RIGHT = ("http_401", "http_402", "http_403", "http_404", "http_405", "http_407", "malformed", "error_reply")
 WITH_VALUE = ("scored", "empty", "identical")  # statuses of rows that have a score or a winner
 
 
@@ -97,7 +98,7 @@ def summarize_pairs(rows: Sequence[Mapping[str, Any]], allow_missing: bool) -> d
     }
 
 
-def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int) -> str | None:
+def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int, may_be_asked: bool = True) -> str | None:
     """What can help against the missing scores of `judge.jsonl`, None if none is missing.
 
     >>> missing_advice([{"status": "cut_off"}, {"status": "scored"}], 8192)
@@ -106,13 +107,16 @@ def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int) -> str |
     Args:
         rows: of `judge.jsonl`.
         most_tokens: with how many the judge was asked at last.
+        may_be_asked: False if nothing could be asked, and another attempt would end as this one did.
     """
     counts = _missing(rows)
-    passing = [status for status in counts if status.startswith(PASSING)]
+    passing = [status for status in counts if may_pass(status) and (may_be_asked or status != "not_asked")]
+    wrong = [status for status in counts if status not in passing and status in (*TO_PUT_RIGHT, "not_asked")]
     cut = [status for status in counts if status == "cut_off"]
-    lasting = [status for status in counts if status not in (*passing, *cut)]
+    lasting = [status for status in counts if status not in (*passing, *wrong, *cut)]
     advice = {
         "the same command asks again": passing,
+        "put right what the error says, or name another --judge": wrong,
         f"a --judge_max_tokens above {most_tokens} if it takes as many, or another --judge": cut,
         "another --judge or --judge_prompts, as it would say the same again": lasting,
     }
