@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,14 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         flush(folder.parent)
+
+
+def flush_place(folder: Path) -> None:
+    """Let the disk hold the names in a folder, and the folder's own name and those above it, whoever made them."""
+    flush(folder)
+    for above in folder.absolute().parents:
+        with suppress(OSError):  # of another user, where nobody but they can make folders
+            flush(above)
 
 
 def sweep(folder: Path) -> None:

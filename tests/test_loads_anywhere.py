@@ -282,7 +282,7 @@ def test_the_folder_says_what_other_tools_look_for(outputs):
     assert tokenizer.model_max_length == config["n_positions"]
     assert (folder / "chat_template.jinja").read_text() == load_template("alpaca").chat_template
     weights = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".pkl")}
-    assert weights == {"model.safetensors", "training_args.bin"}  # the Trainer's arguments: no weights
+    assert weights == {"model.safetensors"}
 
 
 def test_the_folder_pads_on_the_left(outputs):

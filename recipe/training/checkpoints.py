@@ -16,7 +16,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from recipe.files import draft_of, flush, make_folder
+from recipe.files import draft_of, flush, flush_place, make_folder
 from recipe.training.manifest import MANIFEST, Seal, add_hashes, write_manifest
 
 ASIDE = "_unfinished"
@@ -82,7 +82,7 @@ def _put_in_place(draft: Path, final: Path) -> None:
     except OSError:
         put_back(final.parent)
         raise
-    flush(final.parent)
+    flush_place(final.parent)
 
 
 def put_back(run_dir: Path) -> None:
@@ -155,7 +155,7 @@ def _replace_model(folder: Path, draft: Path) -> None:
         if place.is_dir() and path.is_dir():  # of an adapter
             shutil.rmtree(place)
         path.replace(place)
-    flush(folder)
+    flush_place(folder)
 
 
 def remove_model(folder: Path) -> None:

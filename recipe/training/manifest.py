@@ -85,6 +85,8 @@ class Seal:
 
     def complete(self, folder: Path) -> None:
         """Hash in the background what is not hashed, in the folder's new place, and write the manifest again."""
+        if _knows_all(self.content):
+            return
         self._completing = Thread(target=self._complete, args=(folder,))
         self._completing.start()
 
@@ -182,7 +184,7 @@ def find_damage(folder: Path, contents: bool = True) -> str | None:
 def is_hashed(folder: Path) -> bool:
     """Whether a folder's manifest knows all hashes: a run may be killed between a save and its last hash."""
     manifest = read_manifest(folder)
-    return isinstance(manifest, dict) and all(UNKNOWN not in entry["sha256"] for entry in manifest["files"].values())
+    return isinstance(manifest, dict) and _knows_all(manifest)
 
 
 @functools.cache
@@ -196,6 +198,10 @@ def code_version() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{recipe.__version__} sha256:{digest.hexdigest()[:16]}"
+
+
+def _knows_all(content: dict[str, Any]) -> bool:
+    return all(UNKNOWN not in entry["sha256"] for entry in content["files"].values())
 
 
 def _own_hash(content: dict[str, Any]) -> str:
