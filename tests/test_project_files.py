@@ -63,6 +63,12 @@ def test_the_guide_names_commands_that_exist():
     assert not re.findall(r"\b[A-Z]+_(?:TABLE|ROW)\b", readme)
 
 
+def test_every_promise_of_security_names_its_test():
+    promises = [line for line in (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines() if "`tests/" in line]
+    files = [re.findall(r"`(tests/[\w/]+\.py)`", line) for line in promises]
+    assert len(promises) >= 8 and all(files) and all((ROOT / file).is_file() for row in files for file in row)
+
+
 def test_pre_commit_runs_the_lint_of_the_makefile():
     """With the tools of the virtual environment, so that nothing is downloaded and the versions are those of CI."""
     [repository] = load(ROOT / ".pre-commit-config.yaml")["repos"]
