@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
 import time
 import traceback
@@ -44,8 +45,8 @@ def run_script(
     """Run a script's `main` on the words of the command line, and end the process as a terminal expects.
 
     A character that the terminal's encoding lacks is shown as its escape. A `UserError`, an `OSError` and what else is
-    `expected` end with one message and exit code 1; so does Ctrl-C, with the script's own words. Any other error shows
-    its traceback. Nothing is shown before `redact_message` has seen it.
+    `expected` end with one message and exit code 1; so do Ctrl-C, SIGTERM and SIGHUP, with the script's own words. Any
+    other error is a bug of ours: it shows its traceback. Nothing is shown before `redact_message` has seen it.
 
     Example::
 
@@ -53,6 +54,10 @@ def run_script(
             run_script(main, interrupted="nothing was changed; run it again")
     """
     stopped = False
+    for name in ("SIGTERM", "SIGHUP"):  # not what is ignored, as SIGHUP under `nohup`, and not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         with safe_output():
             clean_hub_token()

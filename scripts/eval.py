@@ -5,6 +5,7 @@ python scripts/eval.py --model outputs/demo --baseline recipe/demo/base --output
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from recipe.evaluation.significance import adjust
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
 from recipe.files import check_place, read_json, read_json_lines, write_json
+from recipe.lock import hold_folder
 from recipe.provenance import read_run
 
 
@@ -32,8 +34,13 @@ def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
     args, data_args, judge_args, run = parse(argv)
     gates = [parse_gate(text) for text in args.gate]
-    output_dir = Path(args.output_dir)
+    with hold_folder(args.output_dir) if state.is_main_process else nullcontext():
+        evaluate(args, data_args, judge_args, run, gates, state)
 
+
+def evaluate(args, data_args, judge_args, run, gates, state) -> None:
+    """The stages that were asked for, one after another."""
+    output_dir = Path(args.output_dir)
     if "generate" in args.stages:
         generate_predictions(args, data_args, run, state)
     state.destroy_process_group()  # what follows is one process's work, and may take longer than a barrier waits
