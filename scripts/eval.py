@@ -24,7 +24,7 @@ from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
 from recipe.evaluation.significance import adjust
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
-from recipe.files import check_place, read_json, read_json_lines, write_json
+from recipe.files import check_place, read_json, read_json_lines, sweep, write_json
 from recipe.lock import hold_folder
 from recipe.provenance import read_run
 
@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
 def evaluate(args, data_args, judge_args, run, gates, state) -> None:
     """The stages that were asked for, one after another."""
     output_dir = Path(args.output_dir)
+    if state.is_main_process:
+        sweep(output_dir)
     if "generate" in args.stages:
         generate_predictions(args, data_args, run, state)
     state.destroy_process_group()  # what follows is one process's work, and may take longer than a barrier waits
