@@ -12,7 +12,7 @@ import importlib.util
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +81,14 @@ def evaluate() -> Callable[..., None]:
     sys.modules["eval_script"] = script  # its dataclasses look their module up
     spec.loader.exec_module(script)
     return lambda *flags: script.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """`datasets` puts a copy in the place of `os.environ` when it uses several processes; others keep the first."""
+    environment = os.environ
+    yield
+    os.environ = environment  # noqa: B003
 
 
 @pytest.fixture(autouse=True)

@@ -27,11 +27,11 @@ from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
 from recipe.training.changes import NO_TOTALS, apply_changed, totals_of
-from recipe.training.checkpoints import WholeSaves
 from recipe.training.counts import Counts
 from recipe.training.layout_check import why_not
 from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
+from recipe.training.saving import WholeSaves
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 

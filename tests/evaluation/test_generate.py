@@ -249,7 +249,7 @@ def test_gates_decide_the_exit(tmp_path, evaluate, few):
         (("--model", "http://127.0.0.1:9/v1#m", "--endpoint_timeout", "2"), "connection"),
         (
             ("--model", "echo", "--baseline", "http://me:secret@127.0.0.1:9/v1#m"),
-            "'http://127.0.0.1:9/v1#m': write http",
+            r"'http://\*\*\*@127.0.0.1:9/v1#m': write http",
         ),
         (("--baseline", "echo"), "say what to score: --model"),
         (("--model", "echo", "--stages", "generate", "--gate", "chrf>0"), "--gate needs scores"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import DEMO
 from safetensors.torch import load_file, save_file
-from test_generate import evaluate, few  # noqa: F401
+from test_generate import few  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import ModelArguments, UserError

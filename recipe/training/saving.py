@@ -1,0 +1,68 @@
+"""A `transformers.Trainer` that saves as `recipe.training.checkpoints` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from recipe.files import draft_of
+from recipe.training.checkpoints import whole_checkpoint, whole_model
+from recipe.training.manifest import Seal
+
+
+class WholeSaves(Trainer):
+    """A `transformers.Trainer` whose checkpoints and final model are whole or absent, without pickled arguments.
+
+    `about_run` is what the manifest of each checkpoint tells beside the step, as hashes of settings and data.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.about_run: dict[str, Any] = {}
+        self._seal: Seal | None = None  # while a checkpoint is written
+        self._last_seal: Seal | None = None  # which may still be hashed
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, to the last hash of its last checkpoint."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._wait_for_hashes()
+
+    def _wait_for_hashes(self) -> None:
+        if self._last_seal is not None:
+            self._last_seal.wait()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`Trainer._save_checkpoint`, to a folder aside that gets its name when it is whole and on the disk."""
+        self._wait_for_hashes()
+        try:
+            with whole_checkpoint(self, Path(self._get_output_dir(trial)), self.about_run) as self._seal:
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._seal, self._last_seal = None, self._seal
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return run_dir if self._seal is None else str(self._seal.folder.parent)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, whole or not at all; only a sharded model needs all processes, to gather it."""
+        if self._seal is not None:  # of a checkpoint, which is whole when all of it is
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole_model(Path(output_dir or self.args.output_dir or ""), self.args.should_save) as draft:
+            super().save_model(str(draft), _internal_call=True)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_state(self) -> None:
+        """`Trainer.save_state`, whole or not at all."""
+        if self.is_world_process_zero():
+            with draft_of(Path(self.args.output_dir or "") / "trainer_state.json") as draft:
+                self.state.save_to_json(str(draft))
