@@ -129,6 +129,9 @@ class InstructionTrainingArguments(TrainingArguments):
         "tokens, padding included. Bounds memory, and replaces per_device_train_batch_size.",
     )
     overwrite_output_dir: bool = setting(False, "Start over in an output_dir that holds another run, replacing it.")
+    allow_changed: list[str] | None = setting(
+        None, "With --resume_from_checkpoint: names of settings that may differ from the run's, and data."
+    )
     num_sample_generations: int = setting(3, "Validation prompts whose answers each evaluation shows; 0 for none.")
     eval_generate: bool = setting(
         False,
@@ -146,6 +149,8 @@ class InstructionTrainingArguments(TrainingArguments):
         if self.label_smoothing_factor:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it shifts labels again; use 0")
         check_values(self)
+        if self.allow_changed and (self.resume_from_checkpoint or "false").lower() == "false":
+            raise UserError("--allow_changed is for --resume_from_checkpoint; a new run takes any settings")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps {self.max_steps}: give at least 1, or leave it out for --num_train_epochs")
         if (

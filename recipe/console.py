@@ -132,11 +132,15 @@ def _exit(message: str) -> NoReturn:
 
     The launcher ends the others when the first ends. So who is still there after a while has met an error of its own.
     """
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    if rank != "0":
+    if (rank := process_rank()) != "0":
         time.sleep(SECONDS_OF_PATIENCE)
         message = f"process {rank}: {message}"
     sys.exit(redact_message(message))
+
+
+def process_rank() -> str:
+    """Which of a run's processes this is, as its launcher says; "0" if there is none."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0")
 
 
 def visible(text: str) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from recipe.config import UserError
 from recipe.redaction import redact
+
+# What only a killed process leaves in an output folder, where one process writes at a time: see `sweep`.
+PLACE_TRIAL, DRAFT = ".recipe-", ".draft"
+LEFTOVERS = (f"{PLACE_TRIAL}*", ".trial-*", f".*{DRAFT}")
+# what file systems that cannot flush a folder (some network and FUSE file systems) answer
+NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS}
 
 
 def check_place(output_dir: str | Path | None) -> None:
@@ -26,7 +37,7 @@ def check_place(output_dir: str | Path | None) -> None:
     if not nearest.is_dir():
         raise UserError(f"--output_dir {output_dir}: {nearest} is a file; name a folder")
     try:
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".recipe-"):
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=PLACE_TRIAL):
             pass
     except OSError as error:
         raise UserError(
@@ -35,24 +46,79 @@ def check_place(output_dir: str | Path | None) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, even if the process dies or the disk is full; text in UTF-8, without secrets.
+    """Write a file whole or not at all, even if the process dies, the power fails or the disk is full.
 
-    Half a character, which UTF-8 cannot hold, becomes its escape (`\\ud83d`).
+    Text is written in UTF-8, without secrets; half a character, which UTF-8 cannot hold, as its escape (`\\ud83d`).
 
     Raises:
         OSError: it cannot be written; the error names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        if isinstance(content, str):
-            content = redact(content).encode("utf-8", "backslashreplace")
+    make_folder(path.parent)
+    if isinstance(content, str):
+        content = redact(content).encode("utf-8", "backslashreplace")
+    with draft_of(path) as draft:
         draft.write_bytes(content)
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A name of its own beside `path`, to write to; the file there is flushed, then takes the place of `path`.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+
+    Example::
+
+        with draft_of(output_dir / "trainer_state.json") as draft:
+            trainer.state.save_to_json(str(draft))
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{DRAFT}")
+    try:
+        yield draft
+        flush(draft)
         draft.replace(path)
+        flush(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk holds a file's content, or the names in a folder, so that a power failure keeps them."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_FLUSH or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that a power failure keeps them."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush(folder.parent)
+
+
+def flush_place(folder: Path) -> None:
+    """Let the disk hold the names in a folder, and the folder's own name and those above it, whoever made them."""
+    flush(folder)
+    for above in folder.absolute().parents:
+        with suppress(OSError):  # of another user, where nobody but they can make folders
+            flush(above)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run has left unfinished in its output folder, where nobody else writes now."""
+    for pattern in LEFTOVERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

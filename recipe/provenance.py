@@ -77,15 +77,12 @@ def command_line() -> str:
 def describe_run(
     model_args: ModelArguments, data_args: DataArguments, trainer: Trainer, attention: str | None
 ) -> dict[str, Any]:
-    """For `run.json`: how a run was started, what ran, and its steps, tokens, time and losses.
+    """For `run.json`: how a run was started, and what runs.
 
     `config` is what was asked, `ran` what came of it: accelerate's file and environment variables decide too.
-    The evaluation is that of the weights that were saved. `attention` is the implementation that the model used.
+    `attention` is the implementation that the model uses.
     """
-    args, state, last = trainer.args, trainer.state, trainer.state.log_history[-1]
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-    if args.load_best_model_at_end:
-        evaluations = [entry for entry in evaluations if entry["step"] == state.best_global_step]
+    args = trainer.args
     return {
         "command": command_line(),
         "versions": versions(),
@@ -94,13 +91,6 @@ def describe_run(
         "processes": args.world_size,
         "ran": what_ran(trainer) | {"attention": attention},
         "config": {"model": asdict(model_args), "data": asdict(data_args), "training": args.to_dict()},
-        "result": {
-            "steps": state.global_step,
-            "tokens_seen": state.num_input_tokens_seen,
-            "train_seconds": last.get("train_runtime"),
-            "train_loss": last.get("train_loss"),
-            "eval": evaluations[-1] if evaluations else None,
-        },
     }
 
 

@@ -110,7 +110,26 @@ def secrets() -> frozenset[tuple[str, str]]:
     found = {(name, value) for name, raw in named for value in _values(name, raw)}
     for name, raw in [*os.environ.items(), *(("a flag", word) for word in sys.argv), *_config_addresses]:
         found |= {(name, value) for value in _of_addresses(raw)} if "://" in raw else set()
-    return frozenset(found)
+    return frozenset(found | set(_proxy_credentials()))
+
+
+def _proxy_credentials() -> Iterator[tuple[str, str]]:
+    """User and password of the proxies that the environment names, which need no scheme, or may be a key alone.
+
+    A password of 6 characters or more is looked for, alone unless it is a word or a number.
+    """
+    for name, raw in os.environ.items():
+        if not re.fullmatch(r"(?!no_)\w+_proxy", name, re.IGNORECASE):
+            continue
+        address = re.sub(r"^(?:[A-Za-z][\w+.-]*:/+|(?:https?|socks\w*):(?=.*@))", "", unquote(unquote(raw)))
+        before, is_before, _ = address.rpartition("@")
+        # a password whose host was forgotten stands where the port should
+        credentials = before if is_before else re.split(r"[/?#]", address)[0].rpartition("]")[2]
+        user, colon, password = credentials.partition(":")
+        secret = password if colon or not is_before else user
+        if len(secret) >= SHORTEST_SECRET // 2:
+            yield from [(name, f"{user}:{secret}")] if user and colon else []
+            yield from [(name, secret)] if not ORDINARY.fullmatch(secret) else []
 
 
 def _of_addresses(text: str) -> Iterator[str]:

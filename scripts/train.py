@@ -7,24 +7,35 @@ Each step imports what it needs, so that --help and mistakes in the arguments do
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
 from transformers import set_seed
 
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, parse_arguments
-from recipe.console import run_script
+from recipe.console import process_rank, run_script
+from recipe.lock import hold_folder
 from recipe.training.checks import check_settings, check_splits, check_trackers, fit_max_length, print_model
 from recipe.training.errors import Settings
 from recipe.training.output_dir import explain_full_disk, find_checkpoint
+from recipe.training.stopping import STOPPED, StopOnSignal, end_with_launcher
 
 
 def main(argv: list[str]) -> None:
-    """Data, model, trainer, train, save, push."""
+    """Settings, and one run at a time in its folder."""
+    end_with_launcher()
     model_args, data_args, training_args = parse_arguments(
         [ModelArguments, DataArguments, InstructionTrainingArguments], argv, description=__doc__.split("\n")[0]
     )
-    settings = Settings(model_args, data_args, training_args)
+    with hold_folder(training_args.output_dir) if process_rank() == "0" else nullcontext():
+        run(Settings(model_args, data_args, training_args))
+
+
+def run(settings: Settings) -> None:
+    """Data, model, trainer, train, save, push."""
+    model_args, data_args, training_args = settings.model, settings.data, settings.training
     checkpoint = find_checkpoint(training_args)
     check_settings(model_args, data_args, training_args)
     check_trackers(training_args)
@@ -38,17 +49,26 @@ def main(argv: list[str]) -> None:
     tokenizer, template, records, splits, bad_records, about_data = prepare_data(model_args, data_args, training_args)
     model, about_model = prepare_model(model_args, data_args, training_args, tokenizer, template)
     from recipe.training.first_step import FirstStep
+    from recipe.training.record import keep_record
 
     first_step = FirstStep(settings, checkpoint, bad_records)  # until then, nothing of an earlier run is removed
     with first_step.errors_explained():
         trainer = make_trainer(model, tokenizer, template, records, splits, settings, first_step, push)
-        with explain_full_disk(Path(training_args.output_dir), model):
+        record = keep_record(trainer, settings, checkpoint, about_data | about_model, pushes=push is not None)
+        trainer.add_callback(stop := StopOnSignal())
+        with explain_full_disk(Path(training_args.output_dir), model), stop.listening():
             trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.save_model()
-            trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_reports(trainer, model_args, data_args, about_data | about_model, push)
+            if not stop.stopped:
+                trainer.save_model()
+                trainer.save_state()
+    if stop.stopped:
+        record.close("stopped")
+    elif trainer.is_world_process_zero():
+        save_reports(trainer, record.close("finished"), push)
     shut_down(trainer)
+    if stop.stopped:
+        stop.say_how_to_go_on(trainer.state, training_args)
+        sys.exit(STOPPED)
     if push is not None and trainer.is_world_process_zero():  # the other processes have ended
         pushed = push.finish()
         print(f"Pushed: {pushed.url}" if pushed.sent else f"Nothing left to push: {pushed.url}")
@@ -137,18 +157,13 @@ def make_trainer(model, tokenizer, template, records, splits, settings, first_st
     return trainer
 
 
-def save_reports(trainer, model_args, data_args, about, push):
-    """Write run.json, loss.png and the model card beside the model."""
+def save_reports(trainer, run, push):
+    """Write loss.png and the model card beside the model."""
     from recipe.figures import plot_loss
-    from recipe.files import write_json, write_whole
-    from recipe.provenance import describe_run
+    from recipe.files import write_whole
     from recipe.publishing.card import make_model_card
-    from recipe.training.collator_choice import attention_of
 
     output_dir = Path(trainer.args.output_dir)
-    run = describe_run(model_args, data_args, trainer, attention_of(trainer.model)) | about
-    run["config"]["training"]["push_to_hub"] = push is not None  # replace_trainer_push has turned it off
-    write_json(output_dir / "run.json", run)
     plot_loss(trainer.state.log_history, output_dir / "loss.png")
     card = make_model_card(output_dir, run, repo_id=push.repo_id if push is not None else None)
     write_whole(output_dir / "README.md", card)

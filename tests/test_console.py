@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 from conftest import DEMO, ROOT
 from evaluation_samples import FAMILIES, make_metrics, make_predictions
@@ -226,7 +227,7 @@ def main(argv):
         print("x" * 1000)
 run_script(main, interrupted="")
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process = processes.start([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(timeout=60) == 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import DEMO, ROOT
@@ -48,7 +49,7 @@ def records(cache) -> list[dict[str, str]]:
 
 
 def run(*command: str, cache: Path, expect: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
     )  # fmt: skip
@@ -122,15 +123,13 @@ def test_stock_trainer_on_a_llama(cache, records, demo_tokenizer):
     assert len(losses) == 5 and losses[-1] < 0.75 * losses[0]
 
 
-TWO = (
-    "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_processes.yaml",
-    "--main_process_port", "0",
-)  # fmt: skip
-
-
 def test_accelerate_loop_with_one_and_two_processes(cache, records, demo_tokenizer, demo_model):
     one = run("examples/accelerate_loop.py", cache=cache).stdout
-    two = run(*TWO, "examples/accelerate_loop.py", "--data", str(TRAIN), "--model", str(DEMO / "base"), cache=cache)
+    two = processes.run_ranks(
+        "examples/accelerate_loop.py", 2, "--data", str(TRAIN), "--model", str(DEMO / "base"), cwd=ROOT,
+        env=os.environ | {"HF_DATASETS_CACHE": str(cache)},
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-3000:]
     assert "1 process(es) x 8 micro-batches x 4 records" in one
     assert "2 process(es) x 4 micro-batches x 4 records" in two.stdout
     expected = first_losses(demo_model, demo_tokenizer, records, learning_rate=1e-3)

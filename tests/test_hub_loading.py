@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import processes
 from conftest import DEMO, ROOT
 from loopback_hub import serve_hub
 
@@ -23,7 +23,7 @@ def test_model_and_dataset_by_id(tmp_path):
             sys.executable, "scripts/train.py", "--model_name_or_path", "someone/base", "--data", "someone/records",
             "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--per_device_train_batch_size", "2",
         ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        done = processes.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         run = json.loads((tmp_path / "run" / "run.json").read_text())
         assert run["weights_from"] == "someone/base"
@@ -37,7 +37,7 @@ def test_model_and_dataset_by_id(tmp_path):
 
         command[command.index("someone/base")] = "someone/bass"
         command[command.index(str(tmp_path / "run"))] = str(tmp_path / "other")
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        done = processes.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "error: tokenizer 'someone/bass'" in done.stderr
         assert not (tmp_path / "other").exists()

@@ -195,6 +195,28 @@ def test_the_trainer_orders_records_and_counts_tokens_in_methods_of_its_own(tmp_
     assert trainer.state.num_input_tokens_seen == 6
 
 
+def test_the_trainer_saves_a_checkpoint_in_a_method_of_its_own_below_a_folder_of_its_own(tmp_path):
+    """transformers' `Trainer._save_checkpoint` and `Trainer._get_output_dir`, between which a save goes aside."""
+
+    class Aside(Trainer):
+        def _get_output_dir(self, trial):
+            return str(tmp_path / "aside")
+
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=16, vocab_size=50)
+    args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, save_total_limit=1, report_to="none")
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 2)
+    trainer = Aside(AutoModelForCausalLM.from_config(config), args, train_dataset=rows)
+    trainer.create_optimizer_and_scheduler(1)
+    for step in (1, 2):  # all files of each, and the older one removed
+        trainer.state.global_step = step
+        trainer._save_checkpoint(trainer.model, None)
+    assert not list((tmp_path / "run").rglob("*"))
+    assert [path.name for path in (tmp_path / "aside").iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in (tmp_path / "aside" / "checkpoint-2").iterdir()} >= {
+        "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
+    }  # fmt: skip
+
+
 # --- recipe.console -------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import DEMO, ROOT
@@ -52,7 +53,7 @@ def localise(code: str, outputs: Path) -> str:
 
 def run(*command: str | Path, outputs: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_DATASETS_CACHE": str(outputs / "cache")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment)
+    done = processes.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -281,7 +282,7 @@ def test_the_folder_says_what_other_tools_look_for(outputs):
     assert tokenizer.model_max_length == config["n_positions"]
     assert (folder / "chat_template.jinja").read_text() == load_template("alpaca").chat_template
     weights = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".pkl")}
-    assert weights == {"model.safetensors", "training_args.bin"}  # the Trainer's arguments: no weights
+    assert weights == {"model.safetensors"}
 
 
 def test_the_folder_pads_on_the_left(outputs):

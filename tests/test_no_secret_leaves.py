@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import processes
 from conftest import DEMO, ROOT
 from loopback_hub import WRITE_TOKEN, LoopbackHub
 from secret_samples import SECRETS, spellings
@@ -16,7 +17,7 @@ ECHO = "\n".join(f"[{text}]" for text in LEAKS.values())
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
     secrets = {name: raw for name, (raw, _) in SECRETS.items()}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=200,
         env={**os.environ, "PYTHONUTF8": "1", "HF_TOKEN": WRITE_TOKEN, **secrets, **variables},
     )  # fmt: skip

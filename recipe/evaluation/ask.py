@@ -12,7 +12,8 @@ from accelerate import PartialState
 
 from recipe.config import ModelArguments, UserError
 from recipe.evaluation import answers, endpoints
-from recipe.reasoning import open_mark, split_scored
+from recipe.evaluation.failures import OF_PROMPT, Failure, may_be_of_prompt, may_pass
+from recipe.reasoning import opened_by, split_scored
 from recipe.templates import message_text
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from recipe.templates import Template
 
 Answer = dict[str, Any]
-LONGEST_MARK = 12  # tokens
-# statuses of a request that the server will refuse again, because of what it asks
-REFUSALS = {"context", "cut_off", "content_filter"}
-# and of one that it refuses in other words: if it does so with most, something else is wrong
-UNEXPLAINED = {"http_400", "http_422"}
 
 
 def ask_weights(
@@ -50,12 +46,10 @@ def ask_weights(
     references = [prediction["output"] for prediction in predictions]
     bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
     losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0])
-    # some templates end in the mark that opens the reasoning, which is then in no answer
-    opened = [open_mark(str(tokenizer.decode(prompt[-LONGEST_MARK:]))) for prompt in prompts]
+    opened = [opened_by(tokenizer, prompt) for prompt in prompts]
     for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
         rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
-        rows = [{**row, "text": opened[index] + row["text"]} for index, row in zip(indices, rows, strict=True)]
-        keep_answers(path, label, [predictions[index] for index in indices], rows)
+        keep_answers(path, label, [predictions[i] for i in indices], rows, [opened[i] for i in indices])
 
 
 def ask_endpoint(
@@ -79,55 +73,58 @@ def ask_endpoint(
     """
     warm_up = {**endpoints.chat_request("Hello.", decoding), "max_tokens": 1}
     terms = endpoints.preflight(endpoint, warm_up, max(300.0, timeout))
-    refused: dict[int, endpoints.Failure] = {}
+    refused: dict[int, Failure] = {}
 
-    def keep(index: int, outcome: endpoints.Reply | endpoints.Failure) -> None:
+    def keep(index: int, outcome: endpoints.Reply | Failure) -> None:
         if isinstance(outcome, endpoints.Reply):
             keep_answers(path, label, [predictions[index]], [endpoints.as_answer(outcome)])
-        elif outcome.status in REFUSALS | UNEXPLAINED or allow_missing:
+        elif outcome.status in OF_PROMPT or may_be_of_prompt(outcome) or allow_missing:
             refused[index] = outcome
 
     requests = [terms.fit(endpoints.chat_request(message_text(prediction), decoding)) for prediction in predictions]
     outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=f"Asking {endpoint} ({label})")
-    unexplained = [index for index, outcome in refused.items() if outcome.status in UNEXPLAINED]
+    unexplained = [index for index, outcome in refused.items() if outcome.status not in OF_PROMPT]
     if 2 * len(unexplained) > len(predictions) and not allow_missing:
         refused = {index: outcome for index, outcome in refused.items() if index not in unexplained}
-    if others_answered or allow_missing or len(refused) < len(predictions):
+    is_answering = others_answered or len(refused) < len(predictions)
+    if is_answering and any(outcome.status not in ("context", "cut_off") for outcome in refused.values()):
+        # an account that was closed meanwhile is refused in the same words as a prompt
+        is_answering = allow_missing or endpoints.still_answers(endpoint, terms, warm_up, timeout)
+    if is_answering or allow_missing:
         keep_answers(path, label, [predictions[i] for i in refused], map(_of_refusal, refused.values()))
     else:  # the fault may be of all requests, not of what they ask
         refused.clear()
     failed = [
         (prediction["id"], outcome)
         for index, (prediction, outcome) in enumerate(zip(predictions, outcomes, strict=True))
-        if isinstance(outcome, endpoints.Failure) and index not in refused
+        if isinstance(outcome, Failure) and index not in refused
     ]
     if failed:
-        counts = Counter(failure.status for _, failure in failed)
-        first = "\n".join(f"  {id_}: {failure}" for id_, failure in failed[:5])
-        raise UserError(
-            f"{endpoint} left {len(failed)} of {len(predictions)} prompts without an answer "
-            f"({', '.join(f'{status} {count}' for status, count in counts.items())}); the first:\n{first}\n"
-            "the others are kept: the same command, without --overwrite_output_dir, asks for these; with "
-            "--endpoint_allow_missing true, those that fail again count as answers without text"
-        )
+        raise UserError(_unanswered(endpoint, failed, len(predictions)))
     return terms.left_out
 
 
 def keep_answers(
-    path: Path, label: str, predictions: Sequence[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]
+    path: Path,
+    label: str,
+    predictions: Sequence[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
+    opened: Sequence[str] | None = None,
 ) -> None:
-    """Append one model's answers, with their reasoning apart."""
-    rows = [without_reasoning(row, prediction["output"]) for row, prediction in zip(rows, predictions, strict=True)]
+    """Append one model's answers, with their reasoning apart; `opened` are the marks of `opened_by`, if any."""
+    references = [prediction["output"] for prediction in predictions]
+    opened = opened or [""] * len(references)
+    rows = [without_reasoning(*parts) for parts in zip(rows, references, opened, strict=True)]
     answers.append_answers(path, label, predictions, rows)
 
 
-def without_reasoning(answer: Mapping[str, Any], reference: str) -> Answer:
+def without_reasoning(answer: Mapping[str, Any], reference: str, opened: str = "") -> Answer:
     """An answer whose reasoning, `<think>...</think>` before it, is in a field of its own and is not scored.
 
     >>> without_reasoning({"text": "<think>Plural.</think>cats"}, "cats")
     {'text': 'cats', 'reasoning': 'Plural.'}
     """
-    text, reasoning = split_scored(answer["text"], reference)
+    text, reasoning = split_scored(answer["text"], reference, opened)
     if reasoning is None:
         return {**answer}
     before = answer.get("reasoning")
@@ -148,7 +145,22 @@ def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> A
     }
 
 
-def _of_refusal(failure: endpoints.Failure) -> Answer:
+def _of_refusal(failure: Failure) -> Answer:
     """The same of a prompt that the server refused."""
     reason = {"context": "context", "cut_off": "length"}.get(failure.status, "refused")
     return {"text": "", "tokens": None, "stop_reason": reason, "seconds": None, "error": str(failure)}
+
+
+def _unanswered(endpoint: endpoints.Endpoint, failed: Sequence[tuple[str, Failure]], count: int) -> str:
+    """What a user can do about prompts without an answer: the same command only helps if the fault may pass."""
+    counts = Counter(failure.status for _, failure in failed)
+    first = "\n".join(f"  {id_}: {failure}" for id_, failure in failed[:5])
+    same = "the same command, without --overwrite_output_dir, asks for these"
+    lasting = [status for status in counts if not may_pass(status)]
+    advice = f"{same}, once the cause of {', '.join(lasting)} is removed" if lasting else same
+    return (
+        f"{endpoint} left {len(failed)} of {count} prompts without an answer "
+        f"({', '.join(f'{status} {number}' for status, number in counts.items())}); the first:\n{first}\n"
+        f"the others are kept: {advice}; with --endpoint_allow_missing true, those that fail again count as answers "
+        "without text"
+    )

@@ -44,7 +44,8 @@ def compare(
         model: the label of the answers to score; its scores are named `tuned`.
         baseline: the label of the answers to compare with; without them there are no differences.
         tokenizers: for each label what identifies its tokenizer, where that is known. Losses per token of different
-            tokenizers are not compared. References of another number of tokens show a different one, too.
+            tokenizers are not compared: with the baseline, or without one with the model `tuned`. References of another
+            number of tokens show a different one, too.
 
     Returns:
         `n`; `metrics` and `behaviour`: see `paired_scores`; `families`: the `n` and `metrics` of each; `outcomes`: for
@@ -62,7 +63,8 @@ def compare(
     _check(predictions, [baseline, model] if paired else [model])
     tuned = _statistics(MEASURES, predictions, model)
     base = _statistics(MEASURES, predictions, baseline) if paired else None
-    per_token = paired and _tokenizers_differ(predictions, model, baseline, tokenizers or {})
+    beside = baseline if paired else "tuned"  # what a reader compares it with
+    per_token = beside in labels_of(predictions) and _tokenizers_differ(predictions, model, beside, tokenizers or {})
     scores = _without_loss_per_token(paired_scores(MEASURES, tuned, base), per_token)
     for label, side in {model: "tuned", **({baseline: "baseline"} if paired else {})}.items():
         for name in ("reference_loss", "perplexity", "bits_per_byte"):
@@ -103,8 +105,9 @@ def _without_loss_per_token(scores: dict[str, dict[str, Any]], differ: bool) -> 
     """The scores, without what losses per token of different tokenizers would say of which model is better."""
     if differ:
         nothing = {"delta": None, "ci95": None, "p": None, "reason": OTHER_TOKENIZER}
-        if scores["reference_loss"]["baseline"] is not None and scores["reference_loss"]["tuned"] is not None:
+        if None not in (scores["reference_loss"]["tuned"], scores["reference_loss"]["delta"]):
             scores["reference_loss"] |= nothing
+        if scores["reference_loss"]["tuned"] is not None:
             scores["perplexity"] |= {**nothing, "baseline": None, "tuned": None, "n": 0}
     return scores
 
@@ -268,6 +271,17 @@ def bootstrap_interval(scores: np.ndarray, resamples: int = RESAMPLES, seed: int
     means = resample_sums(np.asarray(scores, dtype=np.float64)[:, None], resamples, seed)[:, 0] / len(scores)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def paired_p_value(gains: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p-value of a mean of paired differences (n,): its examples change sides at random, see `swap_p_value`.
+
+    >>> round(paired_p_value(np.array([1.0] * 5)), 2), paired_p_value(np.zeros(5))  # the first: 2 of 2 ** 5 choices
+    (0.06, 1.0)
+    """
+    block = np.column_stack([np.ones(len(gains)), gains, np.zeros(len(gains))])
+    sums = _swapped_sums([block], [("tuned", "baseline")], resamples, seed)
+    return swap_p_value(float(np.mean(gains)), (sums[:, 1] - sums[:, 2]) / len(gains))
 
 
 def _statistics(

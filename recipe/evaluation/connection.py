@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import ssl
 import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from recipe.config import UserError
+from recipe.redaction import redact
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # in lower or upper case
-CERTIFICATES = {"SSL_CERT_FILE": Path.is_file, "SSL_CERT_DIR": Path.is_dir}
+PROXIES = ("http", "https", "all")  # of which addresses; each has a variable in lower or upper case
+CERTIFICATES = {"SSL_CERT_FILE": "a file", "SSL_CERT_DIR": "a folder"}
+HIGHEST_PORT = 65535
+ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII | re.IGNORECASE)
+LONGEST_SHOWN = 200  # characters of an address
+LAST_AT = re.compile(r".*(?:@|%(?:25)*40)", re.DOTALL)  # what ends a user and a password, also with escapes
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 # all that a request needs; the client adds what OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS hold
@@ -33,12 +39,15 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
     without the key.
 
     Raises:
-        UserError: a variable names certificates that are not there, or a proxy that cannot be used.
+        UserError: a variable names certificates that are not there, or a proxy that cannot be used; or the address is
+            none.
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     # the client reads the variables of proxies and of certificates together, or neither
-    certificates = _certificates()
+    certificates, is_direct = _certificates(), _is_direct(url)
+    for name, address in [] if is_direct else _proxies().values():
+        _check_proxy(name, address)
     origin = urlsplit(url)[:2]
 
     async def only_what_belongs_there(request: Any) -> None:
@@ -48,29 +57,61 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
             if (moved and name == "authorization") or ((moved or not all_headers) and not is_needed):
                 del request.headers[name]
 
+    hooks = {"request": [only_what_belongs_there]}
+    # whatever comes is caught: the client's InvalidURL is of no other kind, and from one of two libraries
     try:
-        hooks = {"request": [only_what_belongs_there]}
-        client = DefaultAsyncHttpxClient(trust_env=not is_loopback(url), verify=certificates, event_hooks=hooks)
-    except (ImportError, ValueError) as error:
-        raise UserError(_unusable_proxy(error)) from error
-    return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=client)
+        client = DefaultAsyncHttpxClient(trust_env=not is_direct, verify=certificates, event_hooks=hooks)
+    except Exception as error:
+        names = sorted(name for name in os.environ if name.lower() in ("no_proxy", *(f"{s}_proxy" for s in PROXIES)))
+        named = ", ".join(f"{name}={without_credentials(os.environ[name])}" for name in names)
+        raise UserError(f"{named}: cannot be used ({_words(error)}); correct what is wrong or unset it") from error
+    try:
+        return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=client)
+    except Exception as error:
+        raise UserError(
+            f"endpoint {_printable(url)}: not an address that can be asked ({_words(error)}); correct it"
+        ) from error
 
 
 def _certificates() -> ssl.SSLContext | bool:
     """The certificates that the environment names, or True: those of the client."""
-    for name, exists in CERTIFICATES.items():
+    advice = "correct the environment variable or unset it"
+    if log := os.environ.get("SSLKEYLOGFILE"):  # every context writes its keys there
+        try:
+            open(log, "ab").close()
+        except (OSError, ValueError) as error:
+            named = f"SSLKEYLOGFILE names {_printable(log)}, which"
+            raise UserError(f"{named} cannot be written ({_words(error)}): {advice}") from error
+    for name, kind in CERTIFICATES.items():
         path = os.environ.get(name)
         if not path:
             continue
-        advice = "correct the environment variable or unset it"
-        if not exists(Path(path)):
-            raise UserError(f"{name} names {path}, which is not there: {advice}")
+        is_file, named = name == "SSL_CERT_FILE", f"{name} names {_printable(path)}, which"
         try:
-            is_file = name == "SSL_CERT_FILE"
+            if not os.path.exists(path):
+                raise UserError(f"{named} is not there: {advice}")
+            if not (os.path.isfile(path) if is_file else os.path.isdir(path)):
+                raise UserError(f"{named} is not {kind}: {advice}")
+            if not is_file:
+                os.listdir(path)  # it is looked into only when a server is asked: one that cannot be read holds nothing
             return ssl.create_default_context(cafile=path if is_file else None, capath=None if is_file else path)
-        except (ssl.SSLError, OSError) as error:
-            raise UserError(f"{name} names {path}, which holds no certificates ({error}): {advice}") from error
+        except (ssl.SSLError, ValueError) as error:
+            raise UserError(f"{named} holds no certificates ({_words(error)}): {advice}") from error
+        except OSError as error:
+            raise UserError(f"{named} cannot be read ({_words(error)}): {advice}") from error
     return True
+
+
+def is_address(url: str) -> bool:
+    """Whether an address can be asked: `http://host:port/path`, without user, password and query.
+
+    >>> is_address("http://localhost:8000/v1"), is_address("http://localhost:99999/v1"), is_address("http://me@host")
+    (True, False, False)
+    """
+    try:
+        return ADDRESS.fullmatch(url) is not None and urlsplit(url).port != 0  # raises above the highest
+    except ValueError:
+        return False
 
 
 def is_loopback(url: str) -> bool:
@@ -87,27 +128,23 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def _is_direct(url: str) -> bool:
+    """Whether an address is asked without a proxy: it is of this machine, or NO_PROXY names it."""
+    return is_loopback(url) or bool(urllib.request.proxy_bypass(urlsplit(url).hostname or ""))
+
+
 def proxy_advice(url: str) -> str | None:
     """Which variable names the proxy that an address is asked through, and what to do; None without one."""
     parts = urlsplit(url)
-    if is_loopback(url) or urllib.request.proxy_bypass(parts.hostname or ""):
+    if _is_direct(url):
         return None
-    proxies = urllib.request.getproxies()
-    scheme = parts.scheme if parts.scheme in proxies else "all"
+    proxies = _proxies()
+    scheme = parts.scheme.lower() if parts.scheme.lower() in proxies else "all"
     if scheme not in proxies:
         return None
-    names = [name for name in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY") if os.environ.get(name)]
-    name, shown = names[0] if names else "the system", _without_password(proxies[scheme])
+    name, address = proxies[scheme]
+    shown = without_credentials(address)
     return f"it is asked through the proxy of {name}, {shown}: is that right? If not, unset it or set NO_PROXY"
-
-
-def _unusable_proxy(error: Exception) -> str:
-    """A proxy that the client does not know how to use, with the variable that names it."""
-    variables = {name: value for name, value in os.environ.items() if name.lower() in PROXIES and value}
-    unusual = {name: value for name, value in variables.items() if not value.startswith(("http://", "https://"))}
-    named = ", ".join(f"{name}={_without_password(value)}" for name, value in (unusual or variables).items())
-    words = " ".join(str(error).split())
-    return f"the proxy of {named} cannot be used ({words}): unset the variable, or install what it needs (httpx[socks])"
 
 
 def certificate_advice(error: str) -> str | None:
@@ -115,9 +152,78 @@ def certificate_advice(error: str) -> str | None:
     names = [name for name in CERTIFICATES if os.environ.get(name)]
     if "CERTIFICATE_VERIFY_FAILED" not in error or not names:
         return None
-    return f"{names[0]} is {os.environ[names[0]]}: does it hold the certificate of this server?"
+    return f"{names[0]} is {_printable(os.environ[names[0]])}: does it hold the certificate of this server?"
 
 
-def _without_password(proxy: str) -> str:
-    head, separator, host = proxy.rpartition("@")
-    return f"{head.partition('//')[0]}//***@{host}" if separator else proxy
+def without_credentials(address: str) -> str:
+    """An address as a message may show it: without user, password and query, also where it is not a proper one.
+
+    What stands in the place of the port and is none may be a password whose host was forgotten.
+
+    >>> [without_credentials(text) for text in ("me:secret@host:80", "socks5h://key@host", "http://me:secret")]
+    ['***@host:80', 'socks5h://***@host', 'http://me:***']
+    """
+    scheme = SCHEME.match(address)
+    rest = address[scheme.end() :] if scheme else address
+    before = LAST_AT.match(rest)
+    rest = rest[before.end() :] if before else rest
+    rest = rest.partition("?")[0]
+    host, path = re.fullmatch(r"([^/\\#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr] # fits all
+    port = re.search(r":([^:\]]*)$", host)
+    if port and port[1] and not _is_port(port[1]):
+        host, path = f"{host[: port.start()]}:***", ""
+    return _printable(f"{scheme[0] if scheme else ''}{'***@' if before else ''}{host}{path}")
+
+
+def _proxies() -> dict[str, tuple[str, str]]:
+    """The proxies of the environment or the system, by scheme: what names it, and its address."""
+    found = urllib.request.getproxies()
+    named = {}
+    for scheme in PROXIES:
+        if found.get(scheme):
+            # the variable in lower case comes first, as for the client
+            names = sorted((name for name in os.environ if name.lower() == f"{scheme}_proxy"), reverse=True)
+            name = next((name for name in names if os.environ[name] == found[scheme]), "the system")
+            named[scheme] = name, found[scheme]
+    return named
+
+
+def _check_proxy(name: str, address: str) -> None:
+    """Refuse a proxy that cannot be used.
+
+    Raises:
+        UserError: with what names it and what is wrong, without its user and password.
+    """
+    from openai import DefaultAsyncHttpxClient
+
+    full, advice = address if "://" in address else f"http://{address}", "correct it or unset it"
+    try:
+        parts = urlsplit(full)
+        port = re.search(r":([^:\]]*)$", parts.netloc.rpartition("@")[2])
+        if not parts.hostname or re.search(r"\s", parts.hostname):
+            problem = "it names no host"
+        elif port and port[1] and not _is_port(port[1]):
+            problem = f"its port is not a number from 1 to {HIGHEST_PORT}"
+        else:
+            DefaultAsyncHttpxClient(trust_env=False, proxy=full)
+            return
+    except ImportError as error:
+        problem, advice = _words(error), "unset it, or install what it needs (httpx[socks])"
+    except Exception as error:  # the client's InvalidURL is of no other kind
+        # the words of an error may quote the password
+        problem = "it is not the address of a proxy" if LAST_AT.match(address) else _words(error)
+    raise UserError(f"the proxy of {name}={without_credentials(address)} cannot be used ({problem}): {advice}")
+
+
+def _is_port(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,5}", text) is not None and 0 < int(text) <= HIGHEST_PORT
+
+
+def _printable(text: str) -> str:
+    """What a message can show of a text in one line."""
+    shown = "".join(char if char.isprintable() else "?" for char in text)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+
+
+def _words(error: Exception) -> str:
+    return _printable(" ".join(redact(str(error)).split()))

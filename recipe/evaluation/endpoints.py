@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
-from recipe.evaluation.connection import certificate_advice, open_client, proxy_advice
+from recipe.evaluation.connection import certificate_advice, is_address, open_client, proxy_advice, without_credentials
 from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice
-from recipe.evaluation.negotiation import Terms, negotiate
+from recipe.evaluation.failures import Failure, as_failure, error_in, malformed, may_pass, stop_reason
+from recipe.evaluation.negotiation import Terms, names_field, negotiate
 from recipe.redaction import redact
 
 if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, and most runs ask no endpoint
@@ -30,27 +30,12 @@ if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, 
 MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP statuses 408, 409, 429 and 5xx
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
 GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
-FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "http_5")
+FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "broken_off", "http_5")
 NEGOTIABLE = ("http_400", "http_404", "http_422", "http_500", "http_501")  # how servers refuse a field
+# how they do so in words alone: only if these speak of a field
+NEGOTIABLE_BY_WORDS = ("http_4", "http_5", "error_reply", "no_answer", "context")
+NOT_NEGOTIABLE = ("http_401", "http_402", "http_407")
 FROM_PROXY = ("connection", "timeout", "http_403", "http_407", "http_502", "http_503", "http_504")
-CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons; Mistral calls the end of the context model_length
-FILTERED = ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "sensitive")
-# words of errors that say what the status does not
-CUT_OFF_WORDS = re.compile(r"max_tokens or model output limit was reached|could not finish the message", re.IGNORECASE)
-CONTEXT_WORDS = re.compile(
-    r"context.{0,20}(length|window|size)|max_model_len|max_new_tokens. must be|(prompt|input) (is|are) too long|"
-    r"input tokens exceed",
-    re.IGNORECASE,
-)
-# of a server that is busy: the next attempt may succeed
-BUSY_WORDS = re.compile(r"rate.?limit|quota|overload|capacity|queue|per (second|minute|hour|day)", re.IGNORECASE)
-FILTER_WORDS = re.compile(r"content.?filter|content.?management.?policy|content.?policy|ResponsibleAI", re.IGNORECASE)
-ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII)
-STOP_REASONS = {  # by finish_reason
-    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "eos"),
-    **dict.fromkeys(CUT_OFF, "length"),
-    **dict.fromkeys(FILTERED, "refused"),
-}
 USAGE = ("prompt_tokens", "completion_tokens")
 ADVICE = {  # by the status of a failure
     "connection": "is it running, and is the port right?",
@@ -58,6 +43,7 @@ ADVICE = {  # by the status of a failure
     "rate_limited": "wait, or send fewer requests at once",
     "http_404": "is the path right (most end in /v1), and does it know the model?",
     "malformed": "is the path right (most end in /v1)?",
+    "no_answer": "is it a model that answers chat messages?",
 }
 _TERMS: dict[tuple, Terms] = {}  # what each endpoint was found to accept
 
@@ -87,26 +73,17 @@ class Reply:
     reasoning: str | None = None
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why there is no reply.
+class EndpointError(UserError):
+    """An endpoint that was asked in vain: `may_pass` says whether the same may succeed at another time."""
 
-    `status` is `timeout`, `connection` (refused or lost), `rate_limited`, `http_NNN`, `content_filter` (refused for
-    what the request says), `context` (longer than the server's), `cut_off` (too few tokens for an answer),
-    `error_reply` (an error without a code, sent as if it were an answer), `malformed` (not a chat completion) or
-    `not_asked` (too many requests before had failed).
-    """
-
-    status: str
-    error: str
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.error}"
+    def __init__(self, message: str, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 def is_endpoint(name: str) -> bool:
     """Whether a model's name is the address of an endpoint."""
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def parse_endpoint(name: str, key_variable: str | None = None) -> Endpoint:
@@ -122,11 +99,10 @@ def parse_endpoint(name: str, key_variable: str | None = None) -> Endpoint:
         UserError: the name is not such an address, or has a user and a password in it; or see `endpoint_key`.
     """
     address, _, model = name.partition("#")
-    if ADDRESS.fullmatch(address) is None or not model:
-        shown = re.sub(r"//.*@", "//", name).partition("?")[0]  # without what may be a secret
+    if not is_address(address) or not model:
         raise UserError(
-            f"endpoint {shown!r}: write http://host:port/v1#model, without user or password; the key goes into an "
-            "environment variable, which --endpoint_key_env or --judge_key_env names"
+            f"endpoint {without_credentials(name)!r}: write http://host:port/v1#model, without user or password; the "
+            "key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
         )
     endpoint = Endpoint(address.rstrip("/"), model, key_variable)
     endpoint_key(endpoint.url, key_variable)
@@ -149,12 +125,11 @@ def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 3
         ask(endpoint, [terms.fit(request) for request in requests])
 
     Raises:
-        UserError: the endpoint is down, wants another key, does not know the model, or accepts the request in no form.
+        EndpointError: it is down, wants another key, does not know the model, or accepts the request in no form.
     """
     signature = (endpoint, *((name, str(request.get(name))) for name in ("temperature", "top_p")))
     known = _TERMS.get(signature, Terms())
-    if "max_tokens" in request:  # some servers take no fewer
-        request = {**request, "max_tokens": max(16, request["max_tokens"])}
+    request = _long_enough(request)
 
     def send(fitted: Mapping[str, Any]) -> str | None:
         [outcome] = ask(endpoint, [fitted], timeout=timeout, time_limit=timeout, retries=0)
@@ -164,18 +139,38 @@ def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 3
     [outcome] = ask(endpoint, [known.fit(request)], timeout=timeout, time_limit=timeout, description=waiting)
     if isinstance(outcome, Reply) or outcome.status == "cut_off":  # accepted, although 16 tokens were too few
         return known
-    terms = negotiate(request, known, outcome.error, send) if outcome.status in NEGOTIABLE else None
+    is_negotiable = _is_negotiable(outcome, request)
+    terms = negotiate(request, known, outcome.error, send) if is_negotiable else None
     if terms is None:
         advised = ADVICE.get(outcome.status)
         if outcome.status in ("http_401", "http_403"):
             advised = key_advice(endpoint.url, endpoint.key_variable)
         hints = (advised, proxy_advice(endpoint.url) if outcome.status in FROM_PROXY else None)
         advice = [hint for hint in (*hints, certificate_advice(outcome.error)) if hint]
-        raise UserError("; ".join([f"endpoint {endpoint}: {outcome}", *advice]))
+        # where a field may have been refused, it will be refused again
+        passes = may_pass(outcome.status) and not is_negotiable
+        raise EndpointError("; ".join([f"endpoint {endpoint}: {outcome}", *advice]), passes)
     _TERMS[signature] = terms
     if terms.left_out:
         print(f"{endpoint} does not accept {', '.join(terms.left_out)}: asked without", file=sys.stderr)
     return terms
+
+
+def still_answers(endpoint: Endpoint, terms: Terms, request: Mapping[str, Any], timeout: float) -> bool:
+    """Whether the endpoint answers a request that it accepted in the preflight."""
+    [outcome] = ask(endpoint, [terms.fit(_long_enough(request))], timeout=timeout)
+    return isinstance(outcome, Reply) or outcome.status == "cut_off"
+
+
+def _long_enough(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The request with at least 16 tokens for the answer: some servers take no fewer."""
+    return {**request, "max_tokens": max(16, request["max_tokens"])} if "max_tokens" in request else request
+
+
+def _is_negotiable(failure: Failure, request: Mapping[str, Any]) -> bool:
+    """Whether a failure may be that of a field of the request."""
+    by_words = failure.status.startswith(NEGOTIABLE_BY_WORDS) and failure.status not in NOT_NEGOTIABLE
+    return failure.status in NEGOTIABLE or (by_words and names_field(request, failure.error))
 
 
 def ask(
@@ -256,7 +251,7 @@ def as_answer(reply: Reply) -> dict[str, Any]:
     answer = {
         "text": reply.text,
         "tokens": reply.usage["completion_tokens"] if reply.usage else None,
-        "stop_reason": STOP_REASONS.get((reply.finish_reason or "").lower()),
+        "stop_reason": stop_reason(reply.finish_reason),
         "seconds": reply.seconds,
     }
     return {**answer, "reasoning": reply.reasoning} if reply.reasoning else answer
@@ -279,21 +274,28 @@ async def _complete(
             attempt = 0
             while True:
                 raw = await client.chat.completions.with_raw_response.create(**request)
-                completion = json.loads(raw.content)
-                failure = error_in(completion)
-                if failure is None:
-                    return _as_reply(completion, raw.elapsed.total_seconds())
-                if attempt == retries or not failure.status.startswith(FAULTS_OF_ENDPOINT):
-                    return failure
+                outcome = _read(raw.content, raw.elapsed.total_seconds())
+                passes = isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT)
+                if attempt == retries or not passes:
+                    return outcome
                 await asyncio.sleep(0.5 * 2**attempt)  # as the client does where the status says it
                 attempt += 1
     except Exception as error:  # whatever a server may send, the others are still asked
-        return _as_failure(error)
+        return as_failure(error)
+
+
+def _read(body: bytes, seconds: float) -> Reply | Failure:
+    """What a body with status 200 says."""
+    try:
+        completion = json.loads(body)
+        return error_in(completion) or _as_reply(completion, seconds)
+    except Exception:  # whatever a server may send
+        return malformed(body.decode("utf-8", "replace"))
 
 
 def _as_reply(completion: Mapping[str, Any], seconds: float) -> Reply:
     choice, usage = completion["choices"][0], completion.get("usage")
-    message = choice["message"]
+    message = choice.get("message") or {}  # none if nothing was written within the limit
     thoughts = message.get("reasoning_content") or message.get("reasoning")
     content = message.get("content") or ""
     if isinstance(content, list):  # parts, each with its type
@@ -314,67 +316,3 @@ def _text_of(part: Mapping[str, Any]) -> str:
     """The text of a part of a message, which may be a list of parts itself."""
     inner = part.get("text") or part.get("thinking") or ""
     return inner if isinstance(inner, str) else "".join(map(_text_of, inner))
-
-
-def error_in(completion: Any) -> Failure | None:
-    """The error that a server sends with status 200, with its own words and code; None if there is no error.
-
-    >>> error_in({"error": {"message": "Slow down.", "code": 429}})
-    Failure(status='rate_limited', error='Slow down. (code 429)')
-    """
-    if not isinstance(completion, dict):
-        return None
-    choices = completion.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    inner = first.get("error") if isinstance(first, dict) else None
-    if first is not None and not inner:
-        return None
-    error = inner or completion.get("error") or completion.get("detail") or completion.get("message")
-    if not error:
-        return None
-    details = error if isinstance(error, dict) else completion
-    words = details.get("message") or details.get("detail") or error
-    codes = [details.get(name) for name in ("code", "status", "status_code", "type")]
-    number = next((int(str(code)) for code in codes if re.fullmatch("[45][0-9][0-9]", str(code))), None)
-    text = words if isinstance(words, str) else json.dumps(words)
-    if number is None and re.search(r"rate.?limit|quota|too.?many", f"{codes} {text}", re.IGNORECASE):
-        return _failure(429, text)
-    return _failure(
-        number, f"{text} (code {number})" if number else f"{text} {' '.join(filter(None, map(_word, codes)))}"
-    )
-
-
-def _word(code: Any) -> str:
-    return code if isinstance(code, str) else ""
-
-
-def _as_failure(error: Exception) -> Failure:
-    """What an error of the client, or of the reading of its reply, means for a request."""
-    from openai import APIConnectionError, APIStatusError, APITimeoutError
-
-    if isinstance(error, (APITimeoutError, TimeoutError)):
-        status, text = "timeout", "no complete answer in time"
-    elif isinstance(error, APIStatusError):
-        return _failure(error.status_code, error.response.text or error.message)
-    elif isinstance(error, APIConnectionError):
-        status, text = "connection", str(error.__cause__ or error)
-    else:
-        status, text = "malformed", f"not the JSON of an OpenAI-compatible endpoint: {error!r}"
-    return Failure(status, _shortened(text))
-
-
-def _failure(code: int | None, text: str) -> Failure:
-    """A failure with an HTTP status, or None in an error without one; its words may say more than the status."""
-    status = "rate_limited" if code == 429 else "error_reply" if code is None else f"http_{code}"
-    if code not in (401, 429):
-        if FILTER_WORDS.search(text):
-            status = "content_filter"
-        elif CUT_OFF_WORDS.search(text):
-            status = "cut_off"
-        elif code == 413 or (CONTEXT_WORDS.search(text) and not BUSY_WORDS.search(text)):
-            status = "context"
-    return Failure(status, _shortened(text))
-
-
-def _shortened(text: str) -> str:
-    return " ".join(redact(text).split())[:300]  # cut later, so that no part of a key is left

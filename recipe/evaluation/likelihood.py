@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
+from recipe.generation import ends_of
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length, virtual_tokens
-from recipe.tokens import as_ids, response_ids
+from recipe.tokens import any_of, as_ids, response_ids, special_tokens, without_end
 
 
 @torch.inference_mode()
@@ -29,11 +30,13 @@ def reference_losses(
     batch_size: int = 16,
     description: str | None = None,
 ) -> list[tuple[float, int] | None]:
-    """The summed cross-entropy in nats of each reference's tokens and its end-of-text token, and how many these are.
+    """The summed cross-entropy in nats of each reference's tokens and of its end, and how many these are.
 
     They are the targets of training with `mask_prompt`, so the sum of nats divided by the sum of targets is the
-    `eval_loss` of `recipe.trainer.InstructionTrainer`. The cross-entropy is computed in float32 at least. A batch that
-    does not fit in memory is halved.
+    `eval_loss` of `recipe.trainer.InstructionTrainer`, but for two things that only some models and references have.
+    A response ends with any of the tokens at which generation stops, so their probabilities are added up. A reference
+    with tags that are special tokens is read in both ways, as text and as those tokens, and the likelier one counts.
+    The cross-entropy is computed in float32 at least. A batch that does not fit in memory is halved.
 
     Args:
         prompts: whole prompts as token ids, as `recipe.tokens.prompt_ids` makes them; or as texts, in which special
@@ -55,7 +58,8 @@ def reference_losses(
     losses: list[tuple[float, int] | None] = [None] * len(prompts)
     if not prompts:
         return losses
-    features = _encode(tokenizer, prompts, references)
+    ends, tags = _ends_and_tags(model, tokenizer)
+    features, owners = _encode(tokenizer, prompts, references, tags)
     positions = (context_length(model.config) or math.inf) - virtual_tokens(model)
     lengths = [len(feature["input_ids"]) - 1 for feature in features]  # nothing is predicted from the last token
     fitting = [index for index, length in enumerate(lengths) if length <= positions]
@@ -64,15 +68,16 @@ def reference_losses(
     collate = DataCollatorForInstructionTuning(tokenizer.eos_token_id)
 
     def compute(indices: list[int]) -> list[tuple[float, int]]:
-        return _batch_losses(model, collate([features[index] for index in indices]))
+        return _batch_losses(model, collate([features[index] for index in indices]), ends)
 
     was_training = model.training
     model.eval()
     try:
         with tqdm(total=len(fitting), desc=description, unit="reference", disable=description is None) as progress:
             for indices, computed in halve_if_out_of_memory(batches, compute):
-                for index, loss in zip(indices, computed, strict=True):
-                    losses[index] = loss
+                for index, loss in zip((owners[index] for index in indices), computed, strict=True):
+                    other = losses[index]
+                    losses[index] = loss if other is None or loss[0] < other[0] else other
                 progress.update(len(indices))
     finally:
         model.train(was_training)
@@ -100,17 +105,43 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
+def _ends_and_tags(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[str, bool]]:
+    """The ids of the tokens that end a response; and the special tokens, each with whether an answer's text has it."""
+    special = special_tokens(tokenizer)
+    known = {tokenizer.eos_token_id, *special.values()}  # a config without its tokenizer may name any token as its end
+    ends = [end for end in ends_of(model, tokenizer).token_ids if end in known]
+    hidden = {tokenizer.bos_token_id, tokenizer.pad_token_id, *ends}  # others are part of an answer, such as <answer>
+    return ends, {text: index not in hidden for text, index in special.items()}
+
+
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]], references: Sequence[str]
-) -> list[dict[str, list[int]]]:
-    """As in training: prompt and reference tokenized apart, then one end-of-text token."""
-    features = []
-    for prompt, targets in zip(as_ids(tokenizer, prompts), response_ids(tokenizer, references), strict=True):
-        features.append({"input_ids": prompt + targets, "labels": [IGNORE_INDEX] * len(prompt) + targets})
-    return features
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[int]],
+    references: Sequence[str],
+    tags: Mapping[str, bool],
+) -> tuple[list[dict[str, list[int]]], list[int]]:
+    """As in training: prompt and reference tokenized apart, then one end-of-text token; and whose each feature is.
+
+    A reference with tags that are special tokens has a second feature at the end, in which they are these tokens.
+    `tags` are the special tokens, each with whether an answer's text has it.
+    """
+    prompt_ids, targets = as_ids(tokenizer, prompts), response_ids(tokenizer, references)
+    pairs, owners = list(zip(prompt_ids, targets, strict=True)), list(range(len(targets)))
+    pattern = any_of(tags)
+    for index, reference in enumerate(references):
+        text = without_end(reference, str(tokenizer.eos_token))
+        found = pattern.findall(text)
+        if found and all(tags[token] for token in found):
+            [read] = as_ids(tokenizer, [text])
+            pairs.append((prompt_ids[index], [*read, tokenizer.eos_token_id]))
+            owners.append(index)
+    features = [
+        {"input_ids": prompt + target, "labels": [IGNORE_INDEX] * len(prompt) + target} for prompt, target in pairs
+    ]
+    return features, owners
 
 
-def _batch_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[tuple[float, int]]:
+def _batch_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor], ends: list[int]) -> list[tuple[float, int]]:
     targets = batch["shift_labels"]  # (batch, time)
     supervised = targets != IGNORE_INDEX
     first = int(supervised.any(0).int().argmax())
@@ -123,9 +154,17 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> lis
     precision = torch.promote_types(logits.dtype, torch.float32)
     # row by row, so that only one row's logits are in memory twice
     sums = [
-        functional.cross_entropy(row[kept].to(precision), target[kept], reduction="sum")
+        _nats(row[kept].to(precision), target[kept], ends)
         for row, target, kept in zip(
             logits, targets[:, first:].to(model.device), supervised[:, first:].to(model.device), strict=True
         )
     ]
     return list(zip(torch.stack(sums).tolist(), supervised.sum(1).tolist(), strict=True))
+
+
+def _nats(logits: torch.Tensor, targets: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """The summed cross-entropy of targets (n,) under logits (n, vocab); any of `ends` will do in place of the last."""
+    total = functional.cross_entropy(logits, targets, reduction="sum")
+    if len(ends) == 1:
+        return total
+    return total + logits[-1, targets[-1]] - logits[-1, ends].logsumexp(0)

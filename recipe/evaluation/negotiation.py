@@ -1,7 +1,8 @@
 """Which fields of a request a server accepts: each that it refuses is changed or left out.
 
 Servers refuse `max_tokens` for `max_completion_tokens`, do not know `seed`, allow no temperature of 0, or enforce no
-JSON schema; and they say so with the statuses 400, 404, 422, 500 or 501, with the field's name or without.
+JSON schema; and they say so with the statuses 400, 404, 422, 500 or 501, with the field's name or without, or with any
+other status, 200 included, and in words.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ WORDS = {
     AS_OBJECT: r"response_?format|json_?schema|structured outputs?",
     WITHOUT_FORMAT: r"response_?format|json_?schema|json_?object|structured outputs?|json mode",
 }
+
+PARAMETER_WORDS = re.compile(
+    r"(unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra|not permitted|not supported|does not support)"
+    r".{0,30}(parameter|argument|field|propert|inputs)|(parameter|argument|field|propert|inputs).{0,40}"
+    r"(unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|not (permitted|supported|allowed|implemented|known))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,15 @@ class Terms:
 
     def without(self, change: str) -> Terms:
         return Terms(tuple(name for name in self.changes if name != change))
+
+
+def names_field(request: Mapping[str, Any], error: str) -> bool:
+    """Whether an error speaks of a field of the request that can be changed, or of some field that it does not take.
+
+    >>> names_field({"messages": [], "seed": 1}, "Unsupported parameter: seed"), names_field({"messages": []}, "Busy.")
+    (True, False)
+    """
+    return PARAMETER_WORDS.search(error) is not None or _named_change(request, Terms(), error) is not None
 
 
 def negotiate(

@@ -2,8 +2,9 @@
 
 Two things are called words here. `words` are for counting and for ROUGE: runs of letters, marks and digits, which for
 a-z and 0-9 are the words of the package `rouge_score`. `answer_words` are for token F1: SQuAD's words, but a sign that
-carries meaning stays: the minus of `-5`, the point of `3.14`, the plus signs of `C++`. Scripts that write no spaces
-between words (Chinese, Japanese, Thai, ...) are taken by characters in both.
+belongs to a number, a variable or a name stays: the minus of `-5` and `-x`, the point of `3.14`, the per cent of `5%`,
+the plus signs of `C++`. A sentence's own punctuation goes. Scripts that write no spaces between words (Chinese,
+Japanese, Thai, ...) are taken by characters in both.
 """
 
 from __future__ import annotations
@@ -24,22 +25,40 @@ SPACELESS = (
 )
 WIDE_PUNCTUATION = "\u3001-\u3004\u3008-\u3020\u3030\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 LAST_MARK = 0x1FFFF  # planes above hold no marks, symbols or punctuation but variation selectors, which change no word
-# punctuation of an answer that stays, in lower-case text
+# What a sign belongs to: a number, a variable (a letter alone, which may have an index), a symbol such as infinity.
+# A rule reads: a sign beside one of these stays. The text has its upper-case letters still: `Cl-` is an ion.
+_LETTER = r"[^\W\d_]"
+_BEFORE = rf"(?:(?<=\d)|(?<=\b{_LETTER})|(?<=∞)|(?<=[\d\])][)\]])|(?<=\b{_LETTER}[)\]]))"  # an operand ends here
+_AFTER = rf"(?=\.?\d|{_LETTER}(?![^\W\d_])|[∞√∂∫∑∇(\[])"  # an operand begins here
 KEPT = "|".join(
     (
         r"(?<=\d)[^\w\s](?=\d)",  # 3.14, 1/2, 10:30, 3-5
-        r"(?<!\w)-(?=[$€£¥]?\.?\d)",  # -5, -$5
+        rf"(?<![\w-])-+(?:(?=[$€£¥])|{_AFTER})",  # -5, -x, --i, -$5
+        rf"(?<![\w+])\+\++{_AFTER}",  # ++i
+        r"\A\s*-+(?=[^\W_]\S*\s*\Z)",  # -pi alone
+        r"(?<=[=(,<>*/^+])-+(?=\w)",  # y=-sin(x)
+        rf"{_BEFORE}/{_AFTER}|{_BEFORE}(?<![A-Z])-{_AFTER}",  # 2/x, x-1, but no B-12
+        rf"(?<=\b{_LETTER}),(?={_LETTER}\b)",  # x,y
+        rf"{_BEFORE}(?:[%‰‱٪]|!+|\*(?!\*)|--|['\"′″‴]+)(?!\w)",  # 5%, n!, a*, i--, x', 5"
+        rf"(?<![\w*])(?:\*(?!\*)|[&|])(?=\d|{_LETTER}\b)|{_BEFORE}\|",  # *p, &x, |x|
+        r"(?:(?<=\d)|(?<=\b[^\W\d_]))[(\[](?=[\w(+-])",  # 2(x+1), f(x), x[1]
+        r"(?<=[^\W_])_+(?=[^\W_])",  # x_1
         r"(?<!\S)(?:[<>]=?|[~!])(?=\w)",  # <5, !x
-        r"(?<![\w.])\.(?=\d)",  # .5
-        r"(?<=\de)-(?=\d)",  # 1e-5
+        r"(?<![\w.)\]])\.(?=\w)",  # .5, .NET
+        r"(?<=\d[eE])-(?=\d)",  # 1e-5
         r"(?<=\w)(?:\++|\#)(?!\w)",  # C++, C#, A+
         r"(?<=\b[^\W\d_])-(?!\w)",  # A-
+        r"(?:(?<=\b[A-Z][a-z])|(?<=\b[A-Z]{2})|(?<=[A-Za-z)\]]\d)|(?<=\^\d))-(?!\w)",  # Cl-, OH-, NO3-
         r"(?<=[\w)\]])(?:[<>=!]=|[<>=^+*|&~%])(?=[\w(\[-])",  # x+1, a<b
         r"(?<!\S)(?:[<>=!]=+|[<>=^+~]|&&|\|\|)(?!\S)",  # x < 5
         r"(?<=\d\s)[-*/](?=\s\d)",  # 5 - 3
     )
 )
-THOUSANDS = re.compile(r"(?<![\w.,])([-$]*\d{1,3})((?:,\d{3})+)(?![\w,])")
+# what stands in quotation marks or Markdown's asterisks: these are of the sentence, and no primes or products
+QUOTED = re.compile(r"(?<!\w)(['\"])(?=\S)((?:(?!\1).)*(?<=\S))\1(?![\w'\"])")
+EMPHASIZED = re.compile(r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*(?<=\S))\1(?![\w*])")
+SAME_SIGNS = str.maketrans({"\u2212": "-", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "％": "%"})
+THOUSANDS = re.compile(r"(?<![\w.,])([-$]{0,4}\d{1,3})((?:,\d{3})+)(?![\w,])")
 ASCII_WORD = re.compile("[a-z0-9]+")  # twenty times as fast as the pattern for all scripts
 ARTICLES = {"a", "an", "the"}
 
@@ -108,16 +127,18 @@ def apart(text: str) -> str:
 def answer_words(text: str) -> list[str]:
     """The words of an answer as in SQuAD (Rajpurkar et al. 2016): lower case, without punctuation and articles.
 
-    What SQuAD's rule loses stays: signs and points of numbers, `+` and `#` behind a word, operators between operands.
+    What SQuAD's rule loses stays: a sign beside a number or a variable (a letter alone), `+` and `#` behind a word,
+    operators between operands. Quotation marks, apostrophes and hyphens of words go.
     An article is one only before another word, so that `A` may be an answer. Punctuation of every script is left out.
     A text of nothing but punctuation is taken by white space.
 
     >>> answer_words("The U.S. cat!"), answer_words("-5 or 3.14"), answer_words("C++"), answer_words("Option A.")
     (['us', 'cat'], ['-5', 'or', '3.14'], ['c++'], ['option', 'a'])
     """
-    lowered = composed(composed(text).lower()).replace("\u2212", "-")  # the true minus
-    lowered = re.sub(r"(?<!\w)[\u2013\uff0d](?=\.?\d)", "-", lowered)  # a dash or a wide sign in its place
-    lowered = THOUSANDS.sub(lambda match: match[1] + match[2].replace(",", ""), lowered)
-    bare = _classes().punctuation.sub(lambda match: match["kept"] or "", lowered)
-    found = apart(bare).split() or lowered.split()
+    text = composed(text).translate(SAME_SIGNS)  # the true minus, typographic quotation marks
+    text = re.sub(r"(?<!\w)[\u2013\uff0d](?=\.?\w)", "-", text)  # a dash or a wide sign in its place
+    text = THOUSANDS.sub(lambda match: match[1] + match[2].replace(",", ""), text)
+    text = re.sub(r"(?<=\d)\s(?=[%‰])", "", QUOTED.sub(r"\2", EMPHASIZED.sub(r"\2", text)))  # 50 %
+    bare = _classes().punctuation.sub(lambda match: match["kept"] or "", text)
+    found = apart(composed(bare.lower())).split() or composed(text.lower()).split()
     return [word for index, word in enumerate(found) if word not in ARTICLES or index == len(found) - 1]

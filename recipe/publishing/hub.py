@@ -81,6 +81,8 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
     files = matching_files(folder, (*WEIGHTS, *SETTINGS, *RECORDS))
     if not any(path.suffix == ".safetensors" for path in files.values()):
         raise UserError(f"{folder}: no model.safetensors to push; name a finished run's folder")
+    if not files.keys() & {"config.json", "adapter_config.json"}:  # they are written after the weights
+        raise UserError(f"{folder}: no config.json, so the model's save was cut short; resume its run, then push")
     if "model.safetensors.index.json" in files:
         shards = set(read_json(files["model.safetensors.index.json"])["weight_map"].values())
         if missing := shards - files.keys():

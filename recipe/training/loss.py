@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers import EvalPrediction
 
 from recipe.collator import IGNORE_INDEX
 
@@ -133,3 +135,19 @@ def _slices(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     for start in range(0, max(1, len(logits)), count):
         rows = slice(start, start + count)
         yield rows, functional.log_softmax(logits[rows], -1, dtype=_precise(logits.dtype))
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """In nats, in float32 at least: half precision loses small probabilities."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(
+        precise.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+    )
+
+
+def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:
+    """Loss (nats per target), perplexity and accuracy from the per-row sums of `InstructionTrainer.prediction_step`."""
+    losses, correct = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
+    targets = np.sum(predictions.label_ids)
+    loss = float(losses / targets)
+    return {"loss": loss, "perplexity": float(np.exp(loss)), "next_token_accuracy": float(correct / targets)}

@@ -12,43 +12,46 @@ from safetensors import SafetensorError
 from torch import nn
 
 from recipe.config import InstructionTrainingArguments, UserError
-from recipe.files import check_place
+from recipe.files import check_place, make_folder, sweep
+from recipe.lock import contents
+from recipe.training.checkpoints import ASIDE, numbered, remove, remove_model
+from recipe.training.resuming import check_whole, find_last_whole, find_problem, is_model_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# of a checkpoint: the Trainer's, FSDP's and DeepSpeed's
-OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "pytorch_model_fsdp_*", "global_step*")
-
 
 def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
-    """The checkpoint to resume from, or None for a new run.
+    """The checkpoint to resume from, or None for a new run; the same on all processes.
 
     Raises:
-        UserError: the folder holds another run and neither resuming nor overwriting was asked for; nothing to resume.
+        UserError: the folder holds another run and neither resuming nor overwriting was asked for; nothing to resume,
+            or nothing that is whole.
     """
-    output_dir, checkpoint = Path(args.output_dir or ""), args.resume_from_checkpoint
+    output_dir, asked = Path(args.output_dir or ""), args.resume_from_checkpoint or "false"
     check_place(args.output_dir)
-    resume = (checkpoint or "false").lower()
-    if resume == "false":
-        checkpoint = None
-    elif resume in ("true", "last"):
-        checkpoint = last_whole_checkpoint(output_dir)
-    if resume != "false" and (checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file()):
-        is_empty = not output_dir.exists() or not any(output_dir.iterdir())
+    checkpoint = None
+    if asked.lower() in ("true", "last"):
+        checkpoint = find_last_whole(args, output_dir)
+    elif asked.lower() != "false":
+        checkpoint = Path(asked) if Path(asked).is_dir() else None
+        if checkpoint is not None:
+            check_whole(args, checkpoint)
+    if asked.lower() != "false" and checkpoint is None:
+        is_empty = not contents(output_dir)
         new = "leave the flag out" if is_empty else "start a new one with --overwrite_output_dir true"
         raise UserError(
             f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there, so nothing to resume; name "
             f"a checkpoint-N folder, or {new}"
         )
-    if checkpoint is not None and not any(file for name in OPTIMIZER_FILES for file in Path(checkpoint).glob(name)):
+    if checkpoint is not None and is_model_only(checkpoint):
         raise UserError(
             f"{checkpoint} holds no optimizer, because it was saved with --save_only_model true: learning rate and "
             f"optimizer would start over; start a new run from its weights with --model_name_or_path {checkpoint} and "
             "another --output_dir"
         )
-    resumes_this_run = checkpoint is not None and output_dir.resolve() in Path(checkpoint).resolve().parents
-    if not (resumes_this_run or args.overwrite_output_dir) and output_dir.exists() and any(output_dir.iterdir()):
+    resumes_this_run = checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents
+    if not (resumes_this_run or args.overwrite_output_dir) and contents(output_dir):
         resume = "add --resume_from_checkpoint true to resume it, " if last_whole_checkpoint(output_dir) else "add "
         raise UserError(
             f"--output_dir {output_dir} already holds another run or other files; {resume}--overwrite_output_dir true "
@@ -59,35 +62,41 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
             f"--output_dir {output_dir} holds a README.md that is of no run, and the model card would replace it; move "
             "it, or name another folder"
         )
-    return checkpoint
+    return None if checkpoint is None else str(checkpoint)
 
 
 def _holds_a_run(output_dir: Path) -> bool:
     """Whether a run, finished or not, has written into the folder."""
     names = ("run.json", "trainer_state.json", "config.json", "samples.jsonl")
-    return any((output_dir / name).is_file() for name in names) or any(output_dir.glob("checkpoint-*"))
+    return any((output_dir / name).is_file() for name in names) or bool(numbered(output_dir))
 
 
 def last_whole_checkpoint(output_dir: Path) -> str | None:
-    """The last checkpoint that was written to its end: the Trainer writes `trainer_state.json` after all else."""
-    folders = [folder for folder in output_dir.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
+    """The last checkpoint whose files are there in full length; their contents are not read."""
+    whole = (folder for folder in numbered(output_dir) if find_problem(folder, 1, contents=False) is None)
+    return next(map(str, whole), None)
 
 
 def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None) -> None:
-    """Make the folder; where a new run replaces an earlier one, remove what that one wrote."""
+    """Make the folder; remove what a killed run left unfinished and, for a new run, what an earlier one wrote."""
     output_dir = Path(args.output_dir or "")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None and args.overwrite_output_dir and args.should_save:
+    make_folder(output_dir)
+    if not args.should_save:
+        return
+    sweep(output_dir)
+    shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
+    if checkpoint is None and args.overwrite_output_dir:
+        remove_model(output_dir)
         for path in earlier_run(output_dir):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
 
 
 def earlier_run(output_dir: Path) -> list[Path]:
     """What a run has written, that a new one would not write over: checkpoints, weights and reports."""
     names = ("samples.jsonl", "bad_records.jsonl", "run.json", "trainer_state.json", "loss.png", "README.md")
     reports = filter(Path.is_file, (output_dir / name for name in names))
-    return [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*"), *reports]
+    return [*numbered(output_dir), *output_dir.glob("model*.safetensors*"), *reports]
 
 
 def check_disk(args: InstructionTrainingArguments, model: nn.Module, checkpoint: str | None) -> None:
@@ -102,10 +111,11 @@ def check_disk(args: InstructionTrainingArguments, model: nn.Module, checkpoint:
     if args.save_strategy != "no" and not args.save_only_model and args.optim.startswith("adamw_torch"):
         optimizer = 2 * sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)  # Adam's two means
         parts, needed = [*parts, f"optimizer {optimizer / 1e6:,.0f} MB"], needed + optimizer
-    free = shutil.disk_usage(output_dir).free
+    going = [output_dir / ASIDE]
     if checkpoint is None and args.overwrite_output_dir:
-        files = [file for path in earlier_run(output_dir) for file in ([path] if path.is_file() else path.rglob("*"))]
-        free += sum(file.stat().st_size for file in files if file.is_file())
+        going += earlier_run(output_dir)
+    files = [file for path in going for file in (path, *path.rglob("*")) if file.is_file()]
+    free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in files)
     if free < needed:
         raise UserError(
             f"--output_dir {output_dir}: its disk has {free / 1e6:,.0f} MB free, and a save needs "

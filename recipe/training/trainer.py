@@ -9,26 +9,28 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
 from recipe.data.origin import rows_in_words
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
-from recipe.reasoning import split_scored
+from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
+from recipe.training.changes import NO_TOTALS, apply_changed, totals_of
+from recipe.training.checkpoints import WholeSaves
+from recipe.training.counts import Counts
 from recipe.training.layout_check import why_not
-from recipe.training.loss import linear_cross_entropy, token_losses
+from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
@@ -41,10 +43,9 @@ ADVICE = (
     "Training stopped; nothing has been saved since the last checkpoint. Look at the rows, lower --learning_rate, or "
     "use --bf16 or float32 in place of --fp16."
 )
-UNCHECKED_LIMIT = 1000  # losses that may wait to be checked, where nothing is logged; a check is one host sync
 
 
-class InstructionTrainer(Trainer):
+class InstructionTrainer(WholeSaves):
     """Fine-tunes a causal language model on the batches of `DataCollatorForInstructionTuning`.
 
     It differs from the stock `transformers.Trainer` in this:
@@ -101,12 +102,7 @@ class InstructionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # whatever the model's forward takes: compute_loss takes the step's count
         self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
-        self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
-        self._real_tokens: torch.Tensor | int = 0  # without padding, on the device, since the last fetch
-        self._computed_tokens = 0  # with padding
-        self._supervised_tokens: torch.Tensor | int = 0  # on the device
-        self._window_tokens = [0, 0, 0]  # the three counts over all processes, since the last log
-        self._window_start: float | None = None
+        self.counts = Counts(self.accelerator)
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -157,12 +153,16 @@ class InstructionTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and the count of their targets over all processes."""
-        self._window_start = self._window_start or time.perf_counter()
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed at its end: the stock loop would take one more step
+            return [], None
+        self.counts.window_start = self.counts.window_start or time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         count = torch.stack([(_targets(batch) != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
-        self._supervised_tokens = self._supervised_tokens + count
+        self.counts.supervised = self.counts.supervised + count
         return batches, self.accelerator.reduce(count, reduction="sum")
 
     def compute_loss(
@@ -181,13 +181,13 @@ class InstructionTrainer(Trainer):
                 loss = linear_cross_entropy(hidden, head.weight, head.bias, supervised)
         if states is None:
             outputs = model(**_model_inputs(inputs), use_cache=False)
-            loss = _cross_entropy(outputs.logits, targets, reduction="sum")
+            loss = cross_entropy(outputs.logits, targets, reduction="sum")
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE_INDEX).sum()
         else:
             loss = loss * self.accelerator.num_processes / num_items_in_batch
-        if model.training:
-            self._count_micro_batch(inputs, loss.detach())
+        if model.training and self.counts.add(self.state.global_step + 1, loss.detach(), inputs):
+            self._fetch_counts()
         return (loss, outputs) if return_outputs else loss
 
     def _supervised_states(
@@ -253,7 +253,7 @@ class InstructionTrainer(Trainer):
                     losses, correct = token_losses(hidden, head.weight, head.bias, supervised)
             else:
                 logits = model(**_model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
-                losses = _cross_entropy(logits, targets, reduction="none")
+                losses = cross_entropy(logits, targets, reduction="none")
                 supervised = targets.flatten()
                 correct = logits.argmax(-1).flatten() == supervised  # never at -100, which is no token
         sums = torch.stack([losses, correct, supervised != IGNORE_INDEX], dim=1)  # (targets, 3)
@@ -277,8 +277,8 @@ class InstructionTrainer(Trainer):
         for name, value in metrics.items():
             if name.endswith(("_loss", "_perplexity")) and not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after step {self.state.global_step}. {ADVICE}")
-        if self._window_start is not None:
-            self._window_start += time.perf_counter() - start
+        if self.counts.window_start is not None:
+            self.counts.window_start += time.perf_counter() - start
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -302,8 +302,8 @@ class InstructionTrainer(Trainer):
             )
         answers = [(response.text, response.stop_reason) for response in responses]
         texts, reasons = zip(*(answers if sharded else gather_object(answers)), strict=True)
-        references = self._generation_references
-        scored = [split_scored(*pair)[0] for pair in zip(texts, references, strict=True)]
+        references, opened = self._generation_references, [opened_by(self.processing_class, p) for p in prompts]
+        scored = [split_scored(*parts)[0] for parts in zip(texts, references, opened, strict=True)]
         scores = score_responses(scored, references, reasons)
         output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
         return output
@@ -312,49 +312,64 @@ class InstructionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with throughput and shares of the tokens in every entry that has a training loss."""
-        if "loss" in logs and self._window_start is not None:
+        counts = self.counts
+        if "loss" in logs and counts.window_start is not None:
             self._fetch_counts()
-            real, computed, supervised = self._window_tokens
-            logs["tokens_per_second"] = round(real / (time.perf_counter() - self._window_start), 1)
+            real, computed, supervised = counts.window
+            logs["tokens_per_second"] = round(real / (time.perf_counter() - counts.window_start), 1)
             logs["padding"] = round(max(0.0, 1 - real / max(1, computed)), 4)
             logs["shared"] = round(max(0.0, 1 - computed / max(1, real)), 4)
             logs["supervised"] = round(supervised / max(1, real), 4)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-            self._window_tokens, self._window_start = [0, 0, 0], None
+            counts.window, counts.window_start = [0, 0, 0], None
+        if "train_loss" in logs and counts.loss_sum is not None:  # the stock one forgets what was before a checkpoint
+            self._fetch_counts()
+            logs["train_loss"] = counts.loss_sum / max(1, self.state.global_step)
         super().log(logs, start_time)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """`Trainer.save_model`, after a check that the losses since the last log and the weights are finite."""
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, which then checks and counts what was not logged: later, processes may be on their own."""
+        output = super().train(*args, **kwargs)
         self._fetch_counts()
+        return output
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock one, where training begins; with the totals of the run, and the settings that may change."""
+        optimizer: Any = self.optimizer
+        given = [dict(group) for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.counts.begin(totals_of(checkpoint) if checkpoint else NO_TOTALS)
+        if checkpoint:
+            apply_changed(self, given, getattr(self.args, "allow_changed", None) or ())
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        self._fetch_counts()
+        self.about_run["totals"] = self.counts.totals
+        super()._save_checkpoint(*args)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer.save_model`, whole or not at all, after a check that the weights are finite.
+
+        Only a sharded model needs all processes: its weights are gathered.
+        """
         assert self.model is not None
         weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
-        bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any()
-        if self.accelerator.reduce(bad.int(), reduction="sum").item():
+        bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any().int()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # else they are the same everywhere
+            bad = self.accelerator.reduce(bad, reduction="sum")
+        if bad.item():
             raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}. {ADVICE}")
         super().save_model(*args, **kwargs)
 
-    def _count_micro_batch(self, inputs: Batch, loss: torch.Tensor) -> None:
-        """Keep what the next log and check need, on the device."""
-        computed = inputs["input_ids"].numel()
-        real = inputs.get("lengths", inputs.get("attention_mask"))  # lengths of records in a shared row, or a 0/1 mask
-        self._computed_tokens += computed
-        self._real_tokens += computed if real is None else real.sum()
-        self._unchecked.append((self.state.global_step + 1, loss, inputs.get("row")))
-        if len(self._unchecked) >= UNCHECKED_LIMIT:
-            self._fetch_counts()
-
     def _fetch_counts(self) -> None:
         """Fetch the token counts of all processes, and stop if a loss was not finite: one host sync."""
-        if not self._unchecked:
+        if (fetched := self.counts.fetch()) is None:
             return
-        finite = torch.stack([loss for _, loss, _ in self._unchecked]).isfinite()
-        counts = [self._real_tokens, self._computed_tokens, self._supervised_tokens, (~finite).sum()]
-        summary = torch.stack([torch.as_tensor(count, device=finite.device) for count in counts])
-        *tokens, bad = self.accelerator.reduce(summary, reduction="sum").tolist()
-        if bad:
-            self._stop_on_bad_loss(finite.tolist())
-        self._unchecked, self._real_tokens, self._computed_tokens, self._supervised_tokens = [], 0, 0, 0
-        self._window_tokens = [before + new for before, new in zip(self._window_tokens, tokens, strict=True)]
+        tokens, finite = fetched
+        if finite:
+            self._stop_on_bad_loss(finite)
         self.state.num_input_tokens_seen += tokens[self.args.include_num_input_tokens_seen == "all"]  # with padding
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
@@ -363,19 +378,11 @@ class InstructionTrainer(Trainer):
     def _stop_on_bad_loss(self, finite: list[bool]) -> None:
         first_bad = []  # of this process
         if not all(finite):
-            step, loss, rows = self._unchecked[finite.index(False)]
+            step, loss, rows = self.counts.unchecked[finite.index(False)]
             first_bad = [(step, loss.item(), None if rows is None else rows.tolist())]
         step, loss, rows = min(gather_object(first_bad), key=lambda bad: bad[0])
         where = "" if rows is None else f" in the batch of {rows_in_words(self.train_dataset, rows)}"
         raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
-
-
-def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:
-    """Loss (nats per target), perplexity and accuracy from the per-row sums of `InstructionTrainer.prediction_step`."""
-    losses, correct = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
-    targets = np.sum(predictions.label_ids)
-    loss = float(losses / targets)
-    return {"loss": loss, "perplexity": float(np.exp(loss)), "next_token_accuracy": float(correct / targets)}
 
 
 def _targets(inputs: Batch) -> torch.Tensor:
@@ -383,14 +390,6 @@ def _targets(inputs: Batch) -> torch.Tensor:
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
     return functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    """In nats, in float32 at least: half precision loses small probabilities."""
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(
-        precise.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
-    )
 
 
 def _model_inputs(inputs: Batch) -> Batch:

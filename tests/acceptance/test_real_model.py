@@ -28,7 +28,7 @@ from recipe.generation import generate_responses
 from recipe.templates import saved_template
 from recipe.tokens import prompt_ids
 
-CURVE_STEPS, CURVE_RECORDS = 6, 4  # records in each of these steps
+CURVE_STEPS, CURVE_RECORDS = 3, 4  # records in each of these steps
 
 
 @pytest.fixture(scope="module")

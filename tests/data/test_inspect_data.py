@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import DEMO, ROOT
 from PIL import Image
@@ -15,7 +16,7 @@ from recipe.config import UserError
 
 
 def run(*arguments: str, cache: Path, expect: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "scripts/inspect_data.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
     )  # fmt: skip

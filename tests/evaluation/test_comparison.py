@@ -187,6 +187,18 @@ def test_losses_per_token_of_one_tokenizer_are_compared(tokenizers):
     assert metrics["reference_loss"]["delta"] == -2 and metrics["perplexity"]["delta"] < 0
 
 
+def test_losses_per_token_of_a_further_model_with_another_tokenizer_are_not_shown_beside():
+    """Without a baseline a reader compares each model with the tuned one, column beside column."""
+    lines = with_losses(FOUR, baseline=[(9, 3)] * 4, tuned=[(9, 3)] * 4)
+    further = [{**line, "second": line["tuned"] | {"reference_tokens": 6}, "third": line["tuned"]} for line in lines]
+    alone = [{name: value for name, value in line.items() if name != "baseline"} for line in further]
+    second, third = (compare(alone, model=label)["metrics"] for label in ("second", "third"))
+    assert second["perplexity"]["tuned"] is None and "tokenizers differ" in second["perplexity"]["reason"]
+    assert second["reference_loss"]["tuned"] == 1.5 and second["bits_per_byte"] == third["bits_per_byte"]
+    assert third["perplexity"]["tuned"] == pytest.approx(math.exp(3)) and "reason" not in third["perplexity"]
+    assert compare(alone)["metrics"]["perplexity"]["tuned"] == pytest.approx(math.exp(3))
+
+
 def test_losses_that_are_no_numbers_say_so():
     lines = with_losses(FOUR, baseline=[(9, 3)] * 4, tuned=[(None, 3)] * 4)
     metrics = compare(lines)["metrics"]
@@ -324,7 +336,7 @@ def test_intervals_cover_the_true_difference():
             low, high = scores[name]["ci95"]
             covered[name] += low <= truth[name] <= high
     for name in names:
-        assert 0.93 <= covered[name] / datasets <= 0.98, covered
+        assert 0.94 <= covered[name] / datasets <= 0.96, covered
 
 
 def test_pairing_narrows_the_interval():

@@ -1,15 +1,19 @@
 """Proxies and certificates that the environment names: used, or refused in one line with the variable's name."""
 
+import json
 import os
+import re
 
 import pytest
 from stub_endpoint import Say, serve_stub
 
 from recipe.config import UserError
-from recipe.evaluation.connection import is_loopback
+from recipe.evaluation.connection import is_loopback, without_credentials
 from recipe.evaluation.endpoints import ask, parse_endpoint, preflight
+from recipe.evaluation.judge.run import JudgeArguments, run_judge
+from recipe.redaction import redact
 
-VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
+VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir", "sslkeylogfile")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,23 @@ def test_a_server_on_this_machine_is_asked_directly(variable, value, monkeypatch
         ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE names /nowhere/ca.pem, which is not there"),
         ("SSL_CERT_DIR", "/nowhere/certs", "SSL_CERT_DIR names /nowhere/certs, which is not there"),
         ("SSL_CERT_FILE", os.path.abspath(__file__), "which holds no certificates"),
+        ("SSL_CERT_FILE", os.path.dirname(__file__), "which is not a file"),
+        ("SSL_CERT_FILE", "/nowhere/a\nb", "SSL_CERT_FILE names /nowhere/a?b, which is not there"),
+        ("http_proxy", "http://a\nb:80", "the proxy of http_proxy"),
+        ("SSL_CERT_FILE", os.devnull, "which is not a file"),
+        ("SSL_CERT_FILE", "/" + "a" * 5000, "which is not there"),
+        ("SSL_CERT_DIR", os.path.abspath(__file__), "which is not a folder"),
+        ("SSLKEYLOGFILE", "/nowhere/keys", "SSLKEYLOGFILE names /nowhere/keys, which cannot be written"),
+        ("http_proxy", "http://127.0.0.1:notaport", "its port is not a number"),
+        ("HTTP_PROXY", "127.0.0.1:99999", "its port is not a number"),
+        ("all_proxy", "socks5h://127.0.0.1:-1", "its port is not a number"),
+        ("https_proxy", "http://[::1", "the proxy of https_proxy="),
+        ("http_proxy", "   ", "it names no host"),
+        ("http_proxy", "http://", "it names no host"),
+        ("HTTPS_PROXY", "://", "the proxy of HTTPS_PROXY=:// cannot be used"),
+        ("all_proxy", "http://a b:80", "it names no host"),
+        ("ALL_PROXY", "http://a\x01b:80", "the proxy of ALL_PROXY="),
+        ("http_proxy", "http://" + "a." * 40_000, "the proxy of http_proxy="),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_named_in_one_line(variable, value, words, monkeypatch):
@@ -58,8 +79,105 @@ def test_what_cannot_be_used_is_named_in_one_line(variable, value, words, monkey
     with pytest.raises(UserError) as refused:
         answer_of("http://judge.invalid/v1")
     line = str(refused.value)
+    assert line.isprintable() and len(line) < 900
     assert words in line and variable in line and "\n" not in line
     assert "secret" not in line and "is the path right" not in line
+
+
+PASSWORD = "S3cretPw"
+SPELLINGS = {
+    "no scheme": f"user:{PASSWORD}@127.0.0.1:9",
+    "a key alone": f"http://{PASSWORD}@127.0.0.1:9",
+    "a key alone, no scheme": f"{PASSWORD}@127.0.0.1:9",
+    "socks5h": f"socks5h://user:{PASSWORD}@127.0.0.1:9",
+    "scheme in capitals": f"HTTP://user:{PASSWORD}@127.0.0.1:9",
+    "encoded": "http://user:%53%33cret%50w@127.0.0.1:9",
+    "encoded signs": f"user%3A{PASSWORD}%40127.0.0.1:9",
+    "encoded twice": f"http://user%253A{PASSWORD}%2540127.0.0.1:9",
+    "two @": f"http://user:{PASSWORD}@{PASSWORD}@127.0.0.1:9",
+    "a slash": f"http://user:{PASSWORD}/{PASSWORD}@127.0.0.1:9",
+    "a hash": f"user:{PASSWORD}#{PASSWORD}@127.0.0.1:9",
+    "a bad port": f"user:{PASSWORD}@127.0.0.1:none",
+    "no slashes": f"http:user:{PASSWORD}@127.0.0.1:9",
+    "no host": f"http://user:{PASSWORD}",
+    "no host, no scheme": f"user:{PASSWORD}@",
+    "in the query": f"http://127.0.0.1:9?password={PASSWORD}",
+}
+
+
+def is_in(text: str) -> bool:
+    """Whether a text holds the password; "%53" is "S"."""
+    plain = re.sub("%(?:25)*([0-9A-Fa-f]{2})", lambda code: chr(int(code[1], 16)), text)
+    return PASSWORD in plain
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_no_spelling_of_a_password_is_shown(spelling, variable, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, SPELLINGS[spelling])
+    assert is_in(SPELLINGS[spelling])
+    prediction = {"id": "test/0", "split": "test", "instruction": "Hi.", "input": "", "output": "Hi."}
+    args = JudgeArguments(judge="http://judge.invalid/v1#m", judge_warmup_timeout=20)
+    result = run_judge([{**prediction, "tuned": {"text": "Ho."}}], args, tmp_path)
+    assert variable in result["error"] and "Traceback" not in result["error"]
+    assert not is_in(json.dumps(result)) and not is_in((tmp_path / "judge.jsonl").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("spelling", [name for name in SPELLINGS if name != "in the query"])
+def test_a_password_of_a_proxy_is_taken_out_of_every_text(spelling, monkeypatch):
+    value = SPELLINGS[spelling]
+    monkeypatch.setenv("https_proxy", value)
+    alone = [f"Proxy-Authorization: {PASSWORD}", f"user:{PASSWORD}@host"] if value.count(PASSWORD) == 1 else []
+    for text in (f"asked {value} in vain", *alone):
+        assert not is_in(redact(text))
+    assert redact("127.0.0.1:9 is down") == "127.0.0.1:9 is down"
+
+
+def test_a_proxy_without_a_password_takes_nothing_out(monkeypatch):
+    for value in (
+        "http://proxy.example.org:3128",
+        "[::1]:8080",
+        "proxy:8080",
+        "socks5h://10.0.0.1",
+        "http://[fe80::1]",
+    ):
+        monkeypatch.setenv("http_proxy", value)
+        assert redact(f"{value} or http://[::1]:8080, proxy, 8080") == f"{value} or http://[::1]:8080, proxy, 8080"
+        assert without_credentials(value) == value
+
+
+def test_a_password_that_is_a_word_is_taken_out_with_its_user(monkeypatch):
+    monkeypatch.setenv("http_proxy", "me:instruction@host:1")
+    assert redact("through me:instruction@host:1; an instruction") == "through ***@host:1; an instruction"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://host:99999/v1",
+        "http://[::g]/v1",
+        "http://[12345::1]:8000/v1",
+        "http://a..b/v1",
+        "http://xn--/v1",
+        "http://-/v1",
+        "http://" + "a" * 300 + "/v1",
+        "http://" + "a." * 40_000 + "b/v1",
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_refused_in_one_line(address):
+    with pytest.raises(UserError) as refused:
+        answer_of(address)
+    assert "endpoint" in str(refused.value) and "\n" not in str(refused.value)
+    assert "TaskGroup" not in str(refused.value)
+
+
+def test_a_server_that_no_proxy_names_is_asked_directly_whatever_the_proxy_is(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:notaport")
+    for direct in ("judge.invalid", "*", ".invalid"):
+        monkeypatch.setenv("no_proxy", direct)
+        with pytest.raises(UserError, match="connection: ") as refused:
+            answer_of("http://judge.invalid/v1")
+        assert "proxy" not in str(refused.value)
 
 
 def test_a_proxy_that_works_is_used(monkeypatch):

@@ -47,6 +47,7 @@ def ask_stub(script, names, **options):
 def test_an_endpoint_is_read_from_its_address():
     endpoint = parse_endpoint("http://localhost:8000/v1/#/models/my model#2")
     assert (endpoint.url, endpoint.model) == ("http://localhost:8000/v1", "/models/my model#2")
+    assert parse_endpoint("HTTP://localhost:65535/v1#m").model == "m" and is_endpoint("HTTP://localhost:65535/v1#m")
     assert parse_endpoint("https://[::1]/v1#m").url == "https://[::1]/v1"
     assert is_endpoint("http://host/v1") and not is_endpoint("outputs/demo") and not is_endpoint("someone/http")
 
@@ -67,6 +68,15 @@ def test_an_endpoint_is_read_from_its_address():
         "http://me:secret@host/v1#m",
         "http://secret@host:80/v1#m",
         "http://me:secret#secret@host/v1",
+        "me:secret@host/v1#m",
+        "HTTP://me:secret@host/v1#m",
+        "http://me%3Asecret%40host/v1#m",
+        "http://me:secret/v1#m",
+        "me:secret#m",
+        "http://host:65536/v1#m",
+        "http://host:0/v1#m",
+        "http://[::g]/v1#m",
+        "http://[12345::1]:80/v1#m",
     ],
 )
 def test_what_is_no_endpoint_is_refused_without_its_secrets(name):
@@ -117,7 +127,7 @@ def test_each_fault_has_its_status():
     statuses = dict(zip(script, [getattr(outcome, "status", "reply") for outcome in outcomes], strict=True))
     expected = {
         "slow": "timeout", "drip": "timeout", "cut": "connection", "busy": "rate_limited", "broken": "http_500",
-        "refused": "http_422", "fine": "reply",
+        "refused": "http_422", "fine": "reply", "no_choices": "no_answer", "no_message": "no_answer",
     }  # fmt: skip
     assert statuses == {name: expected.get(name, "malformed") for name in script}
     assert time.monotonic() - started < 20

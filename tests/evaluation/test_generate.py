@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import DEMO, ROOT, SHARED
@@ -18,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipe.config import UserError
 
 TEST = json.dumps({"test": str(DEMO / "records" / "validation.jsonl")})
-TWO = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_processes.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def without_time(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def command(*flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, *launcher, "scripts/eval.py", *flags]
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "scripts/eval.py", *flags]
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -80,7 +80,7 @@ def test_killed_in_the_middle_and_resumed_gives_what_an_undisturbed_run_gives(tm
         "32",
     )
     killed, whole, two = (tmp_path / name for name in ("killed", "whole", "two"))
-    process = subprocess.Popen(
+    process = processes.start(
         command(*flags, "--output_dir", str(killed)), cwd=ROOT, env=environment(datasets_cache), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -96,11 +96,10 @@ def test_killed_in_the_middle_and_resumed_gives_what_an_undisturbed_run_gives(tm
     before = [json.loads(line) for line in content[:-9].split(b"\n") if line.endswith(b"}")]
     assert 30 <= len(before) < 200
 
-    for folder, launcher in ((killed, ()), (whole, ()), (two, TWO)):
-        done = subprocess.run(
-            command(*flags, "--output_dir", str(folder), launcher=launcher), cwd=ROOT, capture_output=True, text=True,
-            timeout=240, env=environment(datasets_cache),
-        )  # fmt: skip
+    for folder, count in ((killed, 1), (whole, 1), (two, 2)):
+        done = processes.run_ranks(
+            "scripts/eval.py", count, *flags, "--output_dir", str(folder), cwd=ROOT, env=environment(datasets_cache)
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         if folder is killed:
             assert f"{len(before)} of 200 answers of baseline are there already" in done.stdout
@@ -232,7 +231,7 @@ def test_gates_decide_the_exit(tmp_path, evaluate, few):
     with pytest.raises(UserError, match=r"^gate exact_match>=0.99: it is 0(.|\n)*gate perplexity<9: not measured$"):
         evaluate(*flags, "--gate", "exact_match>=0.99", "perplexity<9", "chrf>0")
     assert (tmp_path / "e" / "report.html").is_file()  # the evidence is there
-    done = subprocess.run(
+    done = processes.run(
         command("--stages", "score", "--output_dir", str(tmp_path / "e"), "--gate", "exact_match>=0.99"), cwd=ROOT,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -407,6 +407,7 @@ def test_means_deltas_and_bounds_by_hand():
     whole = summarize_scores(score_rows(baseline=[1, 2, 3, 2], tuned=[5, 4, 3, 4]), (1, 5), allow_missing=False)
     assert (whole["baseline"], whole["tuned"], whole["delta"]) == (2.0, 4.0, 2.0)
     assert whole["ci95"] == list(bootstrap_interval([4, 2, 0, 2]))
+    assert whole["p"] == pytest.approx(2 / 2**3, abs=0.015)  # of 2^3 choices of signs (0 has none), two reach the sum
     assert whole["bounds"] == {"baseline": [2, 2], "tuned": [4, 4]} and whole["missing"] == {}
 
     rows = score_rows(baseline=[1, None, 3, 2], tuned=[5, 4, None, 4], checkpoint=[2, 2, 2, 4])
@@ -422,7 +423,7 @@ def test_means_deltas_and_bounds_by_hand():
 
     alone = summarize_scores(score_rows(tuned=[5, 3]), (1, 5), allow_missing=False)
     assert (alone["baseline"], alone["tuned"], alone["delta"]) == (None, 4.0, None)
-    assert alone["ci95"] == [3, 5]
+    assert alone["ci95"] == [3, 5] and alone["p"] is None
     nothing = summarize_scores(score_rows(baseline=[None, 1], tuned=[2, None]), (1, 5), allow_missing=True)
     assert nothing["tuned"] is None and nothing["ci95"] is None
 
@@ -601,6 +602,69 @@ def test_what_a_filter_holds_back_is_a_reason_of_its_own_and_no_command_is_advis
     again, others = result["advice"].split("; ")
     assert again == "1 http_503: the same command asks again"
     assert others.startswith("3 content_filter, 1 unparsable: another --judge or --judge_prompts")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Status(403, body='{"error": {"message": "Your input was flagged by moderation."}}'),
+        Status(451, body="flagged"),
+        Raw(b'{"error": {"message": "The prompt was flagged."}}'),
+        Raw(b'{"choices": [], "promptFeedback": {"blockReason": "flagged"}}'),
+        Raw(b'{"choices": [{"message": {"content": null, "refusal": "flagged"}, "finish_reason": "stop"}]}'),
+    ],
+)
+def test_what_a_judge_refuses_is_a_missing_score_with_its_words(act, tmp_path):
+    """In each form: the other answers are scored, and the same command is not advised."""
+    with serve_stub({"": [Say("85")], "bad": [act]}) as stub:
+        result, rows = judge(stub, [prediction(0, tuned="do:bad"), prediction(1, tuned="fine")], tmp_path)
+    assert [(row["status"], row["score"]) for row in rows] == [("content_filter", None), ("scored", 85)]
+    assert "flagged" in rows[0]["error"] and result["error"] is None and not result["complete"]
+    assert result["advice"] == "1 content_filter: another --judge or --judge_prompts, as it would say the same again"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "again"),
+    [
+        ({"choices": [{"message": {"content": "85"}, "finish_reason": "error"}]}, "broken_off", True),
+        ({"choices": None}, "no_answer", False),
+        ({"code": 40001, "msg": "Insufficient balance"}, "error_reply", False),
+        ({"error": {"message": "wrong key", "code": 401}}, "http_401", False),
+        ({"error": {"message": "busy", "code": 503}}, "http_503", True),
+    ],
+)
+def test_what_a_judge_answers_with_status_200_is_a_reason(body, status, again, tmp_path):
+    with serve_stub({"": [Say("85")], "bad": [Raw(json.dumps(body).encode())]}) as stub:
+        result, rows = judge(stub, [prediction(0, tuned="do:bad"), prediction(1, tuned="fine")], tmp_path)
+    assert [row["status"] for row in rows] == [status, "scored"] and rows[0]["error"]
+    assert ("the same command" in result["advice"]) == again
+
+
+@pytest.mark.parametrize(
+    ("act", "again"),
+    [
+        (Status(401), False),
+        (Status(402), False),
+        (Status(403), False),
+        (Status(404), False),
+        (Status(405), False),
+        (Raw(b"<html>"), False),
+        (Raw(b'{"choices": []}'), False),
+        (Status(400, body="seed, max_tokens and temperature must be other ones"), False),
+        (Status(501, body="not implemented"), False),
+        (Status(503, body="the parameter seed is unsupported"), False),
+        (Raw(b'{"error": {"message": "Unsupported parameter: seed"}}'), False),
+        (Status(429), True),
+        (Status(503), True),
+    ],
+)
+def test_where_nothing_can_be_asked_no_command_is_advised_that_cannot_help(act, again, tmp_path):
+    with serve_stub({"": [act]}) as stub:
+        result, rows = judge(stub, [prediction(0, tuned="cats"), prediction(1, tuned="dogs")], tmp_path)
+    assert [row["status"] for row in rows] == ["not_asked"] * 2 and result["error"] == rows[0]["error"]
+    assert result["advice"] == "2 not_asked: " + (
+        "the same command asks again" if again else "put right what the error says, or name another --judge"
+    )
 
 
 def test_a_judge_that_takes_no_temperature_is_said_to_waver_also_from_the_cache(tmp_path):

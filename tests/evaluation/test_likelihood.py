@@ -259,3 +259,58 @@ def test_a_tokenizer_is_known_by_how_it_splits_text_and_not_by_its_special_token
     again.add_tokens(["sheep"])
     assert again.tokenize("sheep") == ["sheep"] != demo_tokenizer.tokenize("sheep")
     assert tokenizer_hash(again) != tokenizer_hash(demo_tokenizer)
+
+
+@torch.no_grad()
+def nats_by_hand(model, prompt: list[int], response: list[int], ends: list[int]) -> float:
+    """Each token of the response from the softmax of a row of its own, and the sum of the chances of its ends."""
+    nats = 0.0
+    for index, token in enumerate(response):
+        chances = model(torch.tensor([prompt + response[:index]])).logits[0, -1].double().softmax(-1)
+        nats -= chances[token].log().item()
+    chances = model(torch.tensor([prompt + response])).logits[0, -1].double().softmax(-1)
+    return nats - chances[ends].sum().log().item()
+
+
+@pytest.mark.parametrize("further", [[], ["<|im_end|>"], ["<|im_end|>", "<|user|>"]])
+def test_a_response_may_end_with_any_token_at_which_generation_stops(further):
+    """A chat model whose turns end with another token than its tokenizer names is not charged for that."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|user|>"]})
+    torch.manual_seed(1)
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=len(tokenizer))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(further)]
+    model.generation_config.eos_token_id = ends[::-1]  # its own need not be the first
+    prompts, references = [tokenizer("Name it:")["input_ids"], tokenizer("And?")["input_ids"]], ["Blue", "A red one."]
+    found = reference_losses(model, tokenizer, prompts, references)
+    for prompt, reference, (nats, count) in zip(prompts, references, found, strict=True):
+        response = tokenizer(reference, add_special_tokens=False)["input_ids"]
+        assert nats == pytest.approx(nats_by_hand(model, prompt, response, ends), rel=1e-5)
+        assert count == len(response) + 1
+
+
+@pytest.mark.parametrize("learned", ["as tokens", "as text"])
+def test_a_reference_with_tags_is_read_as_the_model_writes_them(learned):
+    """Tags that are special tokens: one model writes these tokens, another one spells them out, as trained here."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    reference, prompt = "<answer>Blue.</answer>", tokenizer("Name it:")["input_ids"]
+    ways = {
+        "as tokens": tokenizer(reference, add_special_tokens=False)["input_ids"],
+        "as text": tokenizer(reference, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+    }
+    assert len(ways["as tokens"]) < len(ways["as text"])
+    torch.manual_seed(2)
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=len(tokenizer))
+    model = AutoModelForCausalLM.from_config(config)
+    row = torch.tensor([[*prompt, *ways[learned], tokenizer.eos_token_id]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(60):
+        model(row, labels=row).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    [(nats, count), (_, plain)] = reference_losses(model, tokenizer, [prompt] * 2, [reference, "Blue."])
+    assert nats == pytest.approx(nats_by_hand(model, prompt, ways[learned], [tokenizer.eos_token_id]), rel=1e-4)
+    assert nats < 1 and count == len(ways[learned]) + 1 and plain == len(tokenizer("Blue.")["input_ids"]) + 1

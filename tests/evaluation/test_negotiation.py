@@ -7,7 +7,8 @@ import pytest
 from stub_endpoint import Raw, Say, Status, serve_stub
 
 from recipe.config import UserError
-from recipe.evaluation.endpoints import Reply, ask, chat_request, error_in, parse_endpoint, preflight
+from recipe.evaluation.endpoints import Reply, ask, chat_request, parse_endpoint, preflight
+from recipe.evaluation.failures import error_in
 from recipe.evaluation.negotiation import MOST_TRIES
 from recipe.generation import Decoding
 
@@ -34,10 +35,25 @@ WORDS = {
 }  # fmt: skip
 
 
+# refused with other statuses: only the words tell that it is a field
+SAID = {
+    "status 200": (200, '{{"error": {{"message": "Unsupported parameter: {0}"}}}}'),
+    "status 200, in a field": (200, '{{"error": {{"message": "Not here.", "type": "bad", "param": "{0}"}}}}'),
+    "status 200, plain": (200, '{{"code": 40002, "msg": "unknown field {0}"}}'),
+    "status 200, pydantic": (200, '{{"detail": [{{"loc": ["body", "{0}"], "msg": "Extra inputs not permitted"}}]}}'),
+    "403": (403, '{{"error": "{0} may not be set with your plan"}}'),
+    "405": (405, "{0}: not allowed"),
+    "413": (413, "field {0} is not supported"),
+    "409": (409, "unexpected parameter"),
+    "503": (503, '{{"error": "unknown argument {0}"}}'),
+}  # fmt: skip
+
+
 def refuse(fields, code, words):
     def answer(body):
         found = [field for field in fields if field in body]
-        return Status(code, body=words.format(found[0])) if found else None
+        body = words.format(found[0]) if found else ""
+        return None if not found else Raw(body.encode()) if code == 200 else Status(code, body=body)
 
     return answer
 
@@ -64,6 +80,33 @@ def test_a_field_that_is_refused_is_changed_and_no_other(field, words):
     assert expected in sent and len(sent) <= MOST_TRIES
     if words in ("openai", "pydantic"):  # said by name: nothing else is tried
         assert len(sent) == (3 if field == "response_format" else 2)
+
+
+@pytest.mark.parametrize("words", SAID)
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_field_that_is_refused_in_words_is_changed_whatever_the_status(field, words):
+    terms, sent = negotiated(refuse([field], *SAID[words]))
+    expected = {**{name: REQUEST[name] for name in REFUSED if name != field}, **REFUSED[field]}
+    assert {name: value for name, value in terms.fit(REQUEST).items() if name != "messages"} == expected
+    assert len(sent) <= MOST_TRIES
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Status(403, body="Forbidden"),
+        Status(401, body="seed"),
+        Status(402, body="max_tokens needs credit"),
+        Status(429, body="temperature"),
+        Raw(b'{"code": 40001, "msg": "Insufficient balance"}'),
+        Raw(b'{"choices": []}'),
+        Raw(b"<html>seed</html>"),
+    ],
+)
+def test_what_speaks_of_no_field_is_not_negotiated(act):
+    with serve_stub({"": [act]}) as stub, pytest.raises(UserError):
+        preflight(parse_endpoint(f"{stub.url}#m"), REQUEST, timeout=20)
+    assert len(stub.bodies) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Reasoning kept apart from answers: in answers only where a text begins with it, in a judge's reply wherever it is."""
 
+import doctest
+import random
+import string
 import time
 
 import pytest
 
-from recipe.reasoning import final_part, split_answer
+from recipe import reasoning as module
+from recipe.reasoning import code_spans, final_part, split_answer, split_scored
 
 PAIRS = [
     ("<think>", "</think>"),
@@ -18,6 +22,27 @@ PAIRS = [
     ("[THINK]", "[/THINK]"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("◁think▷", "◁/think▷"),
+    ("<scratch_pad>", "</scratch_pad>"),
+    ("<|think|>", "<|/think|>"),
+    ("<|thinking|>", "</|thinking|>"),
+    ("<inner_thoughts>", "</inner_thoughts>"),
+    ("<chain_of_thought>", "</chain_of_thought>"),
+    ("<ChainOfThought>", "</ChainOfThought>"),
+    ("<CoT>", "</cot>"),
+    ("<thought-process>", "</thought-process>"),
+    ("<antThinking>", "</antThinking>"),
+    ("<inner monologue>", "</inner monologue>"),
+    ("<hidden_reasoning_steps>", "</hidden_reasoning_steps>"),
+    ("<rationale>", "</rationale>"),
+    ('<think budget="3/4">', "</think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|thinking_start|>", "<|thinking_end|>"),
+    ("<思考>", "</思考>"),
+    ("【think】", "【/think】"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<unused94>thought\n", "<unused95>"),
+    ("<|im_start|>think\n", "<|im_start|>answer\n"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     ("<|start|>assistant<|channel|>analysis<|message|>", "<|return|><|start|>assistant<|channel|>final <|message|>"),
     ("analysis", "assistantfinal"),
@@ -35,7 +60,7 @@ def test_what_a_text_begins_with_is_reasoning(opening, closing):
     assert final_part(unfinished) is None
 
 
-@pytest.mark.parametrize("opening, closing", PAIRS[:11], ids=lambda mark: mark)
+@pytest.mark.parametrize("opening, closing", PAIRS[:-5], ids=lambda mark: mark)
 def test_marks_elsewhere_are_text_of_an_answer_but_never_of_a_verdict(opening, closing):
     about = f"The tag {opening} is closed by {closing}, always."
     assert split_answer(about) == (about, None)
@@ -91,11 +116,78 @@ def test_verdicts_by_hand(text, expected):
     assert final_part(text) == expected
 
 
+@pytest.mark.parametrize("opening, closing", PAIRS[:-4], ids=lambda mark: mark)
+def test_texts_about_marks_stay_whole(opening, closing):
+    for text in (
+        f"Use the {opening.strip()} tag to begin.",
+        f"`{closing}` ends it.",
+        f"It is written `x {closing}` or so.",
+        f"Write:\n```\nHm.\n{closing}\nBlue.\n```\nThat is all.",
+    ):
+        assert split_answer(text) == (text, None)
+        assert split_answer(f"{opening}Hm.{closing}{text}") == (text, "Hm.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<thinker>Rodin</thinker>", "<think_tank>Ifo</think_tank>", "<failure_reason>Time</failure_reason>", "<b>x</b>",
+     "<ascot>x</ascot>", "<thoughtful/>", "<reason_code>5</reason_code>", "<thought_leader>Ada</thought_leader>",
+     "<market_analysis>Up.</market_analysis>", "[Analysis] It is good.", "[Reasoning]\nSo.\n[Score]\n85",
+     "if a < think and b > c: pass", "<answer>Blue.</answer>", "[reason](https://example.org)",
+     "<unused95> is a token"],
+)  # fmt: skip
+def test_other_tags_are_no_reasoning(text):
+    assert split_answer(text) == (text, None)
+    assert final_part(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|START_THINKING|>Red?<|END_THINKING|><|START_RESPONSE|>Blue.<|END_RESPONSE|>",
+     "<|begin_of_thought|>Red?<|end_of_thought|>\n\n<|begin_of_solution|>\nBlue.\n<|end_of_solution|>\n",
+     "<think>Red?</think><|START_RESPONSE|>Blue.", "<think>Red?</think>\n<answer>Blue.</answer>",
+     "<thoughts>Red?</thoughts><final_answer> Blue. </final_answer>",
+     "<|START_THINKING|><|END_THINKING|><|START_RESPONSE|>Blue.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+     "<|START_RESPONSE|>Blue.<|END_RESPONSE|>"],
+)  # fmt: skip
+def test_the_tags_of_a_whole_answer_go_unless_the_reference_has_them(text):
+    assert split_answer(text)[0] == split_scored(text, "Red.")[0] == final_part(text) == "Blue."
+    tagged = text[text.rindex("<", 0, text.index("Blue")) :].strip()
+    assert split_scored(text, tagged)[0].strip() == tagged
+
+
+@pytest.mark.parametrize(
+    "text, reference, opened, answer",
+    [
+        ("Red? Or", "Blue.", "<think>", ""),
+        ("Red?</think>Blue.", "Blue.", "<think>", "Blue."),
+        ("Easy.</think>Blue.", "Easy.</think>Blue.", "<think>", "Easy.</think>Blue."),
+        ("Red?<channel|>Blue.", "Blue.", "<|channel>thought", "Blue."),
+        ("Red?<unused95>Blue.", "Blue.", "<unused94>thought", "Blue."),
+        ("Blue.", "Blue.", "", "Blue."),
+    ],
+)
+def test_a_prompt_may_open_the_reasoning(text, reference, opened, answer):
+    assert split_scored(text, reference, opened)[0] == answer
+
+
+def test_code_is_between_equal_runs_of_backticks():
+    assert [text for text in ("`a`", "``a`b``", "`a``b`") if code_spans(text) != [(0, len(text))]] == []
+    assert code_spans("a ` b") == code_spans("`` a `") == []
+    assert code_spans("` a ``b``") == [(4, 9)]
+
+
+def test_docstring_examples():
+    failed, run = doctest.testmod(module)
+    assert run >= 10 and not failed
+
+
 @pytest.mark.parametrize("before", ["", "<think>", "analysis", "<|channel|>"])
 @pytest.mark.parametrize(
     "unit",
     ["<think>", "</think>", "<think></think>", "<think><think></think>", "<think <", "a_", "[THINK]", "assistantfinal",
-     "<|channel|>", "<|channel|>final<|message|>", "\n", "<think></reasoning>"],
+     "<|channel|>", "<|channel|>final<|message|>", "\n", "<think></reasoning>",
+     "<", "`", "<|channel>thought", "<unused94>", "<answer>", "<my self ai "],
 )  # fmt: skip
 def test_hostile_texts_take_a_time_that_grows_with_their_length(unit, before):
     """Quadratic code takes a minute for 250 KB."""
@@ -106,3 +198,12 @@ def test_hostile_texts_take_a_time_that_grows_with_their_length(unit, before):
     split_answer(before + "<think>" * 20_000 + "</reasoning>" * 20_000)
     assert final_part("<think>" * 20_000 + "</reasoning>" * 20_000) is None
     assert time.process_time() - started < 5
+
+
+def test_tags_of_many_names_take_no_seconds():
+    draw, words = random.Random(2), ["my_", "self_", "ai_", "inner", "think_", "step_", "1_", *string.ascii_lowercase]
+    text = "".join(f"<{''.join(draw.choices(words, k=40))[:100]}>" for _ in range(2500))
+    started = time.process_time()
+    assert split_answer(text) == (text, None)
+    split_answer("".join("`" * n + "a" for n in range(700)))
+    assert time.process_time() - started < 3

@@ -50,12 +50,26 @@ def run(evaluate, tmp_path, *attempts: dict, flags: tuple[str, ...] = ()) -> lis
         (refusal("The response was filtered due to the prompt triggering our content management policy."), "refused"),
         (completion("content_filter", content=""), "refused"),
         (completion("content_filter", content=None), "refused"),
+        (completion("content_filter: PROHIBITED_CONTENT", content=""), "refused"),
+        (completion(content=None, refusal="I will not say 1."), "refused"),
+        (refusal("Your input was flagged by moderation.", 403), "refused"),
+        (Status(451, body=""), "refused"),
+        (Status(403, body="<html>Forbidden</html>"), "refused"),
+        (Raw(b'{"error": {"message": "Your prompt was flagged as unsafe."}}'), "refused"),
+        (Raw(b'{"error": {"message": "No such luck."}}'), "refused"),
+        (Raw(b'{"choices": null}'), "refused"),
+        (Raw(b'{"choices": []}'), "refused"),
+        (Raw(b'{"candidates": [], "promptFeedback": {"blockReason": "SAFETY"}}'), "refused"),
+        (Raw(b'{"choices": [{"message": null, "finish_reason": "stop"}]}'), "refused"),
+        (Raw(b'{"error": {"message": "prompt is too long: 9000 tokens"}}'), "context"),
     ],
 )  # fmt: skip
 def test_a_prompt_that_the_server_refuses_is_an_answer_with_its_reason(act, stop_reason, evaluate, tmp_path):
     answers = run(evaluate, tmp_path, {"r1": [act]})
     assert [answer["text"] for answer in answers] == ["0", "", "2", "3"]
     assert answers[1]["stop_reason"] == stop_reason
+    if not isinstance(act, Raw) or "content_filter" not in act.body.decode():  # else an answer, which the filter cut
+        assert answers[1]["error"]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["metrics"]["exact_match"]["tuned"] == 0.75 and metrics["behaviour"]["empty_rate"]["tuned"] == 0.25
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -72,6 +86,41 @@ def test_a_server_that_refuses_most_prompts_without_a_reason_has_another_fault(e
         run(evaluate, tmp_path, broken)
     answers = run(evaluate, tmp_path / "one", {"r1": [refusal("adapter not loaded")]})
     assert [answer["text"] for answer in answers] == ["0", "", "2", "3"] and answers[1]["stop_reason"] == "refused"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Raw(b'{"choices": []}'),
+        Raw(b'{"error": {"message": "Your prompt was flagged."}}'),
+        completion(content=None, refusal="No."),
+        refusal("flagged by moderation", 403),
+        Status(451),
+    ],
+)
+def test_a_server_that_refuses_every_prompt_is_at_fault(act, evaluate, tmp_path):
+    with pytest.raises(UserError, match=r"left 4 of 4 prompts without an answer") as reported:
+        run(evaluate, tmp_path, {f"r{n}": [act] for n in range(4)})
+    assert "once the cause of" in str(reported.value)  # the same command alone would end in the same way
+
+
+@pytest.mark.parametrize(
+    "closed",
+    [refusal("Forbidden", 403), refusal("policy violation: content of your uploads", 403), Raw(b'{"choices": []}')],
+)
+def test_a_server_that_refuses_everything_from_some_prompt_on_is_at_fault(closed, evaluate, tmp_path):
+    """As one that closes an account: what it says may be what it says of a prompt."""
+    warm_up = [Say("hello"), closed]
+    with pytest.raises(UserError, match=r"left 1 of 4 prompts without an answer"):
+        run(evaluate, tmp_path, {"r1": [closed], "": warm_up})
+
+
+@pytest.mark.parametrize(
+    "act", [Raw(b'{"code": 40001, "msg": "Insufficient balance"}'), refusal("Your API key was disabled.", 403)]
+)
+def test_what_is_wrong_with_the_account_is_no_answer(act, evaluate, tmp_path):
+    with pytest.raises(UserError, match=r"left 1 of 4 prompts without an answer[^$]*once the cause of"):
+        run(evaluate, tmp_path, {"r1": [act]})
 
 
 def test_where_all_prompts_are_refused_the_fault_is_not_theirs(evaluate, tmp_path):

@@ -137,9 +137,11 @@ def test_a_judges_mean_and_small_families_count_only_where_they_are_tested():
         "scale": [0, 100],
         "scored": {"baseline": 400, "tuned": 400},
         **make_score(60.0, 50.0, [-12.5, -7.5]),
+        "p": 1e-6,
     }
     few = {"n": 9, "metrics": {"exact_match": make_score(0.0, 1.0, [1.0, 1.0], n=9)}}
-    scores = {"exact_match": make_score(0.5, 0.6, [0.01, 0.19]), "length_ratio": make_score(1.0, 1.2, [0.1, 0.3], None)}
+    exact_match = {**make_score(0.5, 0.6, [0.01, 0.19]), "p": 0.02}
+    scores = {"exact_match": exact_match, "length_ratio": make_score(1.0, 1.2, [0.1, 0.3], None)}
     metrics = metrics_of(**scores, families={"few": few}, judge={"scores": {"score_0_100": judge_score}})
     adjust(metrics)
     assert metrics["comparisons"] == 2

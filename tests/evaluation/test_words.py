@@ -4,6 +4,7 @@ import doctest
 import random
 import re
 import string
+import time
 import unicodedata
 
 import pytest
@@ -69,6 +70,12 @@ def test_a_composed_answer_is_its_decomposed_reference(kind):
         ("5", "-5"), ("-7", "7"), ("314", "3.14"), ("25", "2.5"), ("25", ".25"), ("C", "C++"), ("C", "C#"), ("A", "A+"),
         ("12", "1/2"), ("1030", "10:30"), ("1e5", "1e-5"), ("xy", "x+y"), ("a<b", "a>b"), ("<", ">"), ("==", "!="),
         ("", "A"), ("", "the"), ("an", "a"), ("!", "?"), ("35", "3-5"), ("20240102", "2024-01-02"),
+        ("x", "-x"), ("π", "-π"), ("∞", "-∞"), ("x", "\u2212x"), ("2x", "-2x"), ("(x+1)", "-(x+1)"), ("pi", "-pi"),
+        ("inf", "-inf"), ("y=x", "y=-x"), ("i", "--i"), ("i", "++i"), ("i", "i--"), ("2x", "2/x"), ("xy", "x/y"),
+        ("2π", "π/2"), ("x1", "x-1"), ("x1", "x_1"), ("snakecase", "snake_case"), ("Cl", "Cl-"), ("OH", "OH-"),
+        ("NO3", "NO3-"), ("5", "5%"), ("5", "5 %"), ("5", "5‰"), ("5", "5!"), ("n", "n!"), ("x", "x'"), ("x'", "x''"),
+        ("fx", "f(x)"), ("f(x)", "f'(x)"), ("2x+1", "2(x+1)"), ("x1", "x[1]"), ("x", "|x|"), ("xy", "x,y"),
+        ("net", ".NET"), ("gitignore", ".gitignore"),
     ],
 )  # fmt: skip
 def test_what_means_something_else_is_not_the_same_answer(wrong, right):
@@ -82,7 +89,11 @@ def test_what_means_something_else_is_not_the_same_answer(wrong, right):
     ("answer", "reference"),
     [("The cat.", "a cat!"), ("1,000,000", "1000000"), ("$5", "5"), ("\u22125", "-5"), ("U.S.", "us"),
      ("(Rome)", "Rome"), ("**Rome**", "Rome"), ("«Рим»", "рим"), ("水。", "水"), ("القاهرة،", "القاهرة"),
-     ("नई दिल्ली।", "नई दिल्ली")],
+     ("नई दिल्ली।", "नई दिल्ली"), ("Yes!", "yes"), ("it’s", "it's"), ("It's", "its"), ("'words'", "words"), ("'A'", "A"),
+     ('"5"', "5"), ("well-known", "wellknown"), ("x-ray", "xray"), ("F-16", "F16"), ("rock 'n' roll", "rock n roll"),
+     ("-Apples\n-Pears", "Apples\nPears"), ("item(s)", "items"), ("pre- and post-war", "pre and postwar"),
+     ("*p*", "p"), ("**5%**", "5%"), ("50 %", "50%"), ("the 1990's", "1990s"), ("...and so on", "and so on"),
+     ("“No!”, she said.", "no she said"), ("and/or", "andor"), ("students' books", "students books")],
 )  # fmt: skip
 def test_what_is_written_another_way_is_the_same_answer(answer, reference):
     assert token_f1(answer, reference) == 1
@@ -123,6 +134,16 @@ def test_words_of_prose_are_those_of_squad():
     for text in random_texts(alphabet):
         text += " end"  # at the end an article is an answer
         assert answer_words(text) == squad_words(text)
+
+
+@pytest.mark.parametrize(
+    "unit", ["'", '"', "*", "-", "+", "'a ", "*a ", "a'", "(", "x!", "-x", "1,000", "**a", "_", "!"]
+)
+def test_hostile_answers_take_no_seconds(unit):
+    """250 KB; what is quadratic takes minutes."""
+    started = time.process_time()
+    answer_words(unit * (250_000 // len(unit)))
+    assert time.process_time() - started < 3
 
 
 def test_words_of_ascii_are_those_of_rouge():

@@ -13,10 +13,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import sacrebleu
 import yaml
@@ -48,7 +48,7 @@ from recipe.templates import load_template
 
 
 def script(name: str, *arguments: str, cache: Path) -> None:
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, f"scripts/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=170,
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
     )  # fmt: skip
@@ -229,7 +229,7 @@ def example_in(card: str) -> str:
 
 
 def execute(code: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120,
         env={**os.environ, **environment},
     )  # fmt: skip
@@ -462,7 +462,7 @@ def test_a_judges_scores_are_in_the_card(folder, made, run, metrics, tmp_path):
         "model": "judge|7b", "error": None, "complete": True, "labels": ["baseline", "tuned"], "answers": "",
         "scores": {"grade": {
             "scale": [0, 100], "n": 24, "scored": {"baseline": 24, "tuned": 24}, "empty": {}, "missing": {},
-            "baseline": 10.0, "tuned": 61.25, "delta": 51.25, "ci95": [40.0, 60.0], "other_models": {},
+            "baseline": 10.0, "tuned": 61.25, "delta": 51.25, "ci95": [40.0, 60.0], "p": 1e-7, "other_models": {},
             "bounds": {"baseline": [10.0, 10.0], "tuned": [61.25, 61.25]},
         }},
         "pairwise": {

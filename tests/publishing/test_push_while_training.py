@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from conftest import ROOT
@@ -167,11 +168,11 @@ def training(endpoint: str, cache: Path, *flags: str, token: str = WRITE_TOKEN) 
         "--max_steps", "4", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "1",
         "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--push_to_hub", "true", *flags,
     ]  # fmt: skip
-    return {"args": command, "cwd": ROOT, "env": environment, "text": True}
+    return {"command": command, "cwd": ROOT, "env": environment, "text": True}
 
 
 def train(*where: Any, token: str = WRITE_TOKEN) -> subprocess.CompletedProcess:
-    return subprocess.run(**training(*where, token=token), capture_output=True, timeout=200)
+    return processes.run(**training(*where, token=token), capture_output=True, timeout=200)
 
 
 def test_training_pushes_every_save_and_the_finished_run(cache, tmp_path):
@@ -209,7 +210,7 @@ def test_ctrl_c_ends_the_push_that_is_running(cache, tmp_path):
             "--max_steps", "400",
         )  # fmt: skip
         wanted["env"] |= {"PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(**wanted, stdout=output, stderr=subprocess.STDOUT)
+        process = processes.start(**wanted, stdout=output, stderr=subprocess.STDOUT)
         try:
             until(lambda: "checkpoint-4: not pushed, an earlier push is still running" in log.read_text())
             process.send_signal(signal.SIGINT)

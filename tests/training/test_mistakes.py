@@ -7,10 +7,10 @@ import hashlib
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import DEMO, ROOT
@@ -206,7 +206,8 @@ def test_a_disk_without_room_for_a_checkpoint(refused, monkeypatch):
 
 def test_a_checkpoint_of_weights_alone_is_not_resumed(refused, work, tmp_path):
     checkpoint = shutil.copytree(work / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
-    (checkpoint / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "manifest.json"):  # as --save_only_model leaves it
+        (checkpoint / name).unlink()
     message = refused("--resume_from_checkpoint", str(checkpoint))
     assert f"{checkpoint} holds no optimizer" in message and f"--model_name_or_path {checkpoint}" in message
 
@@ -273,7 +274,7 @@ def test_a_readme_of_the_users_own_is_not_replaced(tmp_path):
 
 def test_in_a_process_of_its_own_as_a_user_sees_it(work):
     before = content(work / "run")
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "scripts/train.py", *arguments(work, "--optim", "adamw_bnb_8bit")],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -299,7 +300,7 @@ def test_an_error_of_one_process_of_two_is_told_once(work):
         f"run_script(runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r})['main'], interrupted='')\n"
     )
     launch = ["accelerate.commands.launch", "--config_file", "configs/accelerate/two_processes.yaml"]
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", *launch, "--main_process_port", "0", str(script), *arguments(work)],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import transformers
@@ -207,19 +207,16 @@ def test_no_batch_that_reaches_the_model_is_over_the_budget_and_samples_are_coun
     assert trainer.get_total_train_batch_size(trainer.args) == pytest.approx(2 * len(rows) / steps, abs=0.5)
 
 
-def launch(folder: Path, processes: int, *flags: str) -> list[dict]:
-    """Some steps of the demo through `accelerate launch`: the log."""
-    config = ("accelerate_config.yaml", "configs/accelerate/two_processes.yaml")[processes - 1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
-        "scripts/train.py", "configs/demo.yaml", "--output_dir", str(folder), "--batching", "shared_prefix",
+def launch(folder: Path, count: int, *flags: str) -> list[dict]:
+    """Some steps of the demo in so many processes: the log."""
+    done = processes.run_ranks(
+        "scripts/train.py", count, "configs/demo.yaml", "--output_dir", str(folder), "--batching", "shared_prefix",
         "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "0",
         "--per_device_eval_batch_size", "7", "--disable_tqdm", "true", "--warmup_steps", "0", *flags,
-    ]  # fmt: skip
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder.parent / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        cwd=ROOT, env=os.environ | {"HF_DATASETS_CACHE": str(folder.parent / "cache")},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((folder / "run.json").read_text())["processes"] == processes
+    assert json.loads((folder / "run.json").read_text())["processes"] == count
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
@@ -273,7 +270,7 @@ def test_a_budget_below_the_longest_record_ends_the_script_before_it_touches_any
         "--overwrite_output_dir", "--max_tokens_per_batch", "20",
     ]  # fmt: skip
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = processes.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "input tokens, and max_tokens_per_batch is 20; give at least" in done.stderr
     assert kept.read_text() == "{}"

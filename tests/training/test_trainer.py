@@ -4,10 +4,9 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import sacrebleu
 import torch
@@ -20,8 +19,11 @@ from transformers import AutoModelForCausalLM, Trainer
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments
 from recipe.data import load_splits
+from recipe.evaluation.ask import without_reasoning
 from recipe.generation import generate_responses
+from recipe.reasoning import opened_by
 from recipe.templates import load_template
+from recipe.tokens import prompt_ids
 from recipe.trainer import InstructionTrainer
 from recipe.training.samples import SampleGenerations
 
@@ -245,21 +247,19 @@ def test_resumed_in_the_middle_of_an_epoch_equals_never_stopped(demo_model, demo
     assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
 
 
-def launch_three_steps(tmp_path, config: str, processes: int, batching: str = "padded") -> tuple[list[dict], Path]:
-    """Three steps of the demo through `accelerate launch`, 8 rows a step over all processes: log and folder."""
+def launch_three_steps(tmp_path, config: str, count: int, batching: str = "padded") -> tuple[list[dict], Path]:
+    """Three steps of the demo as `accelerate launch` starts them, 8 rows a step over all processes: log and folder."""
     output_dir = tmp_path / f"{Path(config).stem}-{batching}"
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
-        "scripts/train.py", "configs/demo.yaml", "--output_dir", str(output_dir), "--max_steps", "3",
-        "--per_device_train_batch_size", str(8 // processes), "--per_device_eval_batch_size", "7",
+    done = processes.run_ranks(
+        "scripts/train.py", count, "configs/demo.yaml", "--output_dir", str(output_dir), "--max_steps", "3",
+        "--per_device_train_batch_size", str(8 // count), "--per_device_eval_batch_size", "7",
         "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "3", "--num_sample_generations", "1",
         "--disable_tqdm", "true", "--warmup_steps", "0", "--eval_generate", "true", "--generation_max_new_tokens", "4",
-        "--batching", batching,
-    ]  # fmt: skip
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        "--batching", batching, config=config, cwd=ROOT,
+        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((output_dir / "run.json").read_text())["processes"] == processes
+    assert json.loads((output_dir / "run.json").read_text())["processes"] == count
     return json.loads((output_dir / "trainer_state.json").read_text())["log_history"], output_dir
 
 
@@ -313,3 +313,26 @@ def test_eval_generate_scores_answers_and_picks_the_best_checkpoint_by_them(demo
     assert trainer.state.best_global_step == best and trainer.model.training is False
     weights = load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors")
     assert torch.equal(trainer.model.transformer.wpe.weight.detach(), weights["transformer.wpe.weight"].float())
+
+
+@pytest.mark.parametrize(("ending", "score"), [("", 1), ("<think>\n", 0), ("<|START_THINKING|>", 0)])
+def test_what_is_cut_off_inside_opened_reasoning_has_no_score(demo_model, demo_tokenizer, tmp_path, ending, score):
+    """The references are the very texts that are generated; as reasoning that does not end they are no answers."""
+    path = tmp_path / "own.jinja"
+    ends = "{% if m.role == 'user' %}\n" + ending + "{% endif %}"
+    path.write_text("{% for m in messages %}{{ m.content }}" + ends + "{% endfor %}", encoding="utf-8")
+    template = load_template(str(path))
+    records = [{"instruction": text, "input": "", "output": "."} for text in ("Name a colour.", "Name two animals.")]
+    prompts = prompt_ids(template, demo_tokenizer, records)
+    texts = [response.text for response in generate_responses(demo_model, demo_tokenizer, prompts, max_new_tokens=8)]
+    assert all(texts)
+    trainer = InstructionTrainer(
+        demo_model, arguments(tmp_path), data_collator=DataCollatorForInstructionTuning(demo_tokenizer.eos_token_id),
+        processing_class=demo_tokenizer, template=template, max_new_tokens=8,
+        eval_dataset=Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "length": 3}]),
+        generation_records=[{**record, "output": text} for record, text in zip(records, texts, strict=True)],
+    )  # fmt: skip
+    found = trainer.evaluate()
+    assert found["eval_token_f1"] == found["eval_exact_match"] == score
+    scored = [without_reasoning({"text": text}, text, opened_by(demo_tokenizer, prompts[0]))["text"] for text in texts]
+    assert scored == (texts if score else ["", ""])

@@ -11,15 +11,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from recipe.evaluation.endpoints import CUT_OFF, FILTERED
-from recipe.reasoning import final_part
+from recipe.evaluation.failures import BROKEN_OFF, CUT_OFF, stop_reason
+from recipe.evaluation.judge.quotations import own_lines, planted_values
+from recipe.reasoning import SPACE, final_part
 
-# An object that ends the reply is looked for from so many lines, and in so many characters from there to the end, all
-# lines together: hostile replies have thousands of lines with objects in objects, each of which takes long to read.
-MOST_STARTS = 20
-MOST_CHARACTERS = 200_000
+MOST_STARTS = 20  # lines from which an object that ends the reply is looked for: hostile replies have thousands
 WHOLE = re.compile(r"(-?[0-9]{1,9})(?:\.0+)?(?: ?(?:/|out of) ?([0-9]{1,9})| ?(%)| points?)?", re.IGNORECASE)
 WINNER = re.compile(r"(?:the )?(?:(?:response|answer) )?\[{0,2}(?:a (?=tie))?(A|B|tie)\]{0,2}", re.IGNORECASE)
 _BEFORE = r"(?:(?:my|the|your) )?(?:(?:overall|final|total) ){0,2}"
@@ -28,15 +26,19 @@ SCORE_LABEL = re.compile(rf"{_BEFORE}(?:score|rating|grade){_BEHIND}", re.IGNORE
 WINNER_LABEL = re.compile(
     rf"{_BEFORE}(?:winner|verdict|(?:better|best|winning|preferred) (?:response|answer|one)){_BEHIND}", re.IGNORECASE
 )
+IS_FINAL = re.compile(r"(?:(?:my|the|your) )?(?:overall|final|total)\b", re.IGNORECASE)
+FINAL_HEADING = re.compile(
+    r"(?:(?:my|the) )?(?:overall|final|total)(?: (?:score|rating|grade|verdict|assessment|evaluation|judgement))? ?:?",
+    re.IGNORECASE,
+)
 EMPHASIS = re.compile(r"\*{1,3}|_{1,3}(?![A-Za-z0-9])|(?<![A-Za-z0-9])_{1,3}|^#{1,6} ")
-FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
-OPEN_FENCE = re.compile(r"(?:^|\n)[ ]{0,3}```[ ]*\w*\s*\Z")
+OPEN_FENCE = re.compile(r"[ ]{0,3}```[ ]*\w*[ \t]*")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What a reply says: `scored` with a score or a winner ("A", "B", "tie"), or `unparsable`, `out_of_range`,
-    `cut_off` or `content_filter` without one."""
+    `cut_off`, `broken_off` or `content_filter` without one."""
 
     status: str
     value: int | str | None = None
@@ -58,69 +60,110 @@ def read_verdict(
         shown: texts that the judge was given. What stands in one of them too is no verdict, unless it is all there is.
     """
     finish = (finish_reason or "").lower()
-    if finish in FILTERED:
+    if stop_reason(finish) == "refused":
         return Verdict("content_filter")
-    found = _final_object(text.strip(), must_be_whole=True)  # a reason may hold a mark of reasoning
-    rest = text if found else final_part(text)
-    missing = Verdict("cut_off" if rest is None or finish in CUT_OFF else "unparsable")
+    if finish in BROKEN_OFF:
+        return Verdict("broken_off")
+    pairs = _whole_object(text)  # a reason may hold a mark of reasoning
+    rest = text if pairs else final_part(text)
     if rest is None:
-        return missing
+        return Verdict("cut_off")
     rest = rest.strip()
-    found = found or _final_object(rest, must_be_whole=finish in CUT_OFF, shown=shown)
-    reason = None
-    if found:
-        value, reason = _value_of_object(found, scale)
+    pairs = pairs or _whole_object(rest)
+    if pairs:
+        said = _Said(*_value_of_object(pairs, scale))
     elif finish in CUT_OFF:  # the last line may be incomplete: "10" could have become "100"
-        return missing
+        return Verdict("cut_off")
     else:
-        value = _whole_value(rest, scale)
-        if value is None:
-            value = _labelled_value(_own_last_line(rest, shown), scale)
-    if value is None:
-        return missing
-    if scale and not scale[0] <= int(value) <= scale[1]:
-        return Verdict("out_of_range", reason=reason)
-    return Verdict("scored", value, reason)
+        alone = _whole_value(rest, scale)
+        said = _last_said(rest, scale, shown) if alone is None else _Said(alone)
+    if said.value is None:
+        return Verdict(
+            "cut_off" if finish in CUT_OFF else "unparsable", reason=said.reason if said.is_refused else None
+        )
+    if scale and not scale[0] <= int(said.value) <= scale[1]:
+        return Verdict("out_of_range", reason=said.reason)
+    return Verdict("scored", said.value, said.reason)
 
 
-def _final_object(text: str, must_be_whole: bool, shown: Sequence[str] = ()) -> list[tuple[str, Any]] | None:
-    """Keys and values of the JSON object that ends a text, also within a fence.
+class _Said(NamedTuple):
+    """A verdict in a reply: its value, None if it has none, with the judge's reason, or ours for not taking it."""
 
-    It begins a line, and no brace is open before it: else it may be a part of something larger, or a quotation.
+    value: int | str | None
+    reason: str | None = None
+    is_final: bool = False  # "Overall score: 3"
+    is_refused: bool = False
+    end: int = 0
+
+
+def _last_said(text: str, scale: tuple[int, int] | None, shown: Sequence[str]) -> _Said:
+    """The verdict that ends a reply of several lines, unless another one or a text shown to the judge contradicts."""
+    found = _own_verdicts(text, scale)
+    if not found or found[-1].end < len(text) or found[-1].value is None:
+        return _Said(None)
+    last, planted = found[-1], planted_values(shown, scale is not None)
+    name = "winners" if scale is None else "scores"
+    if last.value in planted:
+        return _Said(
+            None, f"what the judge was shown names {last.value} itself, so this may be a quotation", False, True
+        )
+    others = [said.value for said in found if said.is_final or not last.is_final]
+    other = next(
+        (value for value in others if value is not None and value != last.value and value not in planted), None
+    )
+    return last if other is None else _Said(None, f"two different {name}, {other} and {last.value}", False, True)
+
+
+def _own_verdicts(text: str, scale: tuple[int, int] | None) -> list[_Said]:
+    """The verdicts that stand in lines of the judge's own, in their order: labelled lines, JSON objects."""
+    lines, found, end, heading = own_lines(text), [], 0, ""
+    begin_object = [line.start for line in lines if line.is_own and line.text.lstrip().startswith("{")]
+    tried = set(begin_object[-MOST_STARTS:])
+    for index, line in enumerate(lines):
+        if line.start < end or not line.text.strip():
+            continue
+        if line.is_own:
+            fenced = OPEN_FENCE.fullmatch(line.text) is not None and text.endswith("```")
+            if line.start in tried or fenced:
+                start = lines[index + 1].start if fenced and index + 1 < len(lines) else line.start
+                pairs, end = _object_at(text, start, is_fenced=fenced)
+                if pairs:
+                    found.append(_Said(*_value_of_object(pairs, scale), end=end))
+            elif (value := _labelled_value(line.text, scale)) is not None:
+                is_final = (
+                    IS_FINAL.match(_unlisted(line.text)) is not None
+                    or FINAL_HEADING.fullmatch(_plain(heading)) is not None
+                )
+                found.append(_Said(value, None, is_final, end=line.start + len(line.text)))
+        heading = line.text
+    return found
+
+
+def _whole_object(text: str) -> list[tuple[str, Any]] | None:
+    """Keys and values of the JSON object that a text is, also within a fence."""
+    text = text.strip()
+    first, _, rest = text.partition("\n")
+    is_fenced = OPEN_FENCE.fullmatch(first) is not None and text.endswith("```")
+    pairs, end = _object_at(rest if is_fenced else text, 0, is_fenced)
+    return pairs if end == len(rest if is_fenced else text) else None
+
+
+def _object_at(text: str, start: int, is_fenced: bool) -> tuple[list[tuple[str, Any]] | None, int]:
+    """Keys and values of the JSON object that begins here and ends a line, and where it, or its fence, ends.
+
+    A fenced one ends the text.
     """
-    is_fenced = text.endswith("```")
-    text = text[:-3].rstrip() if is_fenced else text
-    if not text.endswith("}"):
-        return None
-    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_Pairs)
-    starts = [match.end() - 1 for match in re.finditer(r"^[ \t]{0,3}\{", text, re.MULTILINE)]
-    for start in starts[:1] if must_be_whole else _near_the_end(starts, len(text)):
-        if len(text) - start > MOST_CHARACTERS:
-            continue
-        try:
-            parsed, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            continue
-        if end < len(text):
-            continue
-        fence = OPEN_FENCE.search(text[:start])
-        before = text[: fence.start()] if fence else text[:start]
-        is_own = not before.strip() or not any(_squeezed(text[start:]) in _squeezed(other) for other in shown)
-        is_open = before.count("{") > before.count("}") or _is_within_quotation(before) or _has_open_fence(before)
-        if is_own and not is_open and not (is_fenced and not fence) and not (must_be_whole and before.strip()):
-            return parsed.pairs
-    return None
-
-
-def _near_the_end(starts: list[int], end: int) -> list[int]:
-    """The last starts that can be tried in a bounded time, in their order."""
-    total, near = 0, []
-    for start in reversed(starts[-MOST_STARTS:]):
-        total += end - start
-        if total > MOST_CHARACTERS:
-            break
-        near.append(start)
-    return near[::-1]
+    start = SPACE.match(text, start).end()  # type: ignore[union-attr]
+    if not text.startswith("{", start):
+        return None, 0
+    try:
+        parsed, end = json.JSONDecoder(strict=False, object_pairs_hook=_Pairs).raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None, 0
+    if is_fenced:
+        return (parsed.pairs, len(text)) if text[end:].strip() == "```" else (None, 0)
+    rest = text[end : end + 1000].partition("\n")[0]
+    return (None, 0) if rest.strip() else (parsed.pairs, end)
 
 
 def _value_of_object(
@@ -161,13 +204,13 @@ def _whole_value(text: str, scale: tuple[int, int] | None) -> int | str | None:
     return _labelled_value(line, scale) if value is None else value
 
 
-def _labelled_value(line: str | None, scale: tuple[int, int] | None) -> int | str | None:
+def _labelled_value(line: str, scale: tuple[int, int] | None) -> int | str | None:
     """The verdict of a line with its label, such as "Final rating: **85**/100" or "Winner: Response A"."""
-    if line is None:
-        return None
-    plain = re.sub(r"^[-+•] ", "", _plain(line))  # of a list
+    plain = _unlisted(line)
     label = (WINNER_LABEL if scale is None else SCORE_LABEL).match(plain)
     if label is None or (label[1] and (scale is None or (int(label[1]), int(label[2])) != scale)):
+        return None
+    if re.sub(r"^\s*\* ", "", line).count("*") % 2:  # emphasis that began before
         return None
     return _value(plain[label.end() :], scale)
 
@@ -186,37 +229,12 @@ def _value(text: str, scale: tuple[int, int] | None) -> int | str | None:
     return int(score[1])
 
 
+def _unlisted(line: str) -> str:
+    return re.sub(r"^[-+•] ", "", _plain(line))
+
+
 def _plain(line: str) -> str:
     """A line without emphasis, the sign of a heading or of a list, and runs of white space."""
     if len(line) > 1000:  # no verdict is that long
         return ""
     return " ".join(EMPHASIS.sub("", " ".join(line.split())).split())
-
-
-def _own_last_line(text: str, shown: Sequence[str]) -> str | None:
-    """The last line of a text, None if it is a quotation or code, as far as Markdown, quotation marks and what the
-    judge was given tell."""
-    before, _, line = text.rpartition("\n")
-    previous = before.rpartition("\n")[2]
-    is_code = line.startswith(("    ", "\t")) or FENCE.match(line) is not None or _has_open_fence(before)
-    is_block_quote = line.lstrip().startswith(">") or previous.lstrip().startswith(">")
-    plain = _plain(line).lower()
-    quoted = re.compile(rf"(?<!\w){re.escape(plain)}(?!\w)")
-    is_shown = any(
-        quoted.search(" ".join(EMPHASIS.sub("", " ".join(other.split())).lower().split())) for other in shown
-    )
-    return None if is_code or is_block_quote or is_shown or _is_within_quotation(before) else line
-
-
-def _has_open_fence(text: str) -> bool:
-    return len(FENCE.findall(text)) % 2 == 1
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def _is_within_quotation(text: str) -> bool:
-    """Whether a quotation that began in the text may go on behind it."""
-    pairs = (("“", "”"), ("«", "»"))
-    return text.count('"') % 2 == 1 or any(text.count(first) > text.count(last) for first, last in pairs)

@@ -21,7 +21,8 @@ from recipe.config import UserError, setting
 from recipe.evaluation.answers import append_lines
 from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.endpoint_keys import variable_for
-from recipe.evaluation.endpoints import USAGE, Endpoint, Failure, Reply, ask, parse_endpoint, preflight
+from recipe.evaluation.endpoints import USAGE, Endpoint, EndpointError, Reply, ask, parse_endpoint, preflight
+from recipe.evaluation.failures import Failure
 from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
 from recipe.evaluation.judge.reading import Verdict
 from recipe.evaluation.judge.summary import WITH_VALUE, missing_advice, summarize_pairs, summarize_scores
@@ -115,13 +116,13 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
     predictions, path = _first_split(predictions), output_dir / "judge.jsonl"
     questions = [q for prediction in predictions for prompt in prompts for q in _questions(prompt, prediction)]
     outcomes: dict[str, Reply | Failure] = {}
-    error, left_out = None, []
+    error, may_be_asked, left_out = None, True, []
     try:
         if any(prompt.scale is None for prompt in prompts) and "baseline" not in labels_of(predictions):
             raise UserError("--judge_prompts pairwise compares two models; name a --baseline")
         left_out = _ask_missing(endpoint, questions, outcomes, args, output_dir / "judge_cache.jsonl")
     except UserError as raised:
-        error = str(raised)
+        error, may_be_asked = str(raised), isinstance(raised, EndpointError) and raised.may_pass
     finally:
         not_asked = Failure("not_asked", error or "interrupted")
         rows = [_as_row(question, outcomes.get(question.key(endpoint), not_asked)) for question in questions]
@@ -145,7 +146,7 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
         "pairwise": summarize_pairs(pairs, args.judge_allow_missing) if pairs else None,
         "error": error,
         "left_out": left_out,
-        "advice": missing_advice(rows, MORE_TOKENS[-1] * args.judge_max_tokens),
+        "advice": missing_advice(rows, MORE_TOKENS[-1] * args.judge_max_tokens, may_be_asked),
         "labels": labels_of(predictions),
         "answers": answers_hash(predictions, labels_of(predictions)),
     }

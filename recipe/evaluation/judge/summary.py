@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from recipe.evaluation.comparison import bootstrap_interval
+from recipe.evaluation.comparison import bootstrap_interval, paired_p_value
+from recipe.evaluation.failures import may_pass
 
-# statuses of faults that may be gone when the same is asked again
-PASSING = ("timeout", "connection", "rate_limited", "http_408", "http_409", "http_5", "not_asked")
+# statuses of faults that the judge names and only a user can remove, such as a wrong key or an account without money
+TO_PUT_RIGHT = ("http_401", "http_402", "http_403", "http_404", "http_405", "http_407", "malformed", "error_reply")
 WITH_VALUE = ("scored", "empty", "identical")  # statuses of rows that have a score or a winner
 
 
@@ -24,9 +25,9 @@ def summarize_scores(rows: Sequence[Mapping[str, Any]], scale: tuple[int, int], 
 
     Returns:
         `scale`, `n` ids; by model how many are `scored` and of these `empty`; `missing`: how many rows by status;
-        `baseline`, `tuned`, `delta` and `ci95`, the paired bootstrap interval of the delta (of the tuned score without
-        a baseline), None if scores are missing; `other_models`: the means of further models; `bounds` by model: its
-        mean if each missing score were the lowest, and the highest.
+        `baseline`, `tuned`, `delta`, its paired bootstrap interval `ci95` and its paired permutation `p` (without a
+        baseline the interval of the tuned score, and no p), None if scores are missing; `other_models`: the means of
+        further models; `bounds` by model: its mean if each missing score were the lowest, and the highest.
     """
     labels = list(dict.fromkeys(row["model"] for row in rows))
     scores = {m: np.array([row["score"] for row in rows if row["model"] == m], dtype=np.float64) for m in labels}
@@ -40,6 +41,7 @@ def summarize_scores(rows: Sequence[Mapping[str, Any]], scale: tuple[int, int], 
     means = {label: mean(label, paired) for label in compared}
     difference = (scores["tuned"] - scores["baseline"] if "baseline" in compared else scores["tuned"])[paired]
     is_known = means["tuned"] is not None
+    several, compares = is_known and len(difference) > 1, "baseline" in compared
     low, high = scale
     return {
         "scale": [low, high],
@@ -49,8 +51,9 @@ def summarize_scores(rows: Sequence[Mapping[str, Any]], scale: tuple[int, int], 
         "missing": _missing(rows),
         "baseline": means.get("baseline"),
         "tuned": means["tuned"],
-        "delta": float(difference.mean()) if is_known and "baseline" in compared else None,
-        "ci95": list(bootstrap_interval(difference)) if is_known and len(difference) > 1 else None,
+        "delta": float(difference.mean()) if is_known and compares else None,
+        "ci95": list(bootstrap_interval(difference)) if several else None,
+        "p": paired_p_value(difference) if several and compares else None,
         "other_models": {label: mean(label, is_scored[label]) for label in labels if label not in compared},
         "bounds": {m: [float(np.nan_to_num(scores[m], nan=end).mean()) for end in (low, high)] for m in labels},
     }
@@ -95,7 +98,7 @@ def summarize_pairs(rows: Sequence[Mapping[str, Any]], allow_missing: bool) -> d
     }
 
 
-def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int) -> str | None:
+def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int, may_be_asked: bool = True) -> str | None:
     """What can help against the missing scores of `judge.jsonl`, None if none is missing.
 
     >>> missing_advice([{"status": "cut_off"}, {"status": "scored"}], 8192)
@@ -104,13 +107,16 @@ def missing_advice(rows: Sequence[Mapping[str, Any]], most_tokens: int) -> str |
     Args:
         rows: of `judge.jsonl`.
         most_tokens: with how many the judge was asked at last.
+        may_be_asked: False if nothing could be asked, and another attempt would end as this one did.
     """
     counts = _missing(rows)
-    passing = [status for status in counts if status.startswith(PASSING)]
+    passing = [status for status in counts if may_pass(status) and (may_be_asked or status != "not_asked")]
+    wrong = [status for status in counts if status not in passing and status in (*TO_PUT_RIGHT, "not_asked")]
     cut = [status for status in counts if status == "cut_off"]
-    lasting = [status for status in counts if status not in (*passing, *cut)]
+    lasting = [status for status in counts if status not in (*passing, *wrong, *cut)]
     advice = {
         "the same command asks again": passing,
+        "put right what the error says, or name another --judge": wrong,
         f"a --judge_max_tokens above {most_tokens} if it takes as many, or another --judge": cut,
         "another --judge or --judge_prompts, as it would say the same again": lasting,
     }

@@ -1,0 +1,239 @@
+"""Checkpoints that are whole or absent: written aside, flushed, listed in a manifest, then renamed; checked when read.
+
+In an output folder, `_unfinished/` holds what is being written or removed. The stock Trainer's push leaves out what
+begins with an underscore. All else there is whole, see `recipe.training.resuming`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from recipe.files import draft_of, flush, flush_place, make_folder
+from recipe.training.manifest import MANIFEST, Seal, add_hashes, write_manifest
+
+ASIDE = "_unfinished"
+STATE = "trainer_state.json"
+PICKLED_ARGUMENTS = "training_args.bin"  # the Trainer's; nothing reads it, and it may hold a token
+LAST = ("config.json", "adapter_config.json", MANIFEST)  # a folder without its config is no model to anyone
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model*.safetensors", INDEX, "adapter_model.safetensors")
+
+
+@contextmanager
+def whole_checkpoint(trainer: Trainer, run_dir: Path, about: Mapping[str, Any]) -> Iterator[Seal]:
+    """Let the Trainer write a checkpoint to `run_dir / ASIDE`, and put it in its place when all processes have.
+
+    Older checkpoints beyond `save_total_limit` go when the new one is on the disk. Every process calls it.
+
+    Args:
+        about: what the manifest tells beside step and number of processes, as hashes of settings and data; no secrets.
+
+    Raises:
+        OSError: the disk is full, or fails; what was there before is still there.
+    """
+    args, state, wait = trainer.args, trainer.state, trainer.accelerator.wait_for_everyone
+    final = run_dir / f"checkpoint-{state.global_step}"
+    draft = run_dir / ASIDE / final.name
+    if args.should_save:
+        make_folder(run_dir)
+        shutil.rmtree(draft, ignore_errors=True)
+    wait()
+    seal = Seal(draft)
+    try:
+        yield seal
+        best = run_dir / f"checkpoint-{state.best_global_step}"
+        moved = bool(state.best_global_step) and (best == final or best.is_dir())
+        if moved:
+            state.best_model_checkpoint = str(best)  # not where it is written now
+        wait()  # each process has written its files
+        if args.should_save:
+            if moved:
+                state.save_to_json(str(draft / STATE))
+            (draft / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            seal.close({"step": state.global_step, "world_size": args.world_size, **about})
+            _put_in_place(draft, final)
+            remove_older(final, args.save_total_limit, state.best_model_checkpoint)
+            seal.complete(final)
+    finally:
+        seal.abandon()
+        if args.should_save:
+            shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+    wait()  # nobody reads it, or goes on, before
+
+
+def _put_in_place(draft: Path, final: Path) -> None:
+    """Rename a finished folder; one that is there goes aside first, and comes back if that fails."""
+    earlier = draft.with_name(f"replaced-{final.name}")
+    if final.is_dir():
+        final.rename(earlier)
+    elif final.exists():  # somebody else's file
+        final.rename(kept := final.with_name(f"{final.name}.kept"))
+        print(f"  {final} was a file; it is now {kept}")
+    try:
+        draft.rename(final)
+    except OSError:
+        put_back(final.parent)
+        raise
+    flush_place(final.parent)
+
+
+def put_back(run_dir: Path) -> None:
+    """Put a checkpoint back that went aside for another, which then did not come because the process was killed."""
+    for earlier in (run_dir / ASIDE).glob("replaced-checkpoint-*"):
+        final = run_dir / earlier.name.removeprefix("replaced-")
+        if not final.exists():
+            earlier.rename(final)
+            flush(run_dir)
+
+
+def remove_older(new: Path, limit: int | None, best: str | None) -> None:
+    """Keep `limit` checkpoints: the new one, the best one, and of the others those of the last steps before it."""
+    if not limit or limit < 0:
+        return
+    keep = {new} | ({Path(best)} if best else set())
+    step = step_of(new)
+    spare = [folder for folder in numbered(new.parent) if folder not in keep]
+    spare.sort(key=lambda folder: (step_of(folder) < step, step_of(folder)), reverse=True)  # of an earlier run: first
+    for folder in spare[max(0, limit - len(keep)) :]:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that it is there whole, or not at all."""
+    gone = folder.parent / ASIDE / f"removed-{folder.name}"
+    gone.parent.mkdir(exist_ok=True)
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+@contextmanager
+def whole_model(folder: Path, writes: bool) -> Iterator[Path]:
+    """A folder to save a model to, whose files then take their place in `folder`, its config and the manifest last.
+
+    A model is finished when its config is there; that goes before its weights do, and comes after them.
+
+    Args:
+        writes: whether this process is the one that saves.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    draft = folder / ASIDE / "model"
+    if writes:
+        make_folder(folder)
+        shutil.rmtree(draft, ignore_errors=True)
+    seal = Seal(draft)
+    try:
+        yield draft
+        if writes and draft.is_dir():  # FSDP may keep its shards in checkpoints alone
+            (draft / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            seal.close({})
+            add_hashes(draft, seal.content)
+            write_manifest(draft, seal.content)
+            _replace_model(folder, draft)
+    finally:
+        seal.abandon()
+        if writes:
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)
+
+
+def _replace_model(folder: Path, draft: Path) -> None:
+    remove_model(folder)
+    for path in sorted(draft.iterdir(), key=lambda path: LAST.index(path.name) + 1 if path.name in LAST else 0):
+        if path.name in LAST:
+            flush(folder)  # what comes before
+        place = folder / path.name
+        if place.is_dir() and path.is_dir():  # of an adapter
+            shutil.rmtree(place)
+        path.replace(place)
+    flush_place(folder)
+
+
+def remove_model(folder: Path) -> None:
+    """Remove an earlier model's config, then its weights, so that no config stands beside weights of another run."""
+    for name in reversed(LAST):
+        (folder / name).unlink(missing_ok=True)
+    flush(folder)
+    for path in [path for pattern in WEIGHTS for path in folder.glob(pattern)]:
+        path.unlink()
+    (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+
+
+class WholeSaves(Trainer):
+    """A `transformers.Trainer` whose checkpoints and final model are whole or absent, without pickled arguments.
+
+    `about_run` is what the manifest of each checkpoint tells beside the step, as hashes of settings and data.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.about_run: dict[str, Any] = {}
+        self._seal: Seal | None = None  # while a checkpoint is written
+        self._last_seal: Seal | None = None  # which may still be hashed
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, to the last hash of its last checkpoint."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._wait_for_hashes()
+
+    def _wait_for_hashes(self) -> None:
+        if self._last_seal is not None:
+            self._last_seal.wait()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`Trainer._save_checkpoint`, to a folder aside that gets its name when it is whole and on the disk."""
+        self._wait_for_hashes()
+        try:
+            with whole_checkpoint(self, Path(self._get_output_dir(trial)), self.about_run) as self._seal:
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._seal, self._last_seal = None, self._seal
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return run_dir if self._seal is None else str(self._seal.folder.parent)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, whole or not at all; only a sharded model needs all processes, to gather it."""
+        if self._seal is not None:  # of a checkpoint, which is whole when all of it is
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole_model(Path(output_dir or self.args.output_dir or ""), self.args.should_save) as draft:
+            super().save_model(str(draft), _internal_call=True)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_state(self) -> None:
+        """`Trainer.save_state`, whole or not at all."""
+        if self.is_world_process_zero():
+            with draft_of(Path(self.args.output_dir or "") / "trainer_state.json") as draft:
+                self.state.save_to_json(str(draft))
+
+
+def numbered(run_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N`, of the last step first; no other names, as `checkpoint-best`, and no files."""
+    folders = [path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(folders, key=lambda path: (step_of(path), path.name), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The N of `checkpoint-N`, -1 for another name.
+
+    >>> step_of(Path("run/checkpoint-500")), step_of(Path("run/checkpoint-best"))
+    (500, -1)
+    """
+    found = re.fullmatch(r"checkpoint-([0-9]{1,18})", folder.name)
+    return int(found[1]) if found else -1
