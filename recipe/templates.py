@@ -56,7 +56,7 @@ class Template:
     chat_template: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... by name
     input_in_content: bool = False  # because the template reads nothing of a message but its content
-    source: str = ""  # where it comes from, for messages; default: its name
+    source: str = field(default="", repr=False, compare=False)  # where it is from, for messages; default: its name
 
     def messages(self, record: Mapping[str, str | None]) -> list[dict[str, str]]:
         """The chat messages that this template, and `apply_chat_template` with it, renders to the record's prompt."""

@@ -43,7 +43,9 @@ def variable_for(
 ) -> str | None:
     """The environment variable with the key of an endpoint, as a flag says: `NAME`, or `HOST=NAME` for several hosts.
 
-    >>> variable_for("https://a.org/v1", ["a.org=A_KEY", "b.org:8000=B_KEY"])
+    >>> os.environ.update(A_KEY="the key of a.org", B_KEY="the key of b.org")
+    >>> urls = ["https://a.org/v1", "https://b.org:8000/v1"]
+    >>> variable_for(urls[0], ["a.org=A_KEY", "b.org:8000=B_KEY"], urls)
     'A_KEY'
 
     Args:
