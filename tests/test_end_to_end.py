@@ -177,14 +177,15 @@ def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
         "--lr_scheduler_type", "constant",
     )  # fmt: skip
     run(*options, "--max_steps", "2", cache=cache)
+    resume = ("--resume_from_checkpoint", "true", "--allow_changed", "max_steps")
     before = (tmp_path / "run" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
-    done = run(*options, "--max_steps", "3", "--resume_from_checkpoint", "true", cache=cache)
+    done = run(*options, "--max_steps", "3", *resume, cache=cache)
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
     torn = tmp_path / "run" / "checkpoint-9"  # what kill -9 leaves in the middle of a save
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    run(*options, "--max_steps", "4", "--resume_from_checkpoint", "true", cache=cache)
+    run(*options, "--max_steps", "4", *resume, cache=cache)
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 4
     other = ("--output_dir", str(trained), "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"))
     done = run(*options, "--max_steps", "3", *other, cache=cache, expect=1)

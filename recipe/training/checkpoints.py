@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from transformers import Trainer
+from typing import TYPE_CHECKING, Any
 
 from recipe.files import flush, flush_place, make_folder
 from recipe.training.manifest import MANIFEST, Seal, add_hashes, write_manifest
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 ASIDE = "_unfinished"
 STATE = "trainer_state.json"

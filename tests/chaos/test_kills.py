@@ -7,8 +7,8 @@ import pytest
 
 # `make chaos` kills all 20 configurations, 1,000 times
 KILLED = {
-    "shared prefixes": 9, "dropout, persistent workers": 9, "one checkpoint": 9, "epochs": 8,
-    "two processes, shared prefixes, dropout": 5,
+    "shared prefixes": 10, "dropout, persistent workers": 10, "one checkpoint": 10, "epochs": 8,
+    "two processes, shared prefixes, dropout": 4,
 }  # fmt: skip
 TOLD = {signal.SIGTERM: "dropout, workers", signal.SIGHUP: "accumulation", signal.SIGINT: "two processes"}
 
@@ -23,5 +23,5 @@ def test_killed_runs_end_as_if_nothing_had_been(name, tmp_path):
 @pytest.mark.parametrize("number", TOLD)
 def test_runs_that_are_told_to_stop_go_on_later(number, tmp_path):
     data = kills.records(tmp_path / "records.jsonl")
-    survival = kills.survive(TOLD[number], data, tmp_path, kills=4, seed=2, number=number)
+    survival = kills.survive(TOLD[number], data, tmp_path, kills=2, seed=2, number=number)
     assert not survival.problems

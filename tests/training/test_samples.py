@@ -186,7 +186,8 @@ def test_a_resumed_run_goes_on_with_its_samples(trained, tmp_path):
     with open(folder / "run" / "samples.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 4, "instr')  # cut short, as by a full disk
     checkpoint = str(folder / "run" / "checkpoint-2")
-    train(folder, "--resume_from_checkpoint", checkpoint, processes="accelerate_config.yaml")
+    flags = ("--resume_from_checkpoint", checkpoint, "--allow_changed", "records_per_step")
+    train(folder, *flags, processes="accelerate_config.yaml")
     assert [(step, len(rows)) for step, rows in read_samples(folder / "run").items()] == [(2, 2), (4, 2)]
     assert len(list((folder / "run" / "runs").iterdir())) == 2
     events = read_events(folder / "run")
