@@ -61,10 +61,9 @@ def run(settings: Settings) -> None:
             if not stop.stopped:
                 trainer.save_model()
                 trainer.save_state()
-    if stop.stopped:
-        record.close("stopped")
-    elif trainer.is_world_process_zero():
-        save_reports(trainer, record.close("finished"), push)
+            ended = record.close("stopped" if stop.stopped else "finished")
+            if trainer.is_world_process_zero() and not stop.stopped:
+                save_reports(trainer, ended, push)
     shut_down(trainer)
     if stop.stopped:
         stop.say_how_to_go_on(trainer.state, training_args)

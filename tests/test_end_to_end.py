@@ -1,5 +1,6 @@
 """The main job as a user runs it: real processes, real records, the folder that comes out."""
 
+import errno
 import json
 import math
 import os
@@ -202,6 +203,17 @@ def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
         with pytest.raises(UserError) as error, explain_full_disk(tmp_path, model):
             raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of it
         return str(error.value)
+
+    small = SimpleNamespace(get_memory_footprint=lambda: 0)
+    for said in (
+        Exception("No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left", "loss.png"),
+    ):
+        with pytest.raises(UserError, match="is full"), explain_full_disk(tmp_path, small):
+            raise said
+    for other in (torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug"), UserError("a mistake")):
+        with pytest.raises(type(other)), explain_full_disk(tmp_path, model):  # whatever the disk has left
+            raise other
 
     assert "last whole checkpoint: none" in cut_short() and "--overwrite_output_dir" in cut_short()
     for step, files in ((4, ["trainer_state.json"]), (8, [])):  # the second was cut short

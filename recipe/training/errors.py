@@ -100,14 +100,9 @@ def explain_error(error: Exception, settings: Settings) -> Exception:
     """
     if isinstance(error, UserError | FloatingPointError | BrokenPipeError):
         return error
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = textwrap.shorten(said, LONGEST, placeholder=" ...")
-    frames = traceback.extract_tb(error.__traceback__)
     if is_out_of_memory(error):
-        return UserError(
-            f"the first step does not fit in memory ({said}); lower --per_device_train_batch_size or "
-            "--max_tokens_per_batch and raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
-        )
+        return out_of_memory(error, "the first step")
+    said, frames = _said(error), traceback.extract_tb(error.__traceback__)
     if not isinstance(error, SPEAKS_FOR_ITSELF) and frames:
         place = "/".join(Path(frames[-1].filename).parts[-2:])
         said = f"{said} ({type(error).__name__} in {place}, line {frames[-1].lineno})"
@@ -119,3 +114,16 @@ def explain_error(error: Exception, settings: Settings) -> Exception:
         EXAMPLES.get(settings.training.lr_scheduler_type) if any("lr_scheduler" in flag for flag in asked) else None
     )
     return UserError(f"{', '.join(asked)}: {said}" + (f"; for example {example}" if example else ""))
+
+
+def out_of_memory(error: Exception, step: str) -> UserError:
+    """What to lower where memory was full in a step."""
+    return UserError(
+        f"{step} does not fit in memory ({_said(error)}); lower --per_device_train_batch_size or "
+        "--max_tokens_per_batch and raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
+    )
+
+
+def _said(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(said, LONGEST, placeholder=" ...")

@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 from recipe.files import write_json_lines
 from recipe.generation import generate_responses
+from recipe.memory import is_out_of_memory
 from recipe.training.checks import check_evaluations, check_schedule
-from recipe.training.errors import Settings, explain_error
+from recipe.training.errors import Settings, explain_error, out_of_memory
 from recipe.training.output_dir import check_disk, clear_output_dir
 
 ENOUGH_TOKENS = 2  # of a tried answer: the second is computed from the cache
@@ -56,17 +57,19 @@ class FirstStep(TrainerCallback):
 
     @contextmanager
     def errors_explained(self) -> Iterator[None]:
-        """Errors before the first step become one line for the user; later ones stay what they are.
+        """Errors before the first step become one line for the user; later ones stay, unless the memory is full.
 
         Raises:
-            UserError: something failed before the first step.
+            UserError: something failed before the first step, or memory was full later.
         """
         try:
             yield
         except Exception as error:
-            if self.taken:
-                raise
-            raise explain_error(error, self.settings) from error
+            if not self.taken:
+                raise explain_error(error, self.settings) from error
+            if is_out_of_memory(error):
+                raise out_of_memory(error, f"step {self.trainer.state.global_step + 1:,}") from error
+            raise
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.tried:  # auto_find_batch_size begins again with a smaller batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ from torch import nn
 from recipe.config import InstructionTrainingArguments, UserError
 from recipe.files import check_place, make_folder, sweep
 from recipe.lock import contents
+from recipe.memory import is_out_of_memory
 from recipe.training.checkpoints import ASIDE, numbered, remove, remove_model
 from recipe.training.resuming import check_whole, find_last_whole, find_problem, is_model_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # or the user's share of it
 
 
 def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
@@ -133,9 +137,11 @@ def explain_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None
     """
     try:
         yield
-    except (RuntimeError, SafetensorError, OSError) as error:
+    except Exception as error:
         free = shutil.disk_usage(output_dir).free
-        if free > model.get_memory_footprint():
+        says_so = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)  # tokenizers' own words
+        may_be = isinstance(error, RuntimeError | SafetensorError | OSError) and free <= model.get_memory_footprint()
+        if isinstance(error, UserError) or is_out_of_memory(error) or not (says_so or may_be):
             raise
         whole = last_whole_checkpoint(output_dir)
         way_out = "--resume_from_checkpoint true" if whole else "--overwrite_output_dir"
