@@ -52,4 +52,4 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on any device."""
     # oneDNN's only message when it cannot allocate its generated code; accelerate does not know it
     onednn = "could not create a primitive" in str(error)
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or onednn
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error) or onednn
