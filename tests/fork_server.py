@@ -49,7 +49,7 @@ class NotingEnvironment(os._Environ):
 
     def __getitem__(self, name):
         if sys._getframe(1).f_code.co_name != "__iter__":
-            READ.add(name)
+            READ.add(os.fsdecode(name))
         return super().__getitem__(name)
 
 

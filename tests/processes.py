@@ -30,7 +30,8 @@ READ_AT_START = (
     "PYTHON", "LC_", "LANG", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "LD_", "MALLOC_", "GLIBC_", "TORCH_",
     "PYTORCH_", "ATEN_", "CUDA_", "TQDM_", "FSSPEC_", "ARROW_", "RUST_", "JE_", "MIMALLOC_",
 )  # fmt: skip
-SET_AGAIN = {"HF_DATASETS_CACHE", "PYTHONUNBUFFERED"}  # the child reads them anew
+# read anew by the child; set by the import of sklearn, here as in the server
+SET_AGAIN = {"HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
 _servers: list["Server"] = []
 
 
