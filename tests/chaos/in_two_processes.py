@@ -4,6 +4,7 @@ accelerate launch in_two_processes.py FOLDER
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -46,3 +47,11 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+if __name__ == "__main__":  # one that leaves early may abort the other, which still has its process group
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)
