@@ -4,7 +4,6 @@ accelerate launch in_two_processes.py FOLDER
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -43,15 +42,12 @@ def main(folder: Path) -> None:
     trainer.train(resume_from_checkpoint=results["without a random state"] if resumes else None)
     results["again"] = found(run, "true")
     (folder / f"results-{state.process_index}.json").write_text(json.dumps(results), encoding="utf-8")
+    # together, and without DDP's reducer: one that leaves early may abort the other, as `shut_down` in scripts/train.py
+    state.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-
-if __name__ == "__main__":  # one that leaves early may abort the other, which still has its process group
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)
