@@ -143,8 +143,8 @@ class InstructionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise UserError(
-                "--hub_token would be saved in training_args.bin; set the environment variable HF_TOKEN or run "
-                "`hf auth login` instead"
+                "--hub_token would be in the list of processes and in the history of the shell; set the environment "
+                "variable HF_TOKEN or run `hf auth login` instead"
             )
         if self.label_smoothing_factor:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it shifts labels again; use 0")

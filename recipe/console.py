@@ -72,7 +72,7 @@ def run_script(
             _exit(f"error: {error}{after_os_error}")
         _exit(f"error: {error}" if isinstance(error, (UserError, *expected)) else traceback.format_exc().rstrip())
     if stopped:
-        sys.exit(f"interrupted: {interrupted}")
+        sys.exit(f"interrupted: {interrupted}" if process_rank() == "0" else 1)
 
 
 class SafeStream(io.TextIOWrapper):

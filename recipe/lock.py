@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from recipe.config import UserError
-from recipe.files import check_place
+from recipe.files import LEFTOVERS, check_place
 
 try:
     import fcntl
@@ -22,9 +23,13 @@ except ImportError:  # on Windows, where two runs in one folder are the user's t
 LOCK = ".lock"
 
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
+
+
 def contents(folder: Path) -> list[Path]:
-    """What is in a folder besides the lock; nothing if there is no folder."""
-    return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
+    """What is in a folder besides the lock and what trials leave for a moment; nothing if there is no folder."""
+    passing = {LOCK, *(path.name for pattern in LEFTOVERS for path in folder.glob(pattern))}
+    return [path for path in folder.iterdir() if path.name not in passing] if folder.is_dir() else []
 
 
 @contextmanager
@@ -32,8 +37,8 @@ def hold_folder(output_dir: str | Path | None) -> Iterator[None]:
     """Keep other processes out of an output folder, which is made if it is not there.
 
     The lock is the system's (`fcntl.lockf`, over NFS too), on the file `.lock` in the folder, which says who holds it.
-    It ends with the process, however that dies. A folder that was made and got no content goes again. Of several
-    processes of one run only the main one may call this.
+    It ends with the process, however that dies. If nothing was written, a folder that this call made is removed. Of
+    several processes of one run only the main one may call this.
 
     Raises:
         UserError: another process holds the folder; with its host, process id and start. Or see
@@ -47,7 +52,6 @@ def hold_folder(output_dir: str | Path | None) -> Iterator[None]:
     check_place(output_dir)
     folder = Path(str(output_dir))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     file = _take(folder)
     try:
         yield
@@ -63,12 +67,24 @@ def _take(folder: Path) -> IO[str]:
     """The open lock file; whoever closes it, or any other file object of it in this process, releases the lock."""
     path = folder / LOCK
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        except FileNotFoundError:  # another process, which made the folder and has failed, removed it in between
+            continue
+        except PermissionError as error:
+            raise UserError(
+                f"--output_dir {folder}: {LOCK} in it is another user's; remove it, if they are through"
+            ) from error
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"--output_dir {folder} is in use{_holder(file)}; wait, or name another folder") from error
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"--output_dir {folder} is in use{_holder(file)}; wait, or name another folder"
+                ) from error
+            print(f"{folder} is on a file system without locks: a second run in it would not be refused")
         try:
             current = os.stat(path).st_ino == os.fstat(file.fileno()).st_ino
         except FileNotFoundError:

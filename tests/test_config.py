@@ -117,7 +117,7 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("a: [1\n", "cannot be read as YAML"),
         ("validation_ratio: 1.5\n", "--validation_ratio 1.5, --test_ratio 0.1: give shares"),
         ("max_length: 1\n", "--max_length 1: a record needs at least 2 tokens"),
-        ("hub_token: secret\n", "--hub_token would be saved in training_args.bin"),
+        ("hub_token: secret\n", "--hub_token would be in the list of processes and in the history of the shell"),
         ("label_smoothing_factor: 0.1\n", "use 0"),
         ("warmup_steps: -5\n", "warmup_steps"),
         ("seed: 1\nseed: 2\n", "line 2: the key 'seed' is repeated"),

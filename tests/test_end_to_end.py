@@ -199,9 +199,12 @@ def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
 def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
     model = SimpleNamespace(get_memory_footprint=lambda: 10**18)  # more than any disk has left
 
+    def save_model() -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of it
+
     def cut_short() -> str:
         with pytest.raises(UserError) as error, explain_full_disk(tmp_path, model):
-            raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of it
+            save_model()
         return str(error.value)
 
     small = SimpleNamespace(get_memory_footprint=lambda: 0)
@@ -211,12 +214,14 @@ def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
     ):
         with pytest.raises(UserError, match="is full"), explain_full_disk(tmp_path, small):
             raise said
-    for other in (torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug"), UserError("a mistake")):
+    elsewhere = RuntimeError("of a step, not of a save")
+    for other in (torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug"), UserError("a mistake"), elsewhere):
         with pytest.raises(type(other)), explain_full_disk(tmp_path, model):  # whatever the disk has left
             raise other
 
     assert "last whole checkpoint: none" in cut_short() and "--overwrite_output_dir" in cut_short()
-    for step, files in ((4, ["trainer_state.json"]), (8, [])):  # the second was cut short
+    whole = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
+    for step, files in ((4, whole), (8, ())):  # the second was cut short
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for name in files:

@@ -1,5 +1,6 @@
 """One process at a time in an output folder, and nothing left where nothing was done."""
 
+import errno
 import json
 import os
 import signal
@@ -93,3 +94,25 @@ def test_a_lock_file_that_a_killed_process_left_holds_nobody_up(tmp_path):
     with hold_folder(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["host"] == socket.gethostname()
     assert not (tmp_path / LOCK).exists()
+
+
+def test_what_other_processes_of_the_run_try_in_the_folder_is_no_content(tmp_path):
+    (tmp_path / ".recipe-x1y2").mkdir()  # of `check_place`, which each process calls
+    (tmp_path / ".trial-x1y2").mkdir()
+    assert contents(tmp_path) == [] and contents(tmp_path / "nowhere") == []
+    (tmp_path / "notes.txt").touch()
+    assert [path.name for path in contents(tmp_path)] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("number", "is_held"), [(errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EACCES, True)])
+def test_a_file_system_without_locks_is_told_from_a_lock(number, is_held, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("recipe.lock.fcntl.lockf", fail)
+    if is_held:
+        with pytest.raises(UserError, match="is in use by another process"), hold_folder(tmp_path):
+            pass
+    else:
+        with hold_folder(tmp_path):
+            assert "without locks" in capsys.readouterr().out

@@ -16,11 +16,11 @@ from datasets import Dataset
 from transformers import Trainer
 
 from recipe.config import UserError
+from recipe.console import process_rank
 from recipe.setting_checks import did_you_mean
 from recipe.training.errors import Settings
 from recipe.training.manifest import MANIFEST, read_manifest
 
-NO_TOTALS = {"loss_sum": 0.0, "seconds": 0.0}
 # settings that no weight depends on: where things are written and shown, how often is evaluated and saved, processes
 FREE = re.compile(
     "output_dir|overwrite_output_dir|resume_from_checkpoint|allow_changed|data|num_proc|bad_records|hub_.*|push_to_hub"
@@ -29,7 +29,7 @@ FREE = re.compile(
     "|load_best_model_at_end|num_sample_generations|generation_max_new_tokens|torch_empty_cache_steps"
     "|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context|in_order)"
     "|ddp_.*|local_rank|use_cpu|accelerator_config|enable_jit_checkpoint|restore_callback_states_from_checkpoint"
-    "|ignore_data_skip|length_column_name|label_names|remove_unused_columns|average_tokens_across_devices|model_revision"
+    "|length_column_name|label_names|remove_unused_columns|average_tokens_across_devices"
     # together, as records of a step; and as what accelerate came to
     "|per_device_train_batch_size|gradient_accumulation_steps|bf16|fp16"
 )
@@ -42,7 +42,8 @@ OF_OPTIMIZER = {
     "adam_beta2": ("betas",),
     "adam_epsilon": ("eps",),
 }
-NEVER = ("optim", "model_type")  # the state of one optimizer or model is none of another
+# the state of one optimizer or model is none of another, and what the checkpoint holds would replace the new value
+NEVER = ("optim", "optim_args", "optim_target_modules", "model_type")
 
 
 def what_decides(settings: Settings, trainer: Trainer) -> dict[str, Any]:
@@ -79,7 +80,8 @@ def refuse_changes(now: Mapping[str, Any], checkpoint: str, allowed: Sequence[st
     """
     manifest = read_manifest(Path(checkpoint)) if (Path(checkpoint) / MANIFEST).is_file() else {}
     if not isinstance(manifest, dict) or "settings" not in manifest:
-        print(f"{checkpoint} does not tell the settings it was made with: whether they have changed is not known")
+        if process_rank() == "0":
+            print(f"{checkpoint} does not tell the settings it was made with: whether they have changed is not known")
         return []
     known = [*now["settings"], "data"]
     for name in allowed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ STATE = "trainer_state.json"
 PICKLED_ARGUMENTS = "training_args.bin"  # the Trainer's; nothing reads it, and it may hold a token
 LAST = ("config.json", "adapter_config.json", MANIFEST)  # a folder without its config is no model to anyone
 INDEX = "model.safetensors.index.json"
-WEIGHTS = ("model*.safetensors", INDEX, "adapter_model.safetensors")
+WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", INDEX, "adapter_model.safetensors")
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def whole_checkpoint(trainer: Trainer, run_dir: Path, about: Mapping[str, Any]) 
     finally:
         seal.abandon()
         if args.should_save:
-            shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+            clear_aside(run_dir)
     wait()  # nobody reads it, or goes on, before
 
 
@@ -94,13 +94,19 @@ def put_back(run_dir: Path) -> None:
             flush(run_dir)
 
 
+def clear_aside(run_dir: Path) -> None:
+    """Remove what is unfinished, after a checkpoint that went aside for another is back in its place."""
+    put_back(run_dir)
+    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+
+
 def remove_older(new: Path, limit: int | None, best: str | None) -> None:
     """Keep `limit` checkpoints: the new one, the best one, and of the others those of the last steps before it."""
     if not limit or limit < 0:
         return
-    keep = {new} | ({Path(best)} if best else set())
-    step = step_of(new)
-    spare = [folder for folder in numbered(new.parent) if folder not in keep]
+    step, here = step_of(new), numbered(new.parent)
+    keep = {new, Path(best or new)} & {new, *here}
+    spare = [folder for folder in here if folder not in keep]
     spare.sort(key=lambda folder: (step_of(folder) < step, step_of(folder)), reverse=True)  # of an earlier run: first
     for folder in spare[max(0, limit - len(keep)) :]:
         remove(folder)
@@ -108,11 +114,16 @@ def remove_older(new: Path, limit: int | None, best: str | None) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint so that it is there whole, or not at all."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     gone = folder.parent / ASIDE / f"removed-{folder.name}"
     gone.parent.mkdir(exist_ok=True)
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # a file that somebody reads may stay, on some network file systems
+    with suppress(OSError):
+        gone.parent.rmdir()
 
 
 @contextmanager
@@ -143,7 +154,7 @@ def whole_model(folder: Path, writes: bool) -> Iterator[Path]:
     finally:
         seal.abandon()
         if writes:
-            shutil.rmtree(folder / ASIDE, ignore_errors=True)
+            clear_aside(folder)
 
 
 def _replace_model(folder: Path, draft: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
+NO_TOTALS = {"loss_sum": 0.0, "seconds": 0.0}
 UNCHECKED_LIMIT = 1000  # losses that may wait to be checked, where nothing is logged; a check is one host sync
 
 
@@ -23,10 +25,12 @@ class Counts:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.begin({"loss_sum": 0.0, "seconds": 0.0})
+        self.before: Mapping[str, Any] = NO_TOTALS  # of a checkpoint that is resumed
+        self.begin()
 
-    def begin(self, totals: Mapping[str, Any]) -> None:
-        """Start to count, from the totals of the checkpoint that is resumed."""
+    def begin(self) -> None:
+        """Start to count, also anew with a smaller batch; from the totals of a checkpoint that is resumed."""
+        totals, self.before = self.before, NO_TOTALS
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
         self.real: torch.Tensor | int = 0  # on the device
         self.supervised: torch.Tensor | int = 0
@@ -71,3 +75,13 @@ class Counts:
         self.unchecked, self.real, self.computed, self.supervised = [], 0, 0, 0
         self.window = [before + new for before, new in zip(self.window, tokens, strict=True)]
         return tokens, []
+
+
+class CountFromHere(TrainerCallback):
+    """Begins the counts of a trainer when its training begins."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counts.begin()

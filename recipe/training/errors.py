@@ -116,12 +116,16 @@ def explain_error(error: Exception, settings: Settings) -> Exception:
     return UserError(f"{', '.join(asked)}: {said}" + (f"; for example {example}" if example else ""))
 
 
-def out_of_memory(error: Exception, step: str) -> UserError:
-    """What to lower where memory was full in a step."""
-    return UserError(
-        f"{step} does not fit in memory ({_said(error)}); lower --per_device_train_batch_size or "
-        "--max_tokens_per_batch and raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
+def out_of_memory(error: Exception, what: str) -> UserError:
+    """What to lower where memory was full: in a training step, or in an evaluation."""
+    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    remedy = (
+        "--per_device_train_batch_size or --max_tokens_per_batch and raise --gradient_accumulation_steps, or add "
+        "--gradient_checkpointing true"
     )
+    if frames & {"evaluate", "evaluation_loop", "generate_responses"}:
+        what, remedy = f"an evaluation ({what})", "--per_device_eval_batch_size"
+    return UserError(f"{what} does not fit in memory ({_said(error)}); lower {remedy}")
 
 
 def _said(error: Exception) -> str:

@@ -68,7 +68,7 @@ class FirstStep(TrainerCallback):
             if not self.taken:
                 raise explain_error(error, self.settings) from error
             if is_out_of_memory(error):
-                raise out_of_memory(error, f"step {self.trainer.state.global_step + 1:,}") from error
+                raise out_of_memory(error, f"what followed step {self.trainer.state.global_step:,}") from error
             raise
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from recipe.config import InstructionTrainingArguments, UserError
 from recipe.files import check_place, make_folder, sweep
 from recipe.lock import contents
 from recipe.memory import is_out_of_memory
-from recipe.training.checkpoints import ASIDE, numbered, remove, remove_model
+from recipe.training.checkpoints import ASIDE, clear_aside, numbered, put_back, remove, remove_model
 from recipe.training.resuming import check_whole, find_last_whole, find_problem, is_model_only
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
     output_dir, asked = Path(args.output_dir or ""), args.resume_from_checkpoint or "false"
     check_place(args.output_dir)
     checkpoint = None
+    if args.should_save:
+        put_back(output_dir)
     if asked.lower() in ("true", "last"):
         checkpoint = find_last_whole(args, output_dir)
     elif asked.lower() != "false":
@@ -48,14 +51,18 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
             f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there, so nothing to resume; name "
             f"a checkpoint-N folder, or {new}"
         )
+    if checkpoint is not None and is_model_only(checkpoint) and numbered(checkpoint):
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: this is the folder of a run; name one of its checkpoints, such as "
+            f"{numbered(checkpoint)[0]}, or give --resume_from_checkpoint true"
+        )
     if checkpoint is not None and is_model_only(checkpoint):
         raise UserError(
             f"{checkpoint} holds no optimizer, because it was saved with --save_only_model true: learning rate and "
             f"optimizer would start over; start a new run from its weights with --model_name_or_path {checkpoint} and "
             "another --output_dir"
         )
-    resumes_this_run = checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents
-    if not (resumes_this_run or args.overwrite_output_dir) and contents(output_dir):
+    if not (_is_of(checkpoint, output_dir) or args.overwrite_output_dir) and contents(output_dir):
         resume = "add --resume_from_checkpoint true to resume it, " if last_whole_checkpoint(output_dir) else "add "
         raise UserError(
             f"--output_dir {output_dir} already holds another run or other files; {resume}--overwrite_output_dir true "
@@ -69,6 +76,11 @@ def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
+def _is_of(checkpoint: str | Path | None, output_dir: Path) -> bool:
+    """Whether a checkpoint that is resumed is one of the run in this folder."""
+    return checkpoint is not None and output_dir.resolve() in Path(checkpoint).resolve().parents
+
+
 def _holds_a_run(output_dir: Path) -> bool:
     """Whether a run, finished or not, has written into the folder."""
     names = ("run.json", "trainer_state.json", "config.json", "samples.jsonl")
@@ -77,8 +89,8 @@ def _holds_a_run(output_dir: Path) -> bool:
 
 def last_whole_checkpoint(output_dir: Path) -> str | None:
     """The last checkpoint whose files are there in full length; their contents are not read."""
-    whole = (folder for folder in numbered(output_dir) if find_problem(folder, 1, contents=False) is None)
-    return next(map(str, whole), None)
+    folders = (folder for folder in numbered(output_dir) if not is_model_only(folder))
+    return next((str(folder) for folder in folders if find_problem(folder, 1, contents=False) is None), None)
 
 
 def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None) -> None:
@@ -88,12 +100,11 @@ def clear_output_dir(args: InstructionTrainingArguments, checkpoint: str | None)
     if not args.should_save:
         return
     sweep(output_dir)
-    shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
-    if checkpoint is None and args.overwrite_output_dir:
+    clear_aside(output_dir)
+    if args.overwrite_output_dir and not _is_of(checkpoint, output_dir):
         remove_model(output_dir)
         for path in earlier_run(output_dir):
             remove(path) if path.is_dir() else path.unlink(missing_ok=True)
-        shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
 
 
 def earlier_run(output_dir: Path) -> list[Path]:
@@ -116,7 +127,7 @@ def check_disk(args: InstructionTrainingArguments, model: nn.Module, checkpoint:
         optimizer = 2 * sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)  # Adam's two means
         parts, needed = [*parts, f"optimizer {optimizer / 1e6:,.0f} MB"], needed + optimizer
     going = [output_dir / ASIDE]
-    if checkpoint is None and args.overwrite_output_dir:
+    if args.overwrite_output_dir and not _is_of(checkpoint, output_dir):
         going += earlier_run(output_dir)
     files = [file for path in going for file in (path, *path.rglob("*")) if file.is_file()]
     free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in files)
@@ -138,10 +149,14 @@ def explain_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None
     try:
         yield
     except Exception as error:
-        free = shutil.disk_usage(output_dir).free
         says_so = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)  # tokenizers' own words
-        may_be = isinstance(error, RuntimeError | SafetensorError | OSError) and free <= model.get_memory_footprint()
-        if isinstance(error, UserError) or is_out_of_memory(error) or not (says_so or may_be):
+        saves = {frame.name for frame in traceback.extract_tb(error.__traceback__)} & {"_save_checkpoint", "save_model"}
+        may_be = isinstance(error, RuntimeError | SafetensorError | OSError) and saves
+        known = isinstance(error, UserError) or is_out_of_memory(error) or not output_dir.is_dir()
+        if known or not (says_so or may_be):
+            raise
+        free = shutil.disk_usage(output_dir).free
+        if not says_so and free > model.get_memory_footprint():
             raise
         whole = last_whole_checkpoint(output_dir)
         way_out = "--resume_from_checkpoint true" if whole else "--overwrite_output_dir"

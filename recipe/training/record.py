@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from recipe.config import UserError
+from recipe.console import process_rank
 from recipe.files import read_json, write_json
 from recipe.provenance import describe_run
 from recipe.training.changes import refuse_changes, what_decides
@@ -35,7 +38,7 @@ def keep_record(
 
 
 class RunRecord(TrainerCallback):
-    """Keeps `run.json` in the output folder: `state` (running, stopped or finished), what runs, and its `legs`.
+    """Keeps `run.json` in the output folder: `state` (running, stopped, failed or finished), what runs, its `legs`.
 
     Each start of the run is a leg: its command, versions, hardware, processes and time, its first and last step, how it
     ended (a leg that says nothing was killed), and what it was allowed to change. Totals in `result` are of all legs.
@@ -58,7 +61,7 @@ class RunRecord(TrainerCallback):
     ) -> None:
         self.settings, self.about, self.changed, self.pushes = settings, about, changed, pushes
         self.path = Path(settings.training.output_dir or "") / "run.json"
-        self.legs = self._earlier_legs() if checkpoint else []
+        self.legs = _earlier_legs(Path(checkpoint).parent / "run.json") if checkpoint else []
         self.run: dict[str, Any] = {}
 
     def watch(self, trainer: Any) -> None:
@@ -99,11 +102,22 @@ class RunRecord(TrainerCallback):
         self._write("running")
 
     def close(self, how: str) -> dict[str, Any]:
-        """Complete the record with how the run ended, and return it."""
+        """Complete the record with how the run ended (finished, stopped or failed), and return it."""
         if not self.run:  # resumed at its last step
             self._begin()
         self._write(how)
         return self.run
+
+    @contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Let `run.json` say that a run failed, once it has begun."""
+        try:
+            yield
+        except Exception:
+            if self.run:
+                with suppress(OSError):  # the disk may be what failed
+                    self._write("failed")
+            raise
 
     def _write(self, how: str) -> None:
         seconds = (datetime.now().astimezone() - self.begun).total_seconds()
@@ -127,13 +141,15 @@ class RunRecord(TrainerCallback):
             "eval": evaluations[-1] if evaluations else None,
         }
 
-    def _earlier_legs(self) -> list[dict[str, Any]]:
-        """The legs of the run that is resumed, if its `run.json` is here; an earlier version wrote it at the end."""
-        if not self.path.is_file():
-            return []
-        try:
-            legs = read_json(self.path)["legs"]
-            return [leg for leg in legs if leg["state"] and leg["last_step"] >= 0]
-        except (UserError, KeyError, TypeError):
-            print(f"{self.path} does not tell how the run was started before; it begins anew with this start")
-            return []
+
+def _earlier_legs(path: Path) -> list[dict[str, Any]]:
+    """The legs of the run that is resumed, if its `run.json` is there; an earlier version wrote it at the end."""
+    if not path.is_file():
+        return []
+    try:
+        legs = read_json(path)["legs"]
+        return [leg for leg in legs if leg["state"] and leg["last_step"] >= 0]
+    except (UserError, KeyError, TypeError):
+        if process_rank() == "0":
+            print(f"{path} has no list of earlier starts; the list begins with this one")
+        return []

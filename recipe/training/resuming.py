@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import TrainerState
 
 from recipe.config import InstructionTrainingArguments, UserError
-from recipe.training.checkpoints import INDEX, STATE, WEIGHTS, numbered, put_back, step_of
-from recipe.training.manifest import MANIFEST, find_damage, is_hashed
+from recipe.training.checkpoints import INDEX, STATE, WEIGHTS, numbered, step_of
+from recipe.training.manifest import MANIFEST, find_damage, is_hashed, read_manifest
 
 # of a checkpoint: the Trainer's, FSDP's and DeepSpeed's
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "pytorch_model_fsdp_*", "global_step*")
@@ -29,20 +29,21 @@ def find_last_whole(args: InstructionTrainingArguments, output_dir: Path) -> Pat
     Raises:
         UserError: none of them is whole.
     """
-    if args.should_save:
-        put_back(output_dir)
-    here = [(has_manifest(folder), step_of(folder), folder.name) for folder in numbered(output_dir)]
+    here = [
+        (not is_model_only(folder), has_manifest(folder), step_of(folder), folder.name)
+        for folder in numbered(output_dir)
+    ]
     found = {entry for entries in _from_each_disk(args, here) for entry in entries}
-    order = [output_dir / name for _, _, name in sorted(found, reverse=True)]
+    order = [output_dir / entry[-1] for entry in sorted(found, reverse=True)]
     problems: dict[Path, str] = {}
     for folder in order:
         if (problem := find_problem_anywhere(args, folder)) is None:
             skipped = [other for other in order if step_of(other) > step_of(folder)]
             for other in sorted(skipped, key=step_of, reverse=True):
-                _say(
-                    args, f"{other} is not resumed from: {problems.get(other, f'it has no {MANIFEST} to check it by')}"
-                )
+                lacks = "it holds no optimizer" if is_model_only(other) else f"it has no {MANIFEST} to check it by"
+                _say(args, f"{other} is not resumed from: {problems.get(other, lacks)}")
             _say_if_unchecked(args, folder)
+            _say_if_processes_differ(args, folder)
             return folder
         problems[folder] = problem
     if not problems:
@@ -63,12 +64,13 @@ def check_whole(args: InstructionTrainingArguments, folder: Path) -> None:
     problem = find_problem_anywhere(args, folder)
     if problem is None:
         _say_if_unchecked(args, folder)
+        _say_if_processes_differ(args, folder)
         return
-    step = step_of(Path(folder.resolve().name))
-    others = [other for other in numbered(folder.parent) if step < 0 or step_of(other) < step]
-    [others, *_] = _from_each_disk(args, others)
+    step, others = step_of(Path(folder.resolve().name)), [*numbered(folder.parent)]
+    others.sort(key=lambda other: (step_of(other) < step, step_of(other)), reverse=True)  # the one before it first
+    [others, *_] = _from_each_disk(args, [other for other in others if not is_model_only(other)])
     whole = next((other for other in others if find_problem_anywhere(args, other) is None), None)
-    way_out = f"resume from {whole}" if whole else "no checkpoint before it is whole, so start a new run"
+    way_out = f"resume from {whole}" if whole else "no other checkpoint is whole, so start a new run"
     raise UserError(f"--resume_from_checkpoint {folder} is damaged: {problem}; {way_out}")
 
 
@@ -77,9 +79,8 @@ def find_problem_anywhere(args: InstructionTrainingArguments, folder: Path) -> s
     mine = None
     if args.should_save:  # one process for each disk
         mine = find_problem(folder, 1 if args.save_on_each_node else args.world_size)
-        if mine is None and args.load_best_model_at_end and (best := best_of(folder)) not in (None, folder):
-            damage = find_damage(best) if has_manifest(best) else None
-            mine = damage and f"its best checkpoint, {best.name}, is damaged ({damage})"
+        if mine is None and args.load_best_model_at_end:
+            mine = _find_problem_of_best(folder)
     return next(filter(None, _from_each_disk(args, mine)), None)
 
 
@@ -114,11 +115,30 @@ def is_model_only(folder: Path) -> bool:
     return not any(file for name in (*OPTIMIZER_FILES, "scheduler.pt", "rng_state*") for file in folder.glob(name))
 
 
-def best_of(folder: Path) -> Path | None:
-    """The checkpoint beside this one that was the best until then, if it is there."""
-    step = json.loads((folder / STATE).read_bytes()).get("best_global_step")
-    best = folder.parent / f"checkpoint-{step}"
-    return best if step and best.is_dir() else None
+def _find_problem_of_best(folder: Path) -> str | None:
+    """Why the best checkpoint until this one cannot be loaded at the end; None if it can, or none was saved."""
+    try:
+        saved = json.loads((folder / STATE).read_bytes()).get("best_model_checkpoint")
+        best = folder.parent / Path(saved or folder).name  # the run may have been moved
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{STATE} cannot be read ({type(error).__name__})"
+    if best == folder:
+        return None
+    if not best.is_dir():
+        return f"its best checkpoint, {best.name}, which --load_best_model_at_end would load, is missing"
+    damage = find_damage(best) if has_manifest(best) else None
+    return damage and f"its best checkpoint, {best.name}, is damaged ({damage})"
+
+
+def _say_if_processes_differ(args: InstructionTrainingArguments, folder: Path) -> None:
+    manifest = read_manifest(folder) if has_manifest(folder) else {}
+    before = manifest.get("world_size", args.world_size) if isinstance(manifest, dict) else args.world_size
+    if before != args.world_size:
+        _say(
+            args,
+            f"{folder} was saved by {before} processes and is resumed by {args.world_size}: random numbers, as of "
+            "dropout, are others from here on",
+        )
 
 
 def find_problem(folder: Path, processes: int, contents: bool = True) -> str | None:
@@ -132,14 +152,14 @@ def find_problem(folder: Path, processes: int, contents: bool = True) -> str | N
     """
     try:
         if not has_manifest(folder):
-            return _find_problem_without_manifest(folder, processes)
+            return _find_problem_without_manifest(folder, processes, contents)
         damage = find_damage(folder, contents)
         return damage if damage or not contents or is_hashed(folder) else _find_unreadable(folder)
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
 
 
-def _find_problem_without_manifest(folder: Path, processes: int) -> str | None:
+def _find_problem_without_manifest(folder: Path, processes: int, contents: bool) -> str | None:
     try:
         state = TrainerState.load_from_json(str(folder / STATE))
     except FileNotFoundError:
@@ -150,7 +170,7 @@ def _find_problem_without_manifest(folder: Path, processes: int) -> str | None:
         return f"{STATE} is not what a Trainer writes"
     if is_model_only(folder):
         return None
-    return _find_missing(folder, processes) or _find_unreadable(folder)
+    return _find_missing(folder, processes) or (_find_unreadable(folder) if contents else None)
 
 
 def _find_missing(folder: Path, processes: int) -> str | None:

@@ -9,19 +9,23 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from recipe.files import draft_of
-from recipe.training.checkpoints import whole_checkpoint, whole_model
+from recipe.training.checkpoints import numbered, remove, whole_checkpoint, whole_model
 from recipe.training.manifest import Seal
 
 
 class WholeSaves(Trainer):
     """A `transformers.Trainer` whose checkpoints and final model are whole or absent, without pickled arguments.
 
-    `about_run` is what the manifest of each checkpoint tells beside the step, as hashes of settings and data.
+    Attributes:
+        about_run: what the manifest of each checkpoint tells beside the step, as hashes of settings and data.
+        stopped: whether training ends before its last step; then that step is saved, and no best model is loaded.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.about_run: dict[str, Any] = {}
+        self.stopped = False
+        self._saved: tuple[int, int] | None = None  # step, and entries of the log, of the last checkpoint
         self._seal: Seal | None = None  # while a checkpoint is written
         self._last_seal: Seal | None = None  # which may still be hashed
 
@@ -44,6 +48,26 @@ class WholeSaves(Trainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self._seal, self._last_seal = None, self._seal
+        self._saved = self.state.global_step, len(self.state.log_history)
+
+    def _finalize_training(self, trial: Any, *further: Any) -> TrainOutput:
+        """The stock end of training, which would remove checkpoints half, and that of a run that was stopped, too."""
+        args, run_dir = self.args, Path(self._get_output_dir(trial))
+        limit, loads_best = args.save_total_limit, args.load_best_model_at_end
+        if self.stopped and self._saved != (self.state.global_step, len(self.state.log_history)):
+            self._save_checkpoint(self.model_wrapped, trial)
+            self.control = self.callback_handler.on_save(args, self.state, self.control)
+        args.save_total_limit, args.load_best_model_at_end = None, loads_best and not self.stopped
+        try:
+            output = super()._finalize_training(trial, *further)
+        finally:
+            args.save_total_limit, args.load_best_model_at_end = limit, loads_best
+        best = self.state.best_model_checkpoint
+        if args.should_save and limit == 1 and best is not None and not self.stopped:
+            for folder in numbered(run_dir):
+                if folder != Path(best):
+                    remove(folder)
+        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import DataLoaderAdapter
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from recipe.training.saving import WholeSaves
 
 STOPPED = 75  # exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, "try again later"
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+ROUNDING = 1e-6  # of the epoch, which the Trainer adds up in parts
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed", b"torch/distributed")
 
@@ -26,22 +34,25 @@ class StopOnSignal(TrainerCallback):
     """Ends training after the step in which SIGTERM, SIGINT or SIGHUP came, with a checkpoint; a second one at once.
 
     All processes stop after the same step, whichever of them was told. An evaluation that is due at that step is done.
-    A signal that is ignored when training begins, as SIGHUP under `nohup`, stays ignored.
+    Before the first step there is nothing to save, so a signal ends the run at once. One that is ignored when training
+    begins, as SIGHUP under `nohup`, stays ignored.
 
     Example::
 
-        stop = StopOnSignal()
+        stop = StopOnSignal(trainer)
         trainer.add_callback(stop)
         with stop.listening():
             trainer.train()
-        if stop.stopped:
+        if trainer.stopped:
             sys.exit(STOPPED)
     """
 
-    def __init__(self) -> None:
-        self.signal = 0  # that came
-        self.stopped = False
-        self._parent = os.getppid()
+    def __init__(self, trainer: WholeSaves) -> None:
+        self.trainer = trainer
+        self.signal = 0  # for which all processes stop
+        self._received = 0  # by this process
+        self._begun = self._over = False
+        self._own, self._parent = os.getpid(), os.getppid()
         self._group: Any = None
 
     @contextmanager
@@ -59,10 +70,14 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, before[number])
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.signal:
-            self.signal = number
-            name = signal.Signals(number).name
-            line = f"\n{name}: the run stops when its step is done and saved; a second signal ends it at once\n"
+        if os.getpid() != self._own:  # a worker that was just forked
+            return
+        if not self._begun:
+            raise KeyboardInterrupt
+        if not self._received:
+            self._received = number
+            what = "is at its end, and ends when it is saved" if self._over else "stops when its step is done and saved"
+            line = f"\n{signal.Signals(number).name}: the run {what}; a second signal ends it at once\n"
             os.write(sys.stderr.fileno(), line.encode())  # `print` may be what was interrupted
         elif os.getppid() != self._parent:
             self._parent = os.getppid()  # the launcher was told, too, and has gone: that is no second signal
@@ -87,18 +102,55 @@ class StopOnSignal(TrainerCallback):
         if args.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")  # asking on the device would wait for its work
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._told() and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = self.stopped = True
+            control.should_training_stop = self.trainer.stopped = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped and abs(state.epoch - round(state.epoch)) > ROUNDING:  # it is not at its end
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._over = True
 
     def _told(self) -> bool:
         """Whether any process was told to stop; the same on all."""
-        if self._group is None:
-            return bool(self.signal)
-        told = torch.tensor([self.signal])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        self.signal = self.signal or int(told)
-        return bool(told)
+        self.signal = self._received
+        if self._group is not None:
+            told = torch.tensor([self._received])
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+            self.signal = int(told)
+        return bool(self.signal)
+
+
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Let the workers of a loader live on when a signal comes to all processes, so that the step can be finished.
+
+    Launchers and schedulers send it to the whole group. A worker ends when its parent says so, or has died.
+    """
+    if loader.num_workers and hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        base = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+        base.worker_init_fn = functools.partial(_start_worker, base.worker_init_fn)
+    return loader
+
+
+def _start_worker(first: Callable[[int], None] | None, worker: int) -> None:
+    numbers = {getattr(signal, name) for name in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    threading.Thread(target=_end_with_parent, args=(numbers,), daemon=True).start()
+    if first is not None:
+        first(worker)
+
+
+def _end_with_parent(numbers: set[int]) -> None:
+    """Wait for signals, of which only SIGTERM from the parent counts: multiprocessing ends its children so."""
+    while True:
+        told = signal.sigwaitinfo(numbers)
+        if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():
+            os._exit(0)
 
 
 def end_with_launcher() -> None:

@@ -26,12 +26,13 @@ from recipe.generation import generate_responses
 from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
-from recipe.training.changes import NO_TOTALS, apply_changed, totals_of
-from recipe.training.counts import Counts
+from recipe.training.changes import apply_changed, totals_of
+from recipe.training.counts import NO_TOTALS, CountFromHere, Counts
 from recipe.training.layout_check import why_not
 from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 from recipe.training.saving import WholeSaves
+from recipe.training.stopping import shield_workers
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
@@ -103,6 +104,7 @@ class InstructionTrainer(WholeSaves):
         self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
         self.counts = Counts(self.accelerator)
+        self.add_callback(CountFromHere(self.counts))
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -111,13 +113,13 @@ class InstructionTrainer(WholeSaves):
         args, batches = self.args, self.train_batches()
         loader = super().get_train_dataloader()
         if batches is None:
-            return loader
+            return shield_workers(loader)
         loader = self.accelerator.prepare_data_loader(loader_of(batches, loader))
         loader.set_sampler(batches)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
         self._records_per_step = (
             batches.records_per_epoch / len(batches) * args.gradient_accumulation_steps * args.world_size
         )
-        return loader
+        return shield_workers(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """`Trainer.get_eval_dataloader`, with all records of the dataset it is asked for.
@@ -128,7 +130,7 @@ class InstructionTrainer(WholeSaves):
         kept = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
         self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            return shield_workers(super().get_eval_dataloader(*args, **kwargs))
         finally:
             self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = kept
 
@@ -336,11 +338,11 @@ class InstructionTrainer(WholeSaves):
         return output
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The stock one, where training begins; with the totals of the run, and the settings that may change."""
+        """The stock one; with the totals of the run, and the settings that may change."""
         optimizer: Any = self.optimizer
         given = [dict(group) for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.counts.begin(totals_of(checkpoint) if checkpoint else NO_TOTALS)
+        self.counts.before = totals_of(checkpoint) if checkpoint else NO_TOTALS
         if checkpoint:
             apply_changed(self, given, getattr(self.args, "allow_changed", None) or ())
 

@@ -142,7 +142,13 @@ def survive(name: str, data: Path, folder: Path, kills: int, seed: int, number: 
         if None in ends and rest:
             end_all(started, number)
             survival.kills[moment] = survival.kills.get(moment, 0) + 1
-            survival.stopped += 75 in [process.returncode for process in started]
+            codes = {process.returncode for process in started}
+            survival.stopped += codes == {75}
+            # told before its first step, a run ends at once; told at its end, it ends as usual
+            interrupted = codes == {1} and "interrupted: " in log.read_text(errors="replace").splitlines()[-1]
+            if number != signal.SIGKILL and not (codes <= {75} or codes == {0} or interrupted):
+                survival.problems.append(f"told, it ended with {codes}: {log.read_text(errors='replace')[-900:]}")
+                return survival
             continue
         ends = [process.wait(timeout=LONGEST) for process in started]
         if any(ends):

@@ -243,6 +243,27 @@ def test_changes_take_effect_and_totals_are_of_all_legs(records, tmp_path, capsy
         train(tmp_path / "new", records, "--allow_changed", "seed")
 
 
+def test_legs_are_of_the_run_that_is_resumed_and_say_how_they_ended(records, tmp_path, monkeypatch):
+    """Into another folder, which holds another run that goes; and one that ends with an error."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    train(first, records)
+    train(other, records, "--seed", "5")
+    flags = ("--resume_from_checkpoint", str(first / "checkpoint-4"), "--overwrite_output_dir", "true")
+    train(other, records, *flags)
+    run = json.loads((other / "run.json").read_text())
+    assert [(leg["first_step"], leg["last_step"]) for leg in run["legs"]] == [(0, 8), (4, 8)] and run["seed"] == 42
+    assert {path.name for path in other.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+
+    def fail(self, *values):
+        raise RuntimeError("a fault of the machine")
+
+    monkeypatch.setattr("recipe.training.saving.WholeSaves.save_state", fail)
+    with pytest.raises(RuntimeError, match="a fault of the machine"):
+        train(tmp_path / "failed", records)
+    run = json.loads((tmp_path / "failed" / "run.json").read_text())
+    assert (run["state"], run["legs"][-1]["state"], run["result"]["steps"]) == ("failed", "failed", 8)
+
+
 def test_a_hash_of_records_is_of_tokens_targets_and_order():
     from recipe.training.changes import _about_records
 

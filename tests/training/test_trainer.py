@@ -336,3 +336,24 @@ def test_what_is_cut_off_inside_opened_reasoning_has_no_score(demo_model, demo_t
     assert found["eval_token_f1"] == found["eval_exact_match"] == score
     scored = [without_reasoning({"text": text}, text, opened_by(demo_tokenizer, prompts[0]))["text"] for text in texts]
     assert scored == (texts if score else ["", ""])
+
+
+def test_totals_are_of_the_steps_that_count(demo_model, demo_tokenizer, rows, tmp_path):
+    """Trained twice, and again with a smaller batch after one that did not fit: each total is of its own steps."""
+    options = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    trainer = trainer_for(demo_model, demo_tokenizer, rows, arguments(tmp_path, **options))
+    step, calls = trainer.training_step, []
+
+    def fail_once(*values, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return step(*values, **kwargs)
+
+    trainer.training_step = fail_once
+    for _ in range(2):
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 3 and trainer.counts.totals["loss_sum"] == pytest.approx(sum(losses), rel=1e-5)
+        assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert len(calls) == 3 + 3 + 3
