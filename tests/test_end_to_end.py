@@ -197,7 +197,11 @@ def test_resuming_goes_on_and_overwriting_starts_over(trained, cache, tmp_path):
 
 
 def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
-    model = SimpleNamespace(get_memory_footprint=lambda: 10**18)  # more than any disk has left
+    def model_of(size: int) -> SimpleNamespace:
+        weight = SimpleNamespace(nbytes=size, data_ptr=lambda: 1, requires_grad=True)
+        return SimpleNamespace(parameters=lambda: [weight])
+
+    model, small = model_of(10**18), model_of(0)  # the first is more than any disk has left
 
     def save_model() -> None:
         raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of it
@@ -207,7 +211,6 @@ def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
             save_model()
         return str(error.value)
 
-    small = SimpleNamespace(get_memory_footprint=lambda: 0)
     for said in (
         Exception("No space left on device (os error 28)"),
         OSError(errno.ENOSPC, "No space left", "loss.png"),

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from torch import nn
@@ -20,9 +19,7 @@ from recipe.memory import is_out_of_memory
 from recipe.training.checkpoints import ASIDE, clear_aside, numbered, put_back, remove, remove_model
 from recipe.training.resuming import check_whole, find_last_whole, find_problem, is_model_only
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+MARGIN = 1.1  # of a checkpoint over its weights and optimizer
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # or the user's share of it
 
 
@@ -121,30 +118,37 @@ def check_disk(args: InstructionTrainingArguments, model: nn.Module, checkpoint:
         UserError: the free space, and what removing the earlier run frees, is less than that.
     """
     output_dir = Path(args.output_dir or "")
-    weights = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in model.parameters()}.values())
-    parts, needed = [f"weights {weights / 1e6:,.0f} MB"], weights
-    if args.save_strategy != "no" and not args.save_only_model and args.optim.startswith("adamw_torch"):
-        optimizer = 2 * sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)  # Adam's two means
-        parts, needed = [*parts, f"optimizer {optimizer / 1e6:,.0f} MB"], needed + optimizer
+    parts = _parts_of_a_save(model)
+    if args.save_strategy == "no" or args.save_only_model or not args.optim.startswith("adamw_torch"):
+        del parts["optimizer"]
+    needed = sum(parts.values())
     going = [output_dir / ASIDE]
     if args.overwrite_output_dir and not _is_of(checkpoint, output_dir):
         going += earlier_run(output_dir)
     files = [file for path in going for file in (path, *path.rglob("*")) if file.is_file()]
     free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in files)
     if free < needed:
+        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items())
         raise UserError(
             f"--output_dir {output_dir}: its disk has {free / 1e6:,.0f} MB free, and a save needs "
-            f"{needed / 1e6:,.0f} MB ({', '.join(parts)}); free some space, name a folder on another disk, "
-            "or save less: --save_only_model true"
+            f"{needed / 1e6:,.0f} MB ({listed}); free some space, name a folder on another disk, or save less: "
+            "--save_only_model true"
         )
 
 
+def _parts_of_a_save(model: nn.Module) -> dict[str, int]:
+    """Bytes of the weights, each once, and of Adam's two means."""
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
+    trained = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
+    return {"weights": sum(weights.values()), "optimizer": 2 * trained}
+
+
 @contextmanager
-def explain_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None]:
+def explain_full_disk(output_dir: Path, model: nn.Module) -> Iterator[None]:
     """Report a full disk where torch and safetensors report another error.
 
     Raises:
-        UserError: a save failed, and the disk has less space left than the model takes.
+        UserError: a save failed, and the disk has less space left than a checkpoint may take.
     """
     try:
         yield
@@ -156,7 +160,7 @@ def explain_full_disk(output_dir: Path, model: PreTrainedModel) -> Iterator[None
         if known or not (says_so or may_be):
             raise
         free = shutil.disk_usage(output_dir).free
-        if not says_so and free > model.get_memory_footprint():
+        if not says_so and free > MARGIN * sum(_parts_of_a_save(model).values()):
             raise
         whole = last_whole_checkpoint(output_dir)
         way_out = "--resume_from_checkpoint true" if whole else "--overwrite_output_dir"
