@@ -19,7 +19,7 @@ from recipe.config import UserError
 from recipe.console import process_rank
 from recipe.setting_checks import did_you_mean
 from recipe.training.errors import Settings
-from recipe.training.manifest import MANIFEST, read_manifest
+from recipe.training.manifest import about
 
 # settings that no weight depends on: where things are written and shown, how often is evaluated and saved, processes
 FREE = re.compile(
@@ -78,8 +78,8 @@ def refuse_changes(now: Mapping[str, Any], checkpoint: str, allowed: Sequence[st
     Raises:
         UserError: something else changes, or what no checkpoint can be resumed with; names each, old and new.
     """
-    manifest = read_manifest(Path(checkpoint)) if (Path(checkpoint) / MANIFEST).is_file() else {}
-    if not isinstance(manifest, dict) or "settings" not in manifest:
+    before = about(Path(checkpoint))
+    if "settings" not in before:
         if process_rank() == "0":
             print(f"{checkpoint} does not tell the settings it was made with: whether they have changed is not known")
         return []
@@ -87,7 +87,7 @@ def refuse_changes(now: Mapping[str, Any], checkpoint: str, allowed: Sequence[st
     for name in allowed:
         if name not in known:
             raise UserError(f"--allow_changed {name}: no setting that weights depend on{did_you_mean(name, known)}")
-    found = _differences(manifest, now)
+    found = _differences(before, now)
     refused = [name for name in found if name not in allowed or name in NEVER]
     if refused:
         changes = [f"  {words}" for name in refused for words in found[name]]
@@ -114,12 +114,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
             words = f"data: the {split} {counts}, with other tokens or in another order"
             found.setdefault("data", []).append(words)
     return found
-
-
-def totals_of(checkpoint: str) -> Mapping[str, Any]:
-    """The loss and seconds of a run until a checkpoint; nothing if that does not tell."""
-    manifest = read_manifest(Path(checkpoint))
-    return manifest.get("totals", {}) if isinstance(manifest, dict) else {}
 
 
 def apply_changed(trainer: Trainer, given: Sequence[Mapping[str, Any]], allowed: Sequence[str]) -> None:

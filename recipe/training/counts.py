@@ -14,8 +14,8 @@ NO_TOTALS = {"loss_sum": 0.0, "seconds": 0.0}
 UNCHECKED_LIMIT = 1000  # losses that may wait to be checked, where nothing is logged; a check is one host sync
 
 
-class Counts:
-    """Tokens since the last log, losses that are not checked yet, and totals of the whole run.
+class Counts(TrainerCallback):
+    """Tokens since the last log, losses that are not checked yet, and totals of the whole run; a trainer's callback.
 
     Attributes:
         window: input tokens without padding, with padding, and supervised ones, of all processes since the last log.
@@ -26,9 +26,9 @@ class Counts:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.before: Mapping[str, Any] = NO_TOTALS  # of a checkpoint that is resumed
-        self.begin()
+        self.on_train_begin()
 
-    def begin(self) -> None:
+    def on_train_begin(self, *further: Any, **kwargs: Any) -> None:
         """Start to count, also anew with a smaller batch; from the totals of a checkpoint that is resumed."""
         totals, self.before = self.before, NO_TOTALS
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss, rows of micro-batches
@@ -75,13 +75,3 @@ class Counts:
         self.unchecked, self.real, self.computed, self.supervised = [], 0, 0, 0
         self.window = [before + new for before, new in zip(self.window, tokens, strict=True)]
         return tokens, []
-
-
-class CountFromHere(TrainerCallback):
-    """Begins the counts of a trainer when its training begins."""
-
-    def __init__(self, counts: Counts) -> None:
-        self.counts = counts
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.counts.begin()

@@ -141,6 +141,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | str:
     return content
 
 
+def about(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest tells; nothing if it has none, or a damaged one."""
+    manifest = read_manifest(folder)
+    return manifest if isinstance(manifest, dict) else {}
+
+
 def find_damage(folder: Path, contents: bool = True) -> str | None:
     """What is wrong with a folder that has a manifest: the first file that is missing or not as it was written.
 

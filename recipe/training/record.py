@@ -32,8 +32,7 @@ def keep_record(
     decides = what_decides(settings, trainer)
     changed = refuse_changes(decides, checkpoint, settings.training.allow_changed or ()) if checkpoint else []
     trainer.about_run |= decides
-    record = RunRecord(settings, about, checkpoint, changed, pushes)
-    record.watch(trainer)
+    trainer.add_callback(record := RunRecord(trainer, settings, about, checkpoint, changed, pushes))
     return record
 
 
@@ -57,17 +56,14 @@ class RunRecord(TrainerCallback):
     """
 
     def __init__(
-        self, settings: Settings, about: dict[str, Any], checkpoint: str | None, changed: list[str], pushes: bool
-    ) -> None:
-        self.settings, self.about, self.changed, self.pushes = settings, about, changed, pushes
+        self, trainer: Any, settings: Settings, about: dict[str, Any], checkpoint: str | None, changed: list[str],
+        pushes: bool,
+    ) -> None:  # fmt: skip
+        self.trainer, self.settings, self.about, self.changed = trainer, settings, about, changed
+        self.pushes = pushes
         self.path = Path(settings.training.output_dir or "") / "run.json"
         self.legs = _earlier_legs(Path(checkpoint).parent / "run.json") if checkpoint else []
         self.run: dict[str, Any] = {}
-
-    def watch(self, trainer: Any) -> None:
-        """Become a callback of the trainer."""
-        self.trainer = trainer
-        trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = datetime.now().astimezone()

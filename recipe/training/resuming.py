@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from recipe.config import InstructionTrainingArguments, UserError
 from recipe.training.checkpoints import INDEX, STATE, WEIGHTS, numbered, step_of
-from recipe.training.manifest import MANIFEST, find_damage, is_hashed, read_manifest
+from recipe.training.manifest import MANIFEST, about, find_damage, is_hashed
 
 # of a checkpoint: the Trainer's, FSDP's and DeepSpeed's
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "pytorch_model_fsdp_*", "global_step*")
@@ -38,12 +38,11 @@ def find_last_whole(args: InstructionTrainingArguments, output_dir: Path) -> Pat
     problems: dict[Path, str] = {}
     for folder in order:
         if (problem := find_problem_anywhere(args, folder)) is None:
-            skipped = [other for other in order if step_of(other) > step_of(folder)]
+            skipped = [other for other in order if step_of(other) > step_of(folder) and args.process_index == 0]
             for other in sorted(skipped, key=step_of, reverse=True):
                 lacks = "it holds no optimizer" if is_model_only(other) else f"it has no {MANIFEST} to check it by"
-                _say(args, f"{other} is not resumed from: {problems.get(other, lacks)}")
-            _say_if_unchecked(args, folder)
-            _say_if_processes_differ(args, folder)
+                print(f"{other} is not resumed from: {problems.get(other, lacks)}")
+            _say_what_is_uncertain(args, folder)
             return folder
         problems[folder] = problem
     if not problems:
@@ -63,8 +62,7 @@ def check_whole(args: InstructionTrainingArguments, folder: Path) -> None:
     """
     problem = find_problem_anywhere(args, folder)
     if problem is None:
-        _say_if_unchecked(args, folder)
-        _say_if_processes_differ(args, folder)
+        _say_what_is_uncertain(args, folder)
         return
     step, others = step_of(Path(folder.resolve().name)), [*numbered(folder.parent)]
     others.sort(key=lambda other: (step_of(other) < step, step_of(other)), reverse=True)  # the one before it first
@@ -91,19 +89,18 @@ def _from_each_disk(args: InstructionTrainingArguments, value: Any) -> list[Any]
     return [found for looks, found in gather_object([(args.should_save, value)]) if looks]
 
 
-def _say(args: InstructionTrainingArguments, line: str) -> None:
-    if args.process_index == 0:
-        print(line)
-
-
-def _say_if_unchecked(args: InstructionTrainingArguments, folder: Path) -> None:
+def _say_what_is_uncertain(args: InstructionTrainingArguments, folder: Path) -> None:
+    """Of a checkpoint that is resumed: contents that cannot be checked, and random numbers that cannot go on."""
+    lines = []
     if not has_manifest(folder):
-        _say(args, f"{folder} has no {MANIFEST}: its files are there and open, but their contents cannot be checked")
+        lines += [f"has no {MANIFEST}: its files are there and open, but their contents cannot be checked"]
     elif not is_hashed(folder):
-        _say(
-            args,
-            f"{folder} is whole; the run ended before its large files were hashed, so their contents are not checked",
-        )
+        lines += ["is whole; the run ended before its large files were hashed, so their contents are not checked"]
+    if (before := about(folder).get("world_size", args.world_size)) != args.world_size:
+        processes = f"was saved by {before} processes and is resumed by {args.world_size}"
+        lines += [f"{processes}: random numbers, as of dropout, are others from here on"]
+    for line in lines if args.process_index == 0 else ():
+        print(f"{folder} {line}")
 
 
 def has_manifest(folder: Path) -> bool:
@@ -128,17 +125,6 @@ def _find_problem_of_best(folder: Path) -> str | None:
         return f"its best checkpoint, {best.name}, which --load_best_model_at_end would load, is missing"
     damage = find_damage(best) if has_manifest(best) else None
     return damage and f"its best checkpoint, {best.name}, is damaged ({damage})"
-
-
-def _say_if_processes_differ(args: InstructionTrainingArguments, folder: Path) -> None:
-    manifest = read_manifest(folder) if has_manifest(folder) else {}
-    before = manifest.get("world_size", args.world_size) if isinstance(manifest, dict) else args.world_size
-    if before != args.world_size:
-        _say(
-            args,
-            f"{folder} was saved by {before} processes and is resumed by {args.world_size}: random numbers, as of "
-            "dropout, are others from here on",
-        )
 
 
 def find_problem(folder: Path, processes: int, contents: bool = True) -> str | None:

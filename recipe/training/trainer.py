@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from recipe.generation import generate_responses
 from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
-from recipe.training.changes import apply_changed, totals_of
-from recipe.training.counts import NO_TOTALS, CountFromHere, Counts
+from recipe.training.changes import apply_changed
+from recipe.training.counts import NO_TOTALS, Counts
 from recipe.training.layout_check import why_not
 from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
+from recipe.training.manifest import about
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 from recipe.training.saving import WholeSaves
 from recipe.training.stopping import shield_workers
@@ -104,7 +106,7 @@ class InstructionTrainer(WholeSaves):
         self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
         self.counts = Counts(self.accelerator)
-        self.add_callback(CountFromHere(self.counts))
+        self.add_callback(self.counts)
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -342,7 +344,7 @@ class InstructionTrainer(WholeSaves):
         optimizer: Any = self.optimizer
         given = [dict(group) for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.counts.before = totals_of(checkpoint) if checkpoint else NO_TOTALS
+        self.counts.before = about(Path(checkpoint)).get("totals", {}) if checkpoint else NO_TOTALS
         if checkpoint:
             apply_changed(self, given, getattr(self.args, "allow_changed", None) or ())
 

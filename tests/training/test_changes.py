@@ -25,7 +25,6 @@ from recipe.trainer import InstructionTrainer
 from recipe.training.changes import refuse_changes, what_decides
 from recipe.training.collator_choice import make_collator
 from recipe.training.errors import Settings
-from recipe.training.manifest import MANIFEST
 
 RECORDS = [json.loads(line) for line in (DEMO / "records" / "validation.jsonl").read_text().splitlines()[:24]]
 BEGUN = {
@@ -71,9 +70,7 @@ def begun(tmp_path_factory):
 def refusal(begun, now, tmp_path, monkeypatch, allowed=()):
     """What is said of resuming a checkpoint that was made with `begun`; nothing if it is resumed."""
     checkpoint = tmp_path / "checkpoint-2"
-    checkpoint.mkdir(exist_ok=True)
-    (checkpoint / MANIFEST).touch()
-    monkeypatch.setattr("recipe.training.changes.read_manifest", lambda folder: json.loads(json.dumps(begun)))
+    monkeypatch.setattr("recipe.training.changes.about", lambda folder: json.loads(json.dumps(begun)))
     try:
         return refuse_changes(now, str(checkpoint), allowed)
     except UserError as error:
