@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PROXIES = ("http", "https", "all")  # of which addresses; each has a variable in lower or upper case
 CERTIFICATES = {"SSL_CERT_FILE": "a file", "SSL_CERT_DIR": "a folder"}
 HIGHEST_PORT = 65535
+DEFAULT_PORTS = {"http": 80, "https": 443}
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII | re.IGNORECASE)
 LONGEST_SHOWN = 200  # characters of an address
 LAST_AT = re.compile(r".*(?:@|%(?:25)*40)", re.DOTALL)  # what ends a user and a password, also with escapes
@@ -48,10 +49,10 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
     certificates, is_direct = _certificates(), _is_direct(url)
     for name, address in [] if is_direct else _proxies().values():
         _check_proxy(name, address)
-    origin = urlsplit(url)[:2]
+    origin = origin_of(url)
 
     async def only_what_belongs_there(request: Any) -> None:
-        moved = urlsplit(str(request.url))[:2] != origin
+        moved = origin_of(str(request.url)) != origin
         for name in list(request.headers):
             is_needed = name.startswith("x-stainless-") or name in HEADERS  # the former are the client's own notes
             if (moved and name == "authorization") or ((moved or not all_headers) and not is_needed):
@@ -114,13 +115,51 @@ def is_address(url: str) -> bool:
         return False
 
 
+def origin_of(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port of an address, the same for each way to spell them.
+
+    >>> origin_of("HTTPS://API.openai.com./v1") == origin_of("https://api.openai.com:0443") == (
+    ...     "https", "api.openai.com", 443)
+    True
+
+    Raises:
+        ValueError: it is not an address.
+    """
+    parts = urlsplit(url)
+    host, port = (parts.hostname or "").rstrip("."), parts.port
+    return parts.scheme, _shortest_ip(host), DEFAULT_PORTS.get(parts.scheme) if port is None else port
+
+
+def in_one_spelling(url: str) -> str:
+    """An address as the client sends it: scheme and host in lower case, no port where it is the usual one.
+
+    >>> in_one_spelling("HTTP://LOCALHOST:08000/V1"), in_one_spelling("https://[0:0::1]:443")
+    ('http://localhost:8000/V1', 'https://[::1]')
+
+    Raises:
+        ValueError: it is not an address.
+    """
+    parts = urlsplit(url)
+    host, is_usual = _shortest_ip(parts.hostname or ""), parts.port in (None, DEFAULT_PORTS.get(parts.scheme))
+    port = "" if is_usual else f":{parts.port}"
+    return parts._replace(netloc=f"{f'[{host}]' if ':' in host else host}{port}").geturl()
+
+
+def _shortest_ip(host: str) -> str:
+    """A host, an IPv6 address without the zeros that may be left out."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
 def is_loopback(url: str) -> bool:
     """Whether an address is of this machine.
 
     >>> is_loopback("http://127.0.0.1:8000/v1"), is_loopback("http://[::1]/v1"), is_loopback("http://example.org/v1")
     (True, True, False)
     """
-    host = (urlsplit(url).hostname or "").rstrip(".")
+    _, host, _ = origin_of(url)
     try:
         address = ipaddress.ip_address(host)
         return address.is_loopback or address.is_unspecified

@@ -9,33 +9,31 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from recipe.config import UserError
-from recipe.evaluation.connection import is_loopback
+from recipe.evaluation.connection import DEFAULT_PORTS, is_address, is_loopback, origin_of
 from recipe.keys import read_key
 
 DEFAULT = "OPENAI_API_KEY"
+OPENAI = ("https", "api.openai.com", 443)
 FLAGS = "--endpoint_key_env or --judge_key_env"
 
 
 def host_of(url: str) -> str:
-    """The host of an address, with its port if one is named.
+    """The host of an address, with its port if that is not the usual one.
 
-    >>> host_of("https://LLM.example.org:8443/v1")
-    'llm.example.org:8443'
+    >>> host_of("https://LLM.example.org:8443/v1"), host_of("https://llm.example.org:443/v1")
+    ('llm.example.org:8443', 'llm.example.org')
     """
-    parts = urlsplit(url)
-    host = (parts.hostname or "").rstrip(".")
-    port = parts.netloc.rpartition("]")[2].rpartition("@")[2].partition(":")[2]  # `parts.port` refuses odd ones
-    return f"{host}:{port}" if port else host
+    scheme, host, port = origin_of(url)
+    host = f"[{host}]" if ":" in host else host
+    return host if port in (None, DEFAULT_PORTS.get(scheme)) else f"{host}:{port}"
 
 
 def is_openais(url: str) -> bool:
     """Whether what OPENAI_* variables hold belongs to an address without being named for it: not on this machine."""
     own = os.environ.get("OPENAI_BASE_URL", "")
-    at_openai = host_of(url) in ("api.openai.com", "api.openai.com:443") and url.startswith("https://")
-    return at_openai or (bool(own) and _origin(url) == _origin(own))
+    return origin_of(url) == OPENAI or (bool(own) and origin_of(url) == origin_of(own))
 
 
 def variable_for(
@@ -69,9 +67,9 @@ def variable_for(
                 f"{flag} {name}: there are endpoints on {' and '.join(hosts)}; say to which its key belongs, as in "
                 f"{flag} {hosts[0]}={name}"
             )
-        if equals and host.lower() not in hosts:
+        if equals and not any(_names(host, each) for each in [url, *urls]):
             raise UserError(f"{flag} {host}={name}: no endpoint is on {host}; there are {' and '.join(hosts)}")
-        if not equals or host.lower() == host_of(url):
+        if not equals or _names(host, url):
             found = name
     return found
 
@@ -86,7 +84,7 @@ def endpoint_key(url: str, variable: str | None = None) -> str | None:
         UserError: it is no key, see `read_key`, or would go over the network in clear.
     """
     key = read_key(variable or DEFAULT) if variable or is_openais(url) or is_loopback(url) else None
-    if key and not url.startswith("https://") and not is_loopback(url):
+    if key and origin_of(url)[0] != "https" and not is_loopback(url):
         raise UserError(
             f"endpoint {url}: the key in {variable or DEFAULT} would go over the network unencrypted, for everybody on "
             "the way to read; write https://, or reach the server over an encrypted tunnel to localhost (ssh -L)"
@@ -104,7 +102,9 @@ def key_advice(url: str, variable: str | None) -> str:
     )
 
 
-def _origin(url: str) -> tuple[str, str, str | None]:
-    parts = urlsplit(url)
-    port = host_of(url).rpartition("]")[2].partition(":")[2] or {"https": "443", "http": "80"}.get(parts.scheme)
-    return parts.scheme, parts.hostname or "", port
+def _names(host: str, url: str) -> bool:
+    """Whether `HOST` or `HOST:PORT` is that of an address."""
+    scheme, _, _ = origin_of(url)
+    is_bare_ip = host.count(":") > 1 and not host.startswith("[")
+    address = f"{scheme}://[{host}]" if is_bare_ip else f"{scheme}://{host}"
+    return "/" not in host and is_address(address) and origin_of(address) == origin_of(url)

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
-from recipe.evaluation.connection import certificate_advice, is_address, open_client, proxy_advice, without_credentials
+from recipe.evaluation.connection import (
+    certificate_advice,
+    in_one_spelling,
+    is_address,
+    open_client,
+    proxy_advice,
+    without_credentials,
+)
 from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice
 from recipe.evaluation.failures import Failure, as_failure, error_in, malformed, may_pass, stop_reason
 from recipe.evaluation.negotiation import Terms, names_field, negotiate
@@ -104,7 +111,7 @@ def parse_endpoint(name: str, key_variable: str | None = None) -> Endpoint:
             f"endpoint {without_credentials(name)!r}: write http://host:port/v1#model, without user or password; the "
             "key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
         )
-    endpoint = Endpoint(address.rstrip("/"), model, key_variable)
+    endpoint = Endpoint(in_one_spelling(address).rstrip("/"), model, key_variable)
     endpoint_key(endpoint.url, key_variable)
     return endpoint
 

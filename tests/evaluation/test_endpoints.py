@@ -49,6 +49,9 @@ def test_an_endpoint_is_read_from_its_address():
     assert (endpoint.url, endpoint.model) == ("http://localhost:8000/v1", "/models/my model#2")
     assert parse_endpoint("HTTP://localhost:65535/v1#m").model == "m" and is_endpoint("HTTP://localhost:65535/v1#m")
     assert parse_endpoint("https://[::1]/v1#m").url == "https://[::1]/v1"
+    same = ("HTTP://LOCALHOST:08000/v1#M", "http://localhost:8000/v1/#M")
+    assert {str(parse_endpoint(name)) for name in same} == {"http://localhost:8000/v1#M"}
+    assert parse_endpoint("http://GPU-box.:80/V1#m").url == "http://gpu-box./V1"  # a dot at the end says something
     assert is_endpoint("http://host/v1") and not is_endpoint("outputs/demo") and not is_endpoint("someone/http")
 
 
