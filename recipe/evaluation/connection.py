@@ -110,7 +110,10 @@ def is_address(url: str) -> bool:
     (True, False, False)
     """
     try:
-        return ADDRESS.fullmatch(url) is not None and urlsplit(url).port != 0  # raises above the highest
+        parts = urlsplit(url)
+        if "[" in parts.netloc:
+            ipaddress.IPv6Address(parts.hostname or "")
+        return ADDRESS.fullmatch(url) is not None and parts.port != 0  # raises above the highest
     except ValueError:
         return False
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from recipe.config import UserError
-from recipe.evaluation.connection import DEFAULT_PORTS, is_address, is_loopback, origin_of
+from recipe.evaluation.connection import DEFAULT_PORTS, is_address, is_loopback, origin_of, without_credentials
 from recipe.keys import read_key
 
 DEFAULT = "OPENAI_API_KEY"
@@ -32,26 +32,23 @@ def host_of(url: str) -> str:
 
 def is_openais(url: str) -> bool:
     """Whether what OPENAI_* variables hold belongs to an address without being named for it: not on this machine."""
-    own = os.environ.get("OPENAI_BASE_URL", "")
-    return origin_of(url) == OPENAI or (bool(own) and origin_of(url) == origin_of(own))
+    return origin_of(url) in (OPENAI, _origin_of_base_url())
 
 
-def variable_for(
-    url: str, named: Sequence[str], urls: Sequence[str] = (), flag: str = "--endpoint_key_env"
-) -> str | None:
+def variable_for(url: str, named: Sequence[str], urls: Sequence[str], flag: str) -> str | None:
     """The environment variable with the key of an endpoint, as a flag says: `NAME`, or `HOST=NAME` for several hosts.
 
-    >>> os.environ.update(A_KEY="the key of a.org", B_KEY="the key of b.org")
-    >>> urls = ["https://a.org/v1", "https://b.org:8000/v1"]
-    >>> variable_for(urls[0], ["a.org=A_KEY", "b.org:8000=B_KEY"], urls)
-    'A_KEY'
+    Example::
+
+        urls = ["https://a.org/v1", "https://b.org:8000/v1"]
+        variable_for(urls[0], ["a.org=A_KEY", "b.org:8000=B_KEY"], urls, "--endpoint_key_env")  # "A_KEY"
 
     Args:
         named: the words of the flag.
         urls: all endpoints that the flag is about.
 
     Raises:
-        UserError: a word is no name of a variable that is set, or it is not clear to which host its key belongs.
+        UserError: a word is not the name of a variable that is set, or it is not clear to which host its key belongs.
     """
     hosts = sorted({host_of(each) for each in [url, *urls]})
     found = None
@@ -81,9 +78,16 @@ def endpoint_key(url: str, variable: str | None = None) -> str | None:
         variable: that holds it, if a flag names one; default: OPENAI_API_KEY, where it belongs.
 
     Raises:
-        UserError: it is no key, see `read_key`, or would go over the network in clear.
+        UserError: it is not a key, see `read_key`, or would go over the network in clear; or whether the key of OpenAI
+            belongs there cannot be told, because OPENAI_BASE_URL is not an address.
     """
-    key = read_key(variable or DEFAULT) if variable or is_openais(url) or is_loopback(url) else None
+    belongs = variable or is_openais(url) or is_loopback(url)
+    if not belongs and os.environ.get(DEFAULT) and _origin_of_base_url() == ():
+        raise UserError(
+            f"OPENAI_BASE_URL={without_credentials(os.environ['OPENAI_BASE_URL'])}: not an address, so that it is not "
+            f"clear whether {DEFAULT} belongs to {host_of(url)}; correct it or unset it"
+        )
+    key = read_key(variable or DEFAULT) if belongs else None
     if key and origin_of(url)[0] != "https" and not is_loopback(url):
         raise UserError(
             f"endpoint {url}: the key in {variable or DEFAULT} would go over the network unencrypted, for everybody on "
@@ -100,6 +104,15 @@ def key_advice(url: str, variable: str | None) -> str:
         f"it wants a key: put it into an environment variable and name that with {FLAGS}; {DEFAULT} is not sent to "
         f"{host_of(url)}, as it belongs to api.openai.com"
     )
+
+
+def _origin_of_base_url() -> tuple[()] | tuple[str, str, int | None] | None:
+    """Where OPENAI_BASE_URL leads; None if it is not set, and () if it cannot be read: then it leads nowhere."""
+    own = os.environ.get("OPENAI_BASE_URL")
+    try:
+        return origin_of(own) if own else None
+    except ValueError:
+        return ()
 
 
 def _names(host: str, url: str) -> bool:

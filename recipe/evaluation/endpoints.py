@@ -24,7 +24,7 @@ from recipe.evaluation.connection import (
     proxy_advice,
     without_credentials,
 )
-from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice
+from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice, variable_for
 from recipe.evaluation.failures import Failure, as_failure, error_in, malformed, may_pass, stop_reason
 from recipe.evaluation.negotiation import Terms, names_field, negotiate
 from recipe.redaction import redact
@@ -93,27 +93,36 @@ def is_endpoint(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
 
 
-def parse_endpoint(name: str, key_variable: str | None = None) -> Endpoint:
+def parse_endpoint(
+    name: str, named: str | Sequence[str] = (), urls: Sequence[str] = (), flag: str = "--endpoint_key_env"
+) -> Endpoint:
     """Read `http://host:port/v1#model`, and whether its key can be sent; no request is sent yet.
 
     >>> parse_endpoint("http://localhost:8000/v1/#llama3")
     Endpoint(url='http://localhost:8000/v1', model='llama3')
 
     Args:
-        key_variable: the environment variable with its key, if it is not OPENAI_API_KEY.
+        named: the environment variable with its key, if that is not OPENAI_API_KEY; or all words of the flag, of which
+            each may be `HOST=NAME`.
+        urls: all endpoints that the flag is about.
+        flag: what names the variable.
 
     Raises:
-        UserError: the name is not such an address, or has a user and a password in it; or see `endpoint_key`.
+        UserError: one of the endpoints is not such an address, or has a user and a password in it; or see
+            `variable_for` and `endpoint_key`.
     """
+    for each in (name, *urls):
+        address, _, model = each.partition("#")
+        if not is_address(address) or not model:
+            raise UserError(
+                f"endpoint {without_credentials(each)!r}: write http://host:port/v1#model, without user or password; "
+                "the key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
+            )
     address, _, model = name.partition("#")
-    if not is_address(address) or not model:
-        raise UserError(
-            f"endpoint {without_credentials(name)!r}: write http://host:port/v1#model, without user or password; the "
-            "key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
-        )
-    endpoint = Endpoint(in_one_spelling(address).rstrip("/"), model, key_variable)
-    endpoint_key(endpoint.url, key_variable)
-    return endpoint
+    url = in_one_spelling(address).rstrip("/")
+    variable = variable_for(url, [named] if isinstance(named, str) else named, urls, flag)
+    endpoint_key(url, variable)
+    return Endpoint(url, model, variable)
 
 
 def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 300.0) -> Terms:

@@ -15,7 +15,6 @@ from accelerate import PartialState
 
 from recipe.config import RUN_CODE, DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, ask, endpoints
-from recipe.evaluation.endpoint_keys import variable_for
 from recipe.evaluation.headline import check_headline, choose_headline
 from recipe.files import file_hash, read_json, write_json
 from recipe.provenance import command_line, hardware, versions, weights_hash
@@ -111,7 +110,7 @@ class EvalArguments:
     def endpoint(self, name: str) -> endpoints.Endpoint:
         """A served model with the key that is meant for its host."""
         served = [other for other in [*self.model, self.baseline or ""] if model_kind(other) == "endpoint"]
-        return endpoints.parse_endpoint(name, variable_for(name, self.endpoint_key_env, served))
+        return endpoints.parse_endpoint(name, self.endpoint_key_env, served)
 
 
 def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:

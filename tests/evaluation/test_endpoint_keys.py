@@ -8,7 +8,7 @@ from stub_endpoint import Say, Status, serve_stub
 
 from recipe.config import UserError
 from recipe.evaluation.connection import open_client
-from recipe.evaluation.endpoint_keys import DEFAULT, endpoint_key, is_openais, variable_for
+from recipe.evaluation.endpoint_keys import DEFAULT, endpoint_key, is_openais
 from recipe.evaluation.endpoints import Endpoint, ask, parse_endpoint, preflight
 from recipe.evaluation.generate import EvalArguments
 from recipe.evaluation.judge.run import JudgeArguments
@@ -65,6 +65,46 @@ def test_the_address_in_openai_base_url_has_the_key_too(monkeypatch):
         parse_endpoint("http://proxy.example.org/v1#m")
 
 
+@pytest.mark.parametrize("base", ["http://[bad", "https://proxy.example.org:port/v1", "https://me:secret@[::g]/v1"])
+def test_an_openai_base_url_that_cannot_be_read_is_named_where_it_decides(base, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", base)
+    for name, variable in (
+        ("http://localhost:8000/v1#m", None), ("https://api.openai.com/v1#m", None), ("https://a.org/v1#m", "JUDGE"),
+    ):  # fmt: skip
+        assert parse_endpoint(name, variable or ()).key_variable == variable
+    with serve_stub({"": [Say("85")]}) as stub:
+        [reply] = ask(parse_endpoint(f"{stub.url}#m"), [REQUEST])
+    assert reply.text == "85"
+    with pytest.raises(UserError, match=r"^OPENAI_BASE_URL=.*: not an address") as refused:
+        parse_endpoint("https://a.org/v1#m")
+    assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
+    monkeypatch.delenv("OPENAI_API_KEY")  # nothing that could go there
+    assert parse_endpoint("https://a.org/v1#m").key_variable is None
+
+
+MALFORMED = [
+    "http://[::g]/v1#m", "http://[::1#m", "http://[12345::1]:80/v1#m", "http://::1]:80/v1#m", "https://[]/v1#m",
+    "http://host:99999/v1#m", "http://host:\u0664/v1#m", "http://a\uff0fb/v1#m", "http://[v1.x]#m", "http://#m",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("named", [None, "JUDGE", "a.org=JUDGE"])
+def test_a_malformed_address_is_refused_before_its_key_is_looked_for(name, named, tmp_path):
+    words, good = [named] if named else [], "https://a.org/v1#m"
+    eval_args = {"output_dir": str(tmp_path), "endpoint_key_env": words}
+    for make in (
+        lambda: JudgeArguments(judge=name, judge_key_env=named),
+        lambda: EvalArguments(model=[name], **eval_args),
+        lambda: EvalArguments(model=[good, name], **eval_args),
+        lambda: EvalArguments(model=[good], baseline=name, **eval_args),
+        lambda: parse_endpoint(name, words),
+    ):
+        with pytest.raises(UserError, match=r"^endpoint '.*write http://host:port/v1#model") as refused:
+            make()
+        assert "\n" not in str(refused.value) and "a.org" not in str(refused.value)
+
+
 @pytest.mark.parametrize("host", ["gpu-box:8000", "10.0.0.7", "192.168.1.2:8080", "judge.example.org", "[2001:db8::1]"])
 def test_no_key_goes_in_clear(host):
     with pytest.raises(UserError, match="the key in JUDGE would go over the network unencrypted") as refused:
@@ -72,6 +112,10 @@ def test_no_key_goes_in_clear(host):
     assert "https://" in str(refused.value) and KEYS["JUDGE"] not in str(refused.value)
     with pytest.raises(UserError, match="unencrypted"):  # before anything is sent
         ask(Endpoint(f"http://{host}/v1", "m", "JUDGE"), [REQUEST])
+
+
+def variable_for(url, named, urls):
+    return parse_endpoint(url, named, urls).key_variable
 
 
 def test_each_of_several_hosts_has_its_own():
@@ -98,7 +142,7 @@ def test_each_of_several_hosts_has_its_own():
 )
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(given):
     with pytest.raises(UserError, match="it takes the name of an environment variable that is set") as refused:
-        variable_for("https://a.org/v1", [given], flag="--judge_key_env")
+        JudgeArguments(judge="https://a.org/v1#m", judge_key_env=given)
     assert not given or given.rpartition("=")[2] not in str(refused.value)
 
 
@@ -136,7 +180,7 @@ def test_the_key_arrives_however_its_host_is_spelled(address, variable, monkeypa
     with serve_stub({"": [Say("85")]}) as stub:
         port = int(stub.url.removesuffix("/v1").rpartition(":")[2])
         at_port_80(port, monkeypatch)
-        [reply] = ask(parse_endpoint(f"{address.format(port=port)}#m", variable), [REQUEST])
+        [reply] = ask(parse_endpoint(f"{address.format(port=port)}#m", variable or ()), [REQUEST])
         [other] = ask(Endpoint(address.format(port=port), "m", variable), [REQUEST])  # not read by parse_endpoint
     assert reply.text == other.text == "85"
     assert stub.keys == [f"Bearer {KEYS[variable or DEFAULT]}"] * 2

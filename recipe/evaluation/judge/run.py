@@ -20,7 +20,6 @@ from typing import Any
 from recipe.config import UserError, setting
 from recipe.evaluation.answers import append_lines
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.endpoint_keys import variable_for
 from recipe.evaluation.endpoints import USAGE, Endpoint, EndpointError, Reply, ask, parse_endpoint, preflight
 from recipe.evaluation.failures import Failure
 from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
@@ -68,8 +67,8 @@ class JudgeArguments:
 
     def endpoint(self) -> Endpoint:
         """The judge with its key."""
-        named = [self.judge_key_env] if self.judge_key_env else []
-        return parse_endpoint(self.judge or "", variable_for(self.judge or "", named, flag="--judge_key_env"))
+        named = [] if self.judge_key_env is None else [self.judge_key_env]
+        return parse_endpoint(self.judge or "", named, flag="--judge_key_env")
 
 
 @dataclass(frozen=True)
