@@ -45,11 +45,7 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    # the client reads the variables of proxies and of certificates together, or neither
-    certificates, is_direct = _certificates(), _is_direct(url)
-    for name, address in [] if is_direct else _proxies().values():
-        _check_proxy(name, address)
-    origin = origin_of(url)
+    certificates, origin = _certificates(), origin_of(url)
 
     async def only_what_belongs_there(request: Any) -> None:
         moved = origin_of(str(request.url)) != origin
@@ -61,7 +57,7 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
     hooks = {"request": [only_what_belongs_there]}
     # whatever comes is caught: the client's InvalidURL is of no other kind, and from one of two libraries
     try:
-        client = DefaultAsyncHttpxClient(trust_env=not is_direct, verify=certificates, event_hooks=hooks)
+        client = DefaultAsyncHttpxClient(verify=certificates, event_hooks=hooks, **_way_to(url))
     except Exception as error:
         names = sorted(name for name in os.environ if name.lower() in ("no_proxy", *(f"{s}_proxy" for s in PROXIES)))
         named = ", ".join(f"{name}={without_credentials(os.environ[name])}" for name in names)
@@ -171,20 +167,28 @@ def is_loopback(url: str) -> bool:
 
 
 def _is_direct(url: str) -> bool:
-    """Whether an address is asked without a proxy: it is of this machine, or NO_PROXY names it."""
-    return is_loopback(url) or bool(urllib.request.proxy_bypass(urlsplit(url).hostname or ""))
+    """Whether an address is asked without a proxy: it is of this machine, or NO_PROXY names it.
+
+    NO_PROXY holds hosts, with a port or without, and with a scheme or without.
+    """
+    scheme, host, port = origin_of(url)
+    hosts = [host, f"[{host}]", f"[{host}]:{port}"] if ":" in host else [host, f"{host}:{port}"]
+    named = [*hosts, *(f"{scheme}://{each}" for each in hosts)]
+    is_for_all = "*" in re.split(r"[\s,]+", urllib.request.getproxies().get("no", ""))
+    return is_loopback(url) or is_for_all or any(urllib.request.proxy_bypass(each) for each in named)
+
+
+def _proxy_of(url: str) -> tuple[str, str] | None:
+    """The proxy that an address is asked through: what names it, and its address; None without one."""
+    proxies = {} if _is_direct(url) else _proxies()
+    return proxies.get(origin_of(url)[0]) or proxies.get("all")
 
 
 def proxy_advice(url: str) -> str | None:
     """Which variable names the proxy that an address is asked through, and what to do; None without one."""
-    parts = urlsplit(url)
-    if _is_direct(url):
+    if (proxy := _proxy_of(url)) is None:
         return None
-    proxies = _proxies()
-    scheme = parts.scheme.lower() if parts.scheme.lower() in proxies else "all"
-    if scheme not in proxies:
-        return None
-    name, address = proxies[scheme]
+    name, address = proxy
     shown = without_credentials(address)
     return f"it is asked through the proxy of {name}, {shown}: is that right? If not, unset it or set NO_PROXY"
 
@@ -230,15 +234,26 @@ def _proxies() -> dict[str, tuple[str, str]]:
     return named
 
 
-def _check_proxy(name: str, address: str) -> None:
-    """Refuse a proxy that cannot be used.
+def _way_to(url: str) -> dict[str, Any]:
+    """Arguments of a client: that it reads the proxies of the environment, or which of them it uses.
 
     Raises:
-        UserError: with what names it and what is wrong, without its user and password.
+        UserError: the proxy that an address is asked through cannot be used; it is shown without user and password.
     """
+    proxy = _proxy_of(url)
+    if proxy and (problem := _problem_of_proxy(proxy[1])):
+        raise UserError(f"the proxy of {proxy[0]}={without_credentials(proxy[1])} cannot be used {problem}")
+    # the client reads all proxies, or none: one that cannot be used is no fault where another scheme's is asked
+    if _is_direct(url) or any(_problem_of_proxy(address) for _, address in _proxies().values()):
+        return {"trust_env": False, "proxy": _with_scheme(proxy[1]) if proxy else None}
+    return {"trust_env": True}
+
+
+def _problem_of_proxy(address: str) -> str | None:
+    """Why a proxy cannot be used, and what to do about it; None if it can be."""
     from openai import DefaultAsyncHttpxClient
 
-    full, advice = address if "://" in address else f"http://{address}", "correct it or unset it"
+    full, advice = _with_scheme(address), "correct it or unset it"
     try:
         parts = urlsplit(full)
         port = re.search(r":([^:\]]*)$", parts.netloc.rpartition("@")[2])
@@ -248,13 +263,17 @@ def _check_proxy(name: str, address: str) -> None:
             problem = f"its port is not a number from 1 to {HIGHEST_PORT}"
         else:
             DefaultAsyncHttpxClient(trust_env=False, proxy=full)
-            return
+            return None
     except ImportError as error:
         problem, advice = _words(error), "unset it, or install what it needs (httpx[socks])"
     except Exception as error:  # the client's InvalidURL is of no other kind
         # the words of an error may quote the password
         problem = "it is not the address of a proxy" if LAST_AT.match(address) else _words(error)
-    raise UserError(f"the proxy of {name}={without_credentials(address)} cannot be used ({problem}): {advice}")
+    return f"({problem}): {advice}"
+
+
+def _with_scheme(proxy: str) -> str:
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _is_port(text: str) -> bool:
