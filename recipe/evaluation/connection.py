@@ -24,6 +24,13 @@ ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.A
 LONGEST_SHOWN = 200  # characters of an address
 LAST_AT = re.compile(r".*(?:@|%(?:25)*40)", re.DOTALL)  # what ends a user and a password, also with escapes
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+PORT = re.compile("[0-9]{1,5}")
+# an address and a model; an @ in the latter ends no password, as there is nothing before it but a host and a path
+WITH_MODEL = re.compile(
+    r"((?:https?://)?(?:\[[^\]@/?#%]*\]?(?::[0-9]{1,5})?(?:/[^@?#%]*)?|"
+    r"[^:@/?#%\[]*(?::[0-9]{1,5}(?:/[^@?#%]*)?|/[^@?#%]*)))(#[^?]*)",
+    re.ASCII | re.IGNORECASE | re.DOTALL,
+)
 
 
 # all that a request needs; the client adds what OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS hold
@@ -204,7 +211,7 @@ def certificate_advice(error: str) -> str | None:
 def without_credentials(address: str) -> str:
     """An address as a message may show it: without user, password and query, also where it is not a proper one.
 
-    What stands in the place of the port and is none may be a password whose host was forgotten.
+    If the text after the colon is not a number of up to five digits, it may be a password whose host was forgotten.
 
     >>> [without_credentials(text) for text in ("me:secret@host:80", "socks5h://key@host", "http://me:secret")]
     ['***@host:80', 'socks5h://***@host', 'http://me:***']
@@ -215,10 +222,26 @@ def without_credentials(address: str) -> str:
     rest = rest[before.end() :] if before else rest
     rest = rest.partition("?")[0]
     host, path = re.fullmatch(r"([^/\\#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr] # fits all
-    port = re.search(r":([^:\]]*)$", host)
-    if port and port[1] and not _is_port(port[1]):
-        host, path = f"{host[: port.start()]}:***", ""
+    port = _port_in(host)
+    if port and not PORT.fullmatch(port):
+        host, path = f"{host.removesuffix(port)}***", ""
     return _printable(f"{scheme[0] if scheme else ''}{'***@' if before else ''}{host}{path}")
+
+
+def endpoint_without_credentials(name: str) -> str:
+    """`without_credentials` for an address and a model, `http://host:port/v1#model`; the model may hold an @.
+
+    >>> [endpoint_without_credentials(f"http://{text}/v1#llama@q4") for text in ("host:99999", "me:secret@host")]
+    ['http://host:99999/v1#llama@q4', 'http://***@q4']
+    """
+    parts = WITH_MODEL.fullmatch(name.partition("?")[0])
+    return without_credentials(parts[1]) + _printable(parts[2]) if parts else without_credentials(name)
+
+
+def _port_in(host: str) -> str:
+    """The text after the colon of a host; empty if there is none."""
+    found = re.search(r":([^:\]]*)\Z", host)
+    return found[1] if found else ""
 
 
 def _proxies() -> dict[str, tuple[str, str]]:
@@ -256,10 +279,10 @@ def _problem_of_proxy(address: str) -> str | None:
     full, advice = _with_scheme(address), "correct it or unset it"
     try:
         parts = urlsplit(full)
-        port = re.search(r":([^:\]]*)$", parts.netloc.rpartition("@")[2])
+        port = _port_in(parts.netloc.rpartition("@")[2])
         if not parts.hostname or re.search(r"\s", parts.hostname):
             problem = "it names no host"
-        elif port and port[1] and not _is_port(port[1]):
+        elif port and not (PORT.fullmatch(port) and 0 < int(port) <= HIGHEST_PORT):
             problem = f"its port is not a number from 1 to {HIGHEST_PORT}"
         else:
             DefaultAsyncHttpxClient(trust_env=False, proxy=full)
@@ -274,10 +297,6 @@ def _problem_of_proxy(address: str) -> str | None:
 
 def _with_scheme(proxy: str) -> str:
     return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def _is_port(text: str) -> bool:
-    return re.fullmatch("[0-9]{1,5}", text) is not None and 0 < int(text) <= HIGHEST_PORT
 
 
 def _printable(text: str) -> str:

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from recipe.config import UserError
 from recipe.evaluation.connection import (
     certificate_advice,
+    endpoint_without_credentials,
     in_one_spelling,
     is_address,
     open_client,
     proxy_advice,
-    without_credentials,
 )
 from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice, variable_for
 from recipe.evaluation.failures import Failure, as_failure, error_in, malformed, may_pass, stop_reason
@@ -115,8 +115,8 @@ def parse_endpoint(
         address, _, model = each.partition("#")
         if not is_address(address) or not model:
             raise UserError(
-                f"endpoint {without_credentials(each)!r}: write http://host:port/v1#model, without user or password; "
-                "the key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
+                f"endpoint {endpoint_without_credentials(each)!r}: write http://host:port/v1#model, without user or "
+                "password; the key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
             )
     address, _, model = name.partition("#")
     url = in_one_spelling(address).rstrip("/")

@@ -173,24 +173,13 @@ def test_an_address_that_cannot_be_asked_is_refused_in_one_line(address):
 
 def test_a_server_that_no_proxy_names_is_asked_directly_whatever_the_proxy_is(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:notaport")
-    named = {
-        "http://judge.invalid/v1": [
-            "judge.invalid",
-            "*",
-            ".invalid",
-            "judge.invalid:80",
-            "a, *",
-            "http://judge.invalid",
-        ],
-        "http://judge.invalid:8000/v1": [
-            "judge.invalid",
-            "judge.invalid:8000",
-            "a,JUDGE.invalid:8000 ",
-            ".invalid:8000",
-        ],
-        "http://[2001:db8::1]:9/v1": ["2001:db8::1", "[2001:db8::1]", "[2001:db8::1]:9"],
-    }
-    for address, direct in ((address, direct) for address in named for direct in named[address]):
+    usual, other, six = "http://judge.invalid/v1", "http://judge.invalid:8000/v1", "http://[2001:db8::1]:9/v1"
+    for address, direct in [
+        *((usual, name) for name in ("judge.invalid", "*", ".invalid", "judge.invalid:80", "a, *")),
+        *((usual, name) for name in ("http://judge.invalid", "http://judge.invalid:80")),
+        *((other, name) for name in ("judge.invalid", "judge.invalid:8000", "a,JUDGE.invalid:8000 ", ".invalid:8000")),
+        *((six, name) for name in ("2001:db8::1", "[2001:db8::1]", "[2001:db8::1]:9")),
+    ]:
         monkeypatch.setenv("no_proxy", direct)
         assert proxy_advice(address) is None
         if address.startswith("http://judge"):  # the other may be waited for

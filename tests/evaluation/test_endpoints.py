@@ -88,6 +88,33 @@ def test_what_is_no_endpoint_is_refused_without_its_secrets(name):
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("http://host:99999/v1#llama@q4", "http://host:99999/v1#llama@q4"),
+        ("https://host:65536#llama@q4", "https://host:65536#llama@q4"),
+        ("localhost:8000/v1#org/llama@q4", "localhost:8000/v1#org/llama@q4"),
+        ("http://[::g]:80/v1#llama@q4", "http://[::g]:80/v1#llama@q4"),
+        ("http://[::1#llama@q4", "http://[::1#llama@q4"),
+        ("http://a b/v1#llama@q4@q5", "http://a b/v1#llama@q4@q5"),
+        ("http://host:0/v1#m", "http://host:0/v1#m"),
+        ("http://me:secret@host:99999/v1#m", "http://***@host:99999/v1#m"),
+        ("http://me:secret@host:99999/v1#llama@q4", "http://***@q4"),
+        ("http://me:secret/secret#secret@host/v1#m", "http://***@host/v1#m"),
+        ("http://secret@host:99999/v1#m", "http://***@host:99999/v1#m"),
+        ("http://me:8secret/v1#m@q4", "http://***@q4"),
+        ("http://me:123456/v1#m", "http://me:***"),
+        ("http://host:99999/v1?key=secret#m@q4", "http://***@q4"),
+        ("http://host:99999/v1?key=secret#m", "http://host:99999/v1"),
+        ("http://me%3Asecret%40host:0/v1#m@q4", "http://***@q4"),
+    ],
+)
+def test_what_is_wrong_with_an_address_is_shown_and_no_password(name, shown):
+    with pytest.raises(UserError) as refused:
+        parse_endpoint(name)
+    assert str(refused.value).startswith(f"endpoint {shown!r}: write http")
+
+
 def test_the_key_is_sent_and_never_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
     with serve_stub({"": [Status(401, body='{"error": {"message": "wrong: sk-secret-key"}}')]}) as stub:
