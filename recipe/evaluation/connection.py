@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from recipe.config import UserError
-from recipe.redaction import redact
+from recipe.console import one_line, quoted
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -21,7 +21,6 @@ CERTIFICATES = {"SSL_CERT_FILE": "a file", "SSL_CERT_DIR": "a folder"}
 HIGHEST_PORT = 65535
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[!->@-~]*)?", re.ASCII | re.IGNORECASE)
-LONGEST_SHOWN = 200  # characters of an address
 LAST_AT = re.compile(r".*(?:@|%(?:25)*40)", re.DOTALL)  # what ends a user and a password, also with escapes
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PORT = re.compile("[0-9]{1,5}")
@@ -68,12 +67,12 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
     except Exception as error:
         names = sorted(name for name in os.environ if name.lower() in ("no_proxy", *(f"{s}_proxy" for s in PROXIES)))
         named = ", ".join(f"{name}={without_credentials(os.environ[name])}" for name in names)
-        raise UserError(f"{named}: cannot be used ({_words(error)}); correct what is wrong or unset it") from error
+        raise UserError(f"{named}: cannot be used ({quoted(str(error))}); correct what is wrong or unset it") from error
     try:
         return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=client)
     except Exception as error:
         raise UserError(
-            f"endpoint {_printable(url)}: not an address that can be asked ({_words(error)}); correct it"
+            f"endpoint {one_line(url)}: not an address that can be asked ({quoted(str(error))}); correct it"
         ) from error
 
 
@@ -84,13 +83,13 @@ def _certificates() -> ssl.SSLContext | bool:
         try:
             open(log, "ab").close()
         except (OSError, ValueError) as error:
-            named = f"SSLKEYLOGFILE names {_printable(log)}, which"
-            raise UserError(f"{named} cannot be written ({_words(error)}): {advice}") from error
+            named = f"SSLKEYLOGFILE names {one_line(log)}, which"
+            raise UserError(f"{named} cannot be written ({quoted(str(error))}): {advice}") from error
     for name, kind in CERTIFICATES.items():
         path = os.environ.get(name)
         if not path:
             continue
-        is_file, named = name == "SSL_CERT_FILE", f"{name} names {_printable(path)}, which"
+        is_file, named = name == "SSL_CERT_FILE", f"{name} names {one_line(path)}, which"
         try:
             if not os.path.exists(path):
                 raise UserError(f"{named} is not there: {advice}")
@@ -100,9 +99,9 @@ def _certificates() -> ssl.SSLContext | bool:
                 os.listdir(path)  # it is looked into only when a server is asked: one that cannot be read holds nothing
             return ssl.create_default_context(cafile=path if is_file else None, capath=None if is_file else path)
         except (ssl.SSLError, ValueError) as error:
-            raise UserError(f"{named} holds no certificates ({_words(error)}): {advice}") from error
+            raise UserError(f"{named} holds no certificates ({quoted(str(error))}): {advice}") from error
         except OSError as error:
-            raise UserError(f"{named} cannot be read ({_words(error)}): {advice}") from error
+            raise UserError(f"{named} cannot be read ({quoted(str(error))}): {advice}") from error
     return True
 
 
@@ -205,7 +204,7 @@ def certificate_advice(error: str) -> str | None:
     names = [name for name in CERTIFICATES if os.environ.get(name)]
     if "CERTIFICATE_VERIFY_FAILED" not in error or not names:
         return None
-    return f"{names[0]} is {_printable(os.environ[names[0]])}: does it hold the certificate of this server?"
+    return f"{names[0]} is {one_line(os.environ[names[0]])}: does it hold the certificate of this server?"
 
 
 def without_credentials(address: str) -> str:
@@ -225,7 +224,7 @@ def without_credentials(address: str) -> str:
     port = _port_in(host)
     if port and not PORT.fullmatch(port):
         host, path = f"{host.removesuffix(port)}***", ""
-    return _printable(f"{scheme[0] if scheme else ''}{'***@' if before else ''}{host}{path}")
+    return one_line(f"{scheme[0] if scheme else ''}{'***@' if before else ''}{host}{path}")
 
 
 def endpoint_without_credentials(name: str) -> str:
@@ -235,7 +234,7 @@ def endpoint_without_credentials(name: str) -> str:
     ['http://host:99999/v1#llama@q4', 'http://***@q4']
     """
     parts = WITH_MODEL.fullmatch(name.partition("?")[0])
-    return without_credentials(parts[1]) + _printable(parts[2]) if parts else without_credentials(name)
+    return without_credentials(parts[1]) + one_line(parts[2]) if parts else without_credentials(name)
 
 
 def _port_in(host: str) -> str:
@@ -288,22 +287,12 @@ def _problem_of_proxy(address: str) -> str | None:
             DefaultAsyncHttpxClient(trust_env=False, proxy=full)
             return None
     except ImportError as error:
-        problem, advice = _words(error), "unset it, or install what it needs (httpx[socks])"
+        problem, advice = quoted(str(error)), "unset it, or install what it needs (httpx[socks])"
     except Exception as error:  # the client's InvalidURL is of no other kind
         # the words of an error may quote the password
-        problem = "it is not the address of a proxy" if LAST_AT.match(address) else _words(error)
+        problem = "it is not the address of a proxy" if LAST_AT.match(address) else quoted(str(error))
     return f"({problem}): {advice}"
 
 
 def _with_scheme(proxy: str) -> str:
     return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def _printable(text: str) -> str:
-    """What a message can show of a text in one line."""
-    shown = "".join(char if char.isprintable() else "?" for char in text)
-    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
-
-
-def _words(error: Exception) -> str:
-    return _printable(" ".join(redact(str(error)).split()))

@@ -36,8 +36,7 @@ if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, 
 
 MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP statuses 408, 409, 429 and 5xx
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
-GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
-FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "broken_off", "http_5")
+GIVE_UP_AFTER = 10  # requests in a row that end in a fault that may pass; any other fault is of the request itself
 NEGOTIABLE = ("http_400", "http_404", "http_422", "http_500", "http_501")  # how servers refuse a field
 # how they do so in words alone: only if these speak of a field
 NEGOTIABLE_BY_WORDS = ("http_4", "http_5", "error_reply", "no_answer", "context")
@@ -235,7 +234,7 @@ def ask(
             if count >= max(GIVE_UP_AFTER, 2 * concurrency):
                 return Failure("not_asked", f"{count} requests in a row had failed, the last: {failed_in_a_row[-1]}")
             outcome = await _complete(client, {**requests[index], "model": endpoint.model}, limit, attempts)
-            if isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT):
+            if isinstance(outcome, Failure) and may_pass(outcome.status):
                 failed_in_a_row.append(outcome)
             else:
                 failed_in_a_row.clear()
@@ -291,7 +290,7 @@ async def _complete(
             while True:
                 raw = await client.chat.completions.with_raw_response.create(**request)
                 outcome = _read(raw.content, raw.elapsed.total_seconds())
-                passes = isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT)
+                passes = isinstance(outcome, Failure) and may_pass(outcome.status)
                 if attempt == retries or not passes:
                     return outcome
                 await asyncio.sleep(0.5 * 2**attempt)  # as the client does where the status says it

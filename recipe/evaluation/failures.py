@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.redaction import redact
+from recipe.console import quoted
 
-LONGEST = 300  # characters of a server's words
 CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons; Mistral calls the end of the context model_length
 FILTERED = re.compile(r"filter|safety|prohibited|blocked|blocklist|recitation|sensitive|refus|moderat|guardrail|spii")
 BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "failed", "insufficient_system_resource")
@@ -126,7 +125,7 @@ def error_in(completion: Any) -> Failure | None:
         if message.get("content") and not _refusal_in(message):
             return None
         if refusal := _refusal_in(message):
-            return Failure("content_filter", _shortened(refusal))
+            return Failure("content_filter", quoted(refusal))
         error = completion.get("error")
         return _error_of(error) if any(_words_in(error)) or (isinstance(error, str) and error) else None
     if stop_reason(finish) == "length":  # nothing but reasoning, perhaps
@@ -138,7 +137,7 @@ def error_in(completion: Any) -> Failure | None:
 
 def malformed(body: str) -> Failure:
     """The failure of a body that is no chat completion."""
-    return Failure("malformed", f"not the JSON of an OpenAI-compatible endpoint: {_shortened(body) or 'nothing'}")
+    return Failure("malformed", f"not the JSON of an OpenAI-compatible endpoint: {quoted(body) or 'nothing'}")
 
 
 def as_failure(error: Exception) -> Failure:
@@ -150,8 +149,8 @@ def as_failure(error: Exception) -> Failure:
     if isinstance(error, APIStatusError):
         return _failure(error.status_code, _unescaped(error.response.text) or error.message)
     if isinstance(error, APIConnectionError):
-        return Failure("connection", _shortened(str(error.__cause__ or error)))
-    return Failure("malformed", _shortened(f"not a reply of an OpenAI-compatible endpoint: {error!r}"))
+        return Failure("connection", quoted(str(error.__cause__ or error)))
+    return Failure("malformed", quoted(f"not a reply of an OpenAI-compatible endpoint: {error!r}"))
 
 
 def _error_without_choices(completion: Mapping[str, Any], first: Mapping[str, Any]) -> Failure:
@@ -160,10 +159,10 @@ def _error_without_choices(completion: Mapping[str, Any], first: Mapping[str, An
     if is_error or any(_words_in(completion)) or _number_in(completion):
         return _error_of(completion, body)
     if FILTER_WORDS.search(body) and "choices" in completion:
-        return Failure("content_filter", _shortened(body))
+        return Failure("content_filter", quoted(body))
     choices = completion.get("choices", "")
     if (choices is None or isinstance(choices, list)) and not {"text", "delta"} & first.keys():
-        return Failure("no_answer", f"a completion without an answer: {_shortened(body)}")
+        return Failure("no_answer", f"a completion without an answer: {quoted(body)}")
     return malformed(body)
 
 
@@ -226,7 +225,7 @@ def _failure(code: int | None, text: str) -> Failure:
             status = "cut_off"
         elif code == 413 or (CONTEXT_WORDS.search(text) and not BUSY_WORDS.search(text)):
             status = "context"
-    return Failure(status, _shortened(text))
+    return Failure(status, quoted(text))
 
 
 def _unescaped(body: str) -> str:
@@ -235,7 +234,3 @@ def _unescaped(body: str) -> str:
         return json.dumps(json.loads(body), ensure_ascii=False)
     except (ValueError, RecursionError):
         return body
-
-
-def _shortened(text: str) -> str:
-    return " ".join(redact(text).split())[:LONGEST]  # cut later, so that no part of a key is left

@@ -56,7 +56,7 @@ def test_a_server_on_this_machine_is_asked_directly(variable, value, monkeypatch
         ("SSL_CERT_DIR", "/nowhere/certs", "SSL_CERT_DIR names /nowhere/certs, which is not there"),
         ("SSL_CERT_FILE", os.path.abspath(__file__), "which holds no certificates"),
         ("SSL_CERT_FILE", os.path.dirname(__file__), "which is not a file"),
-        ("SSL_CERT_FILE", "/nowhere/a\nb", "SSL_CERT_FILE names /nowhere/a?b, which is not there"),
+        ("SSL_CERT_FILE", "/nowhere/a\nb", r"SSL_CERT_FILE names /nowhere/a\nb, which is not there"),
         ("http_proxy", "http://a\nb:80", "the proxy of http_proxy"),
         ("SSL_CERT_FILE", os.devnull, "which is not a file"),
         ("SSL_CERT_FILE", "/" + "a" * 5000, "which is not there"),

@@ -142,6 +142,30 @@ def test_what_may_be_of_the_prompt_and_what_may_pass():
     assert {status for status in passing | lasting if may_pass(status)} == passing
 
 
+@pytest.mark.parametrize(
+    ("code", "requests"), [(500, 2), (503, 2), (408, 2), (409, 2), (429, 2), (501, 1), (505, 1), (400, 1), (403, 1)]
+)
+def test_an_error_with_status_200_is_tried_again_if_it_may_pass(code, requests, monkeypatch):
+    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 1)
+    error = Raw(json.dumps({"error": {"message": "Out of cheese.", "code": code}}).encode())
+    with serve_stub({"": [error]}) as stub:
+        [outcome] = ask(parse_endpoint(f"{stub.url}#m"), [REQUEST], timeout=20)
+    assert len(stub.bodies) == requests and may_pass(outcome.status) == (requests == 2)
+
+
+def test_a_server_that_implements_nothing_is_still_asked_everything():
+    with serve_stub({"": [Raw(b'{"error": {"message": "Not implemented.", "code": 501}}')]}) as stub:
+        outcomes = ask(parse_endpoint(f"{stub.url}#m"), [REQUEST] * 12, timeout=20, concurrency=1)
+    assert [outcome.status for outcome in outcomes] == ["http_501"] * 12
+
+
+def test_long_words_are_cut_in_one_line_without_a_part_of_a_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    words = "\x1b[2J" + "a" * 285 + "\n sk-secret-0123456789 " + "b" * 100
+    error = outcome_of(Status(400, body=words)).error
+    assert error == "␛[2J" + "a" * 285 + " *** bbb..." and len(error) == 300
+
+
 def test_words_for_the_end_of_a_response():
     words = {
         "eos": ["stop", "STOP", "end_turn", "stop_sequence"],
