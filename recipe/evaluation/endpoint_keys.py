@@ -65,7 +65,10 @@ def variable_for(url: str, named: Sequence[str], urls: Sequence[str], flag: str)
                 f"{flag} {hosts[0]}={name}"
             )
         if equals and not any(_names(host, each) for each in [url, *urls]):
-            raise UserError(f"{flag} {host}={name}: no endpoint is on {host}; there are {' and '.join(hosts)}")
+            raise UserError(
+                f"{flag} HOST={name}: no endpoint is on the host that was given, which is not shown, as it may be a "
+                f"key; there are {' and '.join(hosts)}"
+            )
         if not equals or _names(host, url):
             found = name
     return found

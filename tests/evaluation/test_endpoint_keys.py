@@ -125,7 +125,7 @@ def test_each_of_several_hosts_has_its_own():
     assert [variable_for(url, ["a.org=JUDGE"], urls) for url in urls] == ["JUDGE", None]
     with pytest.raises(UserError, match=r"there are endpoints on a\.org and b\.org:8000; say to which its key belongs"):
         variable_for(urls[0], ["JUDGE"], urls)
-    with pytest.raises(UserError, match=r"no endpoint is on c\.org"):
+    with pytest.raises(UserError, match=r"no endpoint is on the host that was given.*there are a\.org and b\.org:8000"):
         variable_for(urls[0], ["c.org=JUDGE"], urls)
     for host in ("a.org:80", "a.org:8000", "b.org", "a.org/v1", "https://a.org", "me@a.org", ""):
         with pytest.raises(UserError, match="no endpoint is on"):
@@ -144,6 +144,33 @@ def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(given):
     with pytest.raises(UserError, match="it takes the name of an environment variable that is set") as refused:
         JudgeArguments(judge="https://a.org/v1#m", judge_key_env=given)
     assert not given or given.rpartition("=")[2] not in str(refused.value)
+
+
+@pytest.mark.parametrize("given", ["sk-oops-0123456789abcdef=JUDGE", "sk_oops:80=JUDGE", "[sk-oops=JUDGE", "=JUDGE"])
+def test_a_key_in_place_of_its_host_is_refused_and_not_shown(given, tmp_path):
+    name = "https://a.org/v1#m"
+    for make in (
+        lambda: JudgeArguments(judge=name, judge_key_env=given),
+        lambda: EvalArguments(model=[name], output_dir=str(tmp_path), endpoint_key_env=[given]),
+    ):
+        with pytest.raises(
+            UserError, match=r"_key_env HOST=JUDGE: no endpoint is on the host.*there are a\.org"
+        ) as refused:
+            make()
+        assert "oops" not in str(refused.value)
+
+
+@pytest.mark.parametrize("given", ["sk-oops-0123456789abcdef", "NOT_SET", "JUDGE", "a.org=JUDGE", ""])
+def test_a_key_for_nothing_is_refused_and_not_shown(given, tmp_path):
+    folder = {"output_dir": str(tmp_path)}
+    for flag, make in (
+        ("judge", lambda: JudgeArguments(judge_key_env=given)),
+        ("endpoint", lambda: EvalArguments(model=["echo"], endpoint_key_env=[given], **folder)),
+        ("endpoint", lambda: EvalArguments(stages=["report"], endpoint_key_env=[given], **folder)),
+    ):
+        with pytest.raises(UserError, match=f"--{flag}_key_env: .*whose key it names.*or leave it out") as refused:
+            make()
+        assert not given or given not in str(refused.value)
 
 
 def test_the_flags_reach_the_servers(tmp_path):

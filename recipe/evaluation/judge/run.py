@@ -60,6 +60,10 @@ class JudgeArguments:
     def __post_init__(self) -> None:
         if self.judge is not None:
             self.endpoint()
+        elif self.judge_key_env is not None:
+            raise UserError(
+                "--judge_key_env: there is no judge whose key it names; name one with --judge, or leave it out"
+            )
         load_judge_prompts(self.judge_prompts)
         for name in ("judge_concurrency", "judge_timeout", "judge_warmup_timeout", "judge_max_tokens"):
             if not 0 < getattr(self, name) < float("inf"):
