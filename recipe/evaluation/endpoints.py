@@ -39,7 +39,7 @@ LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry 
 GIVE_UP_AFTER = 10  # requests in a row that end in a fault that may pass; any other fault is of the request itself
 NEGOTIABLE = ("http_400", "http_404", "http_422", "http_500", "http_501")  # how servers refuse a field
 # how they do so in words alone: only if these speak of a field
-NEGOTIABLE_BY_WORDS = ("http_4", "http_5", "error_reply", "no_answer", "context")
+NEGOTIABLE_BY_WORDS = ("http_4", "http_5", "error_reply", "no_answer", "context", "content_filter")
 NOT_NEGOTIABLE = ("http_401", "http_402", "http_407")
 FROM_PROXY = ("connection", "timeout", "http_403", "http_407", "http_502", "http_503", "http_504")
 USAGE = ("prompt_tokens", "completion_tokens")

@@ -126,10 +126,49 @@ def test_what_is_no_json_is_shown(body):
         (403, "Insufficient credit: top up your balance.", "http_403"),
         (401, "content policy", "http_401"),
         (503, "The moderation service is unavailable.", "http_503"),
+        (400, "The input contains sensitive content.", "content_filter"),
+        (400, "InputTextSensitiveContentDetected", "content_filter"),
+        (400, "The request failed because the input text may contain sensitive information.", "content_filter"),
+        (400, "input new_sensitive", "content_filter"),
+        (400, "Sensitive words were found.", "content_filter"),
+        (400, "Your prompt about a seed was flagged: it violates our usage policy.", "content_filter"),
+        (400, "Your input is not allowed by our content policy.", "content_filter"),
+        (400, "This prompt is prohibited.", "content_filter"),
+        (403, "Request blocked: harmful.", "content_filter"),
+        (422, "The message was blocked.", "content_filter"),
+        (400, "Invalid prompt: your prompt was flagged as potentially violating our usage policy.", "content_filter"),
     ],
 )
 def test_a_refusal_of_a_prompt_is_told_from_one_of_an_account(code, words, status):
     assert outcome_of(Status(code, body=json.dumps({"error": {"message": words}}))).status == status
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (405, "The requested method POST is not allowed for this URL."),
+        (405, "Request method POST is prohibited."),
+        (404, "The model does not exist; names are case-sensitive"),
+        (404, "Content not found: input names are case sensitive."),
+        (400, "This request parameter is not allowed: seed"),
+        (400, "Invalid input: seed is not allowed"),
+        (422, "Extra inputs are not allowed: seed"),
+        (400, "Inappropriate value for temperature in the request"),
+        (400, "The input parameter top_p is prohibited for this model."),
+        (400, "The request contains a disallowed field."),
+        (400, "Unsafe value of max_tokens"),
+        (400, "The input violates the schema."),
+        (400, "Input is case-insensitive and text is whitespace-sensitive"),
+        (400, "This message is not allowed here."),
+        (400, "omni-moderation-latest does not chat"),
+        (415, "Content-Type text/plain is blocked."),
+    ],
+)
+def test_what_speaks_of_the_request_is_no_refusal_of_a_prompt(code, words):
+    body = json.dumps({"error": {"message": words, "type": "invalid_request_error", "param": None}})
+    assert outcome_of(Status(code, body=body)).status == f"http_{code}"
+    error = error_in({"error": {"message": words, "code": code}})
+    assert error is not None and error.status == f"http_{code}"
 
 
 def test_what_may_be_of_the_prompt_and_what_may_pass():

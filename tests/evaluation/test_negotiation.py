@@ -45,6 +45,10 @@ SAID = {
     "405": (405, "{0}: not allowed"),
     "413": (413, "field {0} is not supported"),
     "409": (409, "unexpected parameter"),
+    "request parameter": (400, "This request parameter is not allowed: {0}"),
+    "input": (400, "Invalid input: {0} is not allowed"),
+    "inputs": (422, "Extra inputs are not allowed: {0}"),
+    "a policy": (403, "the content policy of this server allows no {0}"),
     "503": (503, '{{"error": "unknown argument {0}"}}'),
 }  # fmt: skip
 
