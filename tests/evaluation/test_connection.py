@@ -17,8 +17,7 @@ VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_fil
 
 
 @pytest.fixture(autouse=True)
-def bare_environment(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
+def bare_environment(monkeypatch, no_retries):
     for name in [name for name in os.environ if name.lower() in VARIABLES]:
         monkeypatch.delenv(name)
 

@@ -18,8 +18,7 @@ REQUEST = {"messages": [{"role": "user", "content": "Hello."}]}
 
 
 @pytest.fixture(autouse=True)
-def keys(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
+def keys(monkeypatch, no_retries):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for name, key in KEYS.items():
         monkeypatch.setenv(name, key)

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError
 from recipe.evaluation.endpoints import (
-    Failure,
     Reply,
     as_answer,
     ask,
@@ -23,10 +22,7 @@ from recipe.evaluation.endpoints import (
 from recipe.generation import Decoding, generate_responses
 from recipe.templates import load_template, message_text
 
-
-@pytest.fixture(autouse=True)
-def no_retries(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
+pytestmark = pytest.mark.usefixtures("no_retries")
 
 
 def request(text: str, **options) -> dict:
@@ -317,29 +313,6 @@ def test_a_served_model_answers_as_the_same_folder_does_here(served_demo, chat_f
     assert [answer["text"] for answer in answers] == [response.text for response in responses]
     assert all(response.text for response in responses)
     assert [answer["stop_reason"] for answer in answers] == [response.stop_reason for response in responses]
-
-
-@pytest.mark.parametrize(
-    ("code", "words", "status"),
-    [
-        (400, "Could not finish the message because max_tokens or model output limit was reached.", "cut_off"),
-        (500, "the request exceeds the available context size", "context"),
-        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000", "context"),
-        (400, "Input tokens exceed the configured limit of 272000 tokens.", "context"),
-        (200, '{"error": {"message": "maximum context length is 4096", "code": "context_length_exceeded"}}', "context"),
-        (200, '{"error": {"message": "No.", "code": "content_filter"}}', "content_filter"),
-        (200, '{"error": {"message": "Something broke."}}', "error_reply"),
-        (400, "adapter not loaded", "http_400"),
-        (503, "The request queue exceeded its capacity.", "http_503"),
-        (403, "Requests have exceeded the token quota for this context window of a day.", "http_403"),
-        (500, "Context length: tokens per minute exceeded, rate limit.", "http_500"),
-    ],
-)
-def test_words_of_an_error_say_more_than_its_status(code, words, status):
-    act = Raw(words.encode()) if code == 200 else Status(code, body=json.dumps({"error": {"message": words}}))
-    with serve_stub({"": [act]}) as stub:
-        [outcome] = ask(parse_endpoint(f"{stub.url}#m"), [chat_request("Hello.", Decoding())], retries=0)
-    assert isinstance(outcome, Failure) and outcome.status == status
 
 
 @pytest.mark.parametrize(

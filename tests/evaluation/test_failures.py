@@ -10,12 +10,8 @@ from recipe.evaluation.endpoints import as_answer, ask, chat_request, parse_endp
 from recipe.evaluation.failures import Failure, error_in, may_be_of_prompt, may_pass, stop_reason
 from recipe.generation import Decoding
 
+pytestmark = pytest.mark.usefixtures("no_retries")
 REQUEST = chat_request("Hello.", Decoding())
-
-
-@pytest.fixture(autouse=True)
-def no_retries(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
 
 
 def outcome_of(act):
@@ -44,6 +40,18 @@ def choice(finish_reason="stop", **message) -> dict:
         ({"errno": 5, "error_description": "Clock is wrong"}, "error_reply", "Clock is wrong (code 5)"),
         ({"error": {"message": "Rate limit", "status": 429}, "choices": []}, "rate_limited", "Rate limit"),
         ({"type": "error", "error": {"type": "overloaded_error", "message": "Wait."}}, "rate_limited", "Wait."),
+        ({"error": {"message": "Slow down.", "code": 429}}, "rate_limited", "Slow down. (code 429)"),
+        ({"error": {"message": "Too many requests", "type": "x"}}, "rate_limited", "Too many requests (code x)"),
+        ({"error": {"message": "No.", "type": "rate_limit_exceeded"}}, "rate_limited", "No. (code rate_limit"),
+        ({"error": {"message": "Wait.", "code": "503"}}, "http_503", "Wait. (code 503)"),
+        ({"object": "error", "message": "no such model", "code": 404}, "http_404", "no such model (code 404)"),
+        ({"choices": [{"error": {"message": "upstream", "code": 502}}]}, "http_502", "upstream (code 502)"),
+        ({"choices": None, "error": "out of cheese"}, "error_reply", "out of cheese"),
+        ({"error": {"message": "Something broke."}}, "error_reply", "Something broke."),
+        ({"error": {"message": "content_filter triggered", "code": 400}}, "content_filter", "triggered"),
+        ({"error": {"message": "No.", "code": "content_filter"}}, "content_filter", "No. (code content_filter)"),
+        ({"error": {"message": "maximum context length is 4", "code": "x"}}, "context", "context length is 4 (code x)"),
+        ({"error": {"message": "4096 at most", "code": "context_length_exceeded"}}, "context", "4096 at most"),
         ({"hello": "world"}, "malformed", '{"hello": "world"}'),
         ({"choices": "none"}, "malformed", '{"choices": "none"}'),
         ({"choices": [{"text": "a completion"}]}, "malformed", "a completion"),
@@ -75,6 +83,10 @@ def test_a_body_without_an_answer_is_told_in_its_own_words(body, status, words):
     outcome = outcome_of(Raw(json.dumps(body).encode()))
     assert isinstance(outcome, Failure) and (outcome.status, words in outcome.error) == (status, True), outcome
     assert not any(word in outcome.error for word in ("KeyError", "IndexError", "TypeError", "Attribute"))
+    with serve_stub({"": [Raw(json.dumps(body).encode())]}) as stub, pytest.raises(UserError) as refused:
+        preflight(parse_endpoint(f"{stub.url}#m"), {"messages": REQUEST["messages"]}, timeout=20)
+    assert words in str(refused.value)
+    assert ("is the path right" in str(refused.value)) == (status in ("malformed", "http_404"))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +138,14 @@ def test_what_is_no_json_is_shown(body):
         (403, "Insufficient credit: top up your balance.", "http_403"),
         (401, "content policy", "http_401"),
         (503, "The moderation service is unavailable.", "http_503"),
+        (400, "Could not finish the message because max_tokens or model output limit was reached.", "cut_off"),
+        (500, "the request exceeds the available context size", "context"),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000", "context"),
+        (400, "Input tokens exceed the configured limit of 272000 tokens.", "context"),
+        (400, "adapter not loaded", "http_400"),
+        (503, "The request queue exceeded its capacity.", "http_503"),
+        (403, "Requests have exceeded the token quota for this context window of a day.", "http_403"),
+        (500, "Context length: tokens per minute exceeded, rate limit.", "http_500"),
         (400, "The input contains sensitive content.", "content_filter"),
         (400, "InputTextSensitiveContentDetected", "content_filter"),
         (400, "The request failed because the input text may contain sensitive information.", "content_filter"),
@@ -139,7 +159,7 @@ def test_what_is_no_json_is_shown(body):
         (400, "Invalid prompt: your prompt was flagged as potentially violating our usage policy.", "content_filter"),
     ],
 )
-def test_a_refusal_of_a_prompt_is_told_from_one_of_an_account(code, words, status):
+def test_words_of_an_error_say_more_than_its_status(code, words, status):
     assert outcome_of(Status(code, body=json.dumps({"error": {"message": words}}))).status == status
 
 
@@ -187,9 +207,10 @@ def test_what_may_be_of_the_prompt_and_what_may_pass():
 def test_an_error_with_status_200_is_tried_again_if_it_may_pass(code, requests, monkeypatch):
     monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 1)
     error = Raw(json.dumps({"error": {"message": "Out of cheese.", "code": code}}).encode())
-    with serve_stub({"": [error]}) as stub:
+    with serve_stub({"": [error, Say("now")]}) as stub:
         [outcome] = ask(parse_endpoint(f"{stub.url}#m"), [REQUEST], timeout=20)
-    assert len(stub.bodies) == requests and may_pass(outcome.status) == (requests == 2)
+        assert len(stub.bodies) == requests
+    assert (outcome.text == "now") if requests == 2 else (outcome.status == f"http_{code}")
 
 
 def test_a_server_that_implements_nothing_is_still_asked_everything():
