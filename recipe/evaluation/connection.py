@@ -46,8 +46,8 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
     without the key.
 
     Raises:
-        UserError: a variable names certificates that are not there, or a proxy that cannot be used; or the address is
-            none.
+        UserError: a variable names certificates that are not there, or a proxy that cannot be used; or `url` is not an
+            address.
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
@@ -61,7 +61,7 @@ def open_client(url: str, key: str, timeout: float, retries: int, all_headers: b
                 del request.headers[name]
 
     hooks = {"request": [only_what_belongs_there]}
-    # whatever comes is caught: the client's InvalidURL is of no other kind, and from one of two libraries
+    # every exception is caught: the client raises InvalidURL, which has no base class but Exception
     try:
         client = DefaultAsyncHttpxClient(verify=certificates, event_hooks=hooks, **_way_to(url))
     except Exception as error:
@@ -210,7 +210,7 @@ def certificate_advice(error: str) -> str | None:
 def without_credentials(address: str) -> str:
     """An address as a message may show it: without user, password and query, also where it is not a proper one.
 
-    If the text after the colon is not a number of up to five digits, it may be a password whose host was forgotten.
+    If the text after the colon is not a port number, it may be a password whose host was forgotten.
 
     >>> [without_credentials(text) for text in ("me:secret@host:80", "socks5h://key@host", "http://me:secret")]
     ['***@host:80', 'socks5h://***@host', 'http://me:***']
@@ -288,7 +288,7 @@ def _problem_of_proxy(address: str) -> str | None:
             return None
     except ImportError as error:
         problem, advice = quoted(str(error)), "unset it, or install what it needs (httpx[socks])"
-    except Exception as error:  # the client's InvalidURL is of no other kind
+    except Exception as error:  # the client's InvalidURL has no other base class
         # the words of an error may quote the password
         problem = "it is not the address of a proxy" if LAST_AT.match(address) else quoted(str(error))
     return f"({problem}): {advice}"
