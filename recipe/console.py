@@ -22,7 +22,7 @@ from rich.text import Text
 
 from recipe.config import UserError
 from recipe.keys import clean_hub_token
-from recipe.redaction import redact_message
+from recipe.redaction import redact, redact_message
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
 SECONDS_OF_PATIENCE = 5  # of a process for the main one, which should have met the same error
@@ -171,6 +171,15 @@ def shorten(text: str, limit: int = 60) -> str:
 def one_line(text: str, limit: int = 200) -> str:
     """A text in one line of at most `limit` characters, without characters that control a terminal."""
     return shorten(visible(text[: limit + 1]).replace("\n", "\\n").replace("\t", "\\t"), limit)
+
+
+def quoted(text: str, limit: int = 300) -> str:
+    """What a server, a library or the system says, as a message may quote it: in one line, without secrets.
+
+    >>> quoted("no such\\n  file \\x1b[2J")
+    'no such file ␛[2J'
+    """
+    return one_line(" ".join(redact(text).split()), limit)  # cut last, so that no part of a key is left
 
 
 def print_table(

@@ -83,6 +83,12 @@ def evaluate() -> Callable[..., None]:
     return lambda *flags: script.main([str(flag) for flag in flags])
 
 
+@pytest.fixture
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to endpoints are sent once, and nobody waits for the next attempt."""
+    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
+
+
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
     """`datasets` puts a copy in the place of `os.environ` when it uses several processes; others keep the first."""

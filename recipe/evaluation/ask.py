@@ -146,7 +146,7 @@ def as_answer(response: Response, reference_loss: tuple[float, int] | None) -> A
 
 
 def _of_refusal(failure: Failure) -> Answer:
-    """The same of a prompt that the server refused."""
+    """What predictions.jsonl holds of a prompt that the server refused."""
     reason = {"context": "context", "cut_off": "length"}.get(failure.status, "refused")
     return {"text": "", "tokens": None, "stop_reason": reason, "seconds": None, "error": str(failure)}
 

@@ -9,51 +9,46 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from recipe.config import UserError
-from recipe.evaluation.connection import is_loopback
+from recipe.evaluation.connection import DEFAULT_PORTS, is_address, is_loopback, origin_of, without_credentials
 from recipe.keys import read_key
 
 DEFAULT = "OPENAI_API_KEY"
+OPENAI = ("https", "api.openai.com", 443)
 FLAGS = "--endpoint_key_env or --judge_key_env"
 
 
 def host_of(url: str) -> str:
-    """The host of an address, with its port if one is named.
+    """The host of an address, with its port if that is not the usual one.
 
-    >>> host_of("https://LLM.example.org:8443/v1")
-    'llm.example.org:8443'
+    >>> host_of("https://LLM.example.org:8443/v1"), host_of("https://llm.example.org:443/v1")
+    ('llm.example.org:8443', 'llm.example.org')
     """
-    parts = urlsplit(url)
-    host = (parts.hostname or "").rstrip(".")
-    port = parts.netloc.rpartition("]")[2].rpartition("@")[2].partition(":")[2]  # `parts.port` refuses odd ones
-    return f"{host}:{port}" if port else host
+    scheme, host, port = origin_of(url)
+    host = f"[{host}]" if ":" in host else host
+    return host if port in (None, DEFAULT_PORTS.get(scheme)) else f"{host}:{port}"
 
 
 def is_openais(url: str) -> bool:
     """Whether what OPENAI_* variables hold belongs to an address without being named for it: not on this machine."""
-    own = os.environ.get("OPENAI_BASE_URL", "")
-    at_openai = host_of(url) in ("api.openai.com", "api.openai.com:443") and url.startswith("https://")
-    return at_openai or (bool(own) and _origin(url) == _origin(own))
+    return origin_of(url) in (OPENAI, _origin_of_base_url())
 
 
-def variable_for(
-    url: str, named: Sequence[str], urls: Sequence[str] = (), flag: str = "--endpoint_key_env"
-) -> str | None:
+def variable_for(url: str, named: Sequence[str], urls: Sequence[str], flag: str) -> str | None:
     """The environment variable with the key of an endpoint, as a flag says: `NAME`, or `HOST=NAME` for several hosts.
 
-    >>> os.environ.update(A_KEY="the key of a.org", B_KEY="the key of b.org")
-    >>> urls = ["https://a.org/v1", "https://b.org:8000/v1"]
-    >>> variable_for(urls[0], ["a.org=A_KEY", "b.org:8000=B_KEY"], urls)
-    'A_KEY'
+    Example::
+
+        urls = ["https://a.org/v1", "https://b.org:8000/v1"]
+        variable_for(urls[0], ["a.org=A_KEY", "b.org:8000=B_KEY"], urls, "--endpoint_key_env")  # "A_KEY"
 
     Args:
         named: the words of the flag.
         urls: all endpoints that the flag is about.
 
     Raises:
-        UserError: a word is no name of a variable that is set, or it is not clear to which host its key belongs.
+        UserError: a word is not the name of a variable that is set, or it is not clear to which host its key belongs.
     """
     hosts = sorted({host_of(each) for each in [url, *urls]})
     found = None
@@ -69,9 +64,12 @@ def variable_for(
                 f"{flag} {name}: there are endpoints on {' and '.join(hosts)}; say to which its key belongs, as in "
                 f"{flag} {hosts[0]}={name}"
             )
-        if equals and host.lower() not in hosts:
-            raise UserError(f"{flag} {host}={name}: no endpoint is on {host}; there are {' and '.join(hosts)}")
-        if not equals or host.lower() == host_of(url):
+        if equals and not any(_names(host, each) for each in [url, *urls]):
+            raise UserError(
+                f"{flag} HOST={name}: no endpoint is on the host that was given, which is not shown, as it may be a "
+                f"key; there are {' and '.join(hosts)}"
+            )
+        if not equals or _names(host, url):
             found = name
     return found
 
@@ -83,10 +81,17 @@ def endpoint_key(url: str, variable: str | None = None) -> str | None:
         variable: that holds it, if a flag names one; default: OPENAI_API_KEY, where it belongs.
 
     Raises:
-        UserError: it is no key, see `read_key`, or would go over the network in clear.
+        UserError: it is not a key, see `read_key`, or would go over the network in clear; or whether the key of OpenAI
+            belongs there cannot be told, because OPENAI_BASE_URL is not an address.
     """
-    key = read_key(variable or DEFAULT) if variable or is_openais(url) or is_loopback(url) else None
-    if key and not url.startswith("https://") and not is_loopback(url):
+    belongs = variable or is_openais(url) or is_loopback(url)
+    if not belongs and os.environ.get(DEFAULT) and _origin_of_base_url() == ():
+        raise UserError(
+            f"OPENAI_BASE_URL={without_credentials(os.environ['OPENAI_BASE_URL'])}: not an address, so that it is not "
+            f"clear whether {DEFAULT} belongs to {host_of(url)}; correct it or unset it"
+        )
+    key = read_key(variable or DEFAULT) if belongs else None
+    if key and origin_of(url)[0] != "https" and not is_loopback(url):
         raise UserError(
             f"endpoint {url}: the key in {variable or DEFAULT} would go over the network unencrypted, for everybody on "
             "the way to read; write https://, or reach the server over an encrypted tunnel to localhost (ssh -L)"
@@ -104,7 +109,18 @@ def key_advice(url: str, variable: str | None) -> str:
     )
 
 
-def _origin(url: str) -> tuple[str, str, str | None]:
-    parts = urlsplit(url)
-    port = host_of(url).rpartition("]")[2].partition(":")[2] or {"https": "443", "http": "80"}.get(parts.scheme)
-    return parts.scheme, parts.hostname or "", port
+def _origin_of_base_url() -> tuple[()] | tuple[str, str, int | None] | None:
+    """Where OPENAI_BASE_URL leads; None if it is not set, and () if it cannot be read: then it leads nowhere."""
+    own = os.environ.get("OPENAI_BASE_URL")
+    try:
+        return origin_of(own) if own else None
+    except ValueError:
+        return ()
+
+
+def _names(host: str, url: str) -> bool:
+    """Whether `HOST` or `HOST:PORT` is that of an address."""
+    scheme, _, _ = origin_of(url)
+    is_bare_ip = host.count(":") > 1 and not host.startswith("[")
+    address = f"{scheme}://[{host}]" if is_bare_ip else f"{scheme}://{host}"
+    return "/" not in host and is_address(address) and origin_of(address) == origin_of(url)

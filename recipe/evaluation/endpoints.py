@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
-from recipe.evaluation.connection import certificate_advice, is_address, open_client, proxy_advice, without_credentials
-from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice
+from recipe.evaluation.connection import (
+    certificate_advice,
+    endpoint_without_credentials,
+    in_one_spelling,
+    is_address,
+    open_client,
+    proxy_advice,
+)
+from recipe.evaluation.endpoint_keys import endpoint_key, is_openais, key_advice, variable_for
 from recipe.evaluation.failures import Failure, as_failure, error_in, malformed, may_pass, stop_reason
 from recipe.evaluation.negotiation import Terms, names_field, negotiate
 from recipe.redaction import redact
@@ -29,11 +36,10 @@ if TYPE_CHECKING:  # elsewhere it is imported where it is used: it takes 0.8 s, 
 
 MAX_RETRIES = 3  # of a request, after timeouts, lost connections and the HTTP statuses 408, 409, 429 and 5xx
 LONGEST_PAUSE = 120  # seconds; the client waits up to this long before a retry if a Retry-After header says so
-GIVE_UP_AFTER = 10  # requests in a row that end in one of these faults; any other fault is of the request itself
-FAULTS_OF_ENDPOINT = ("timeout", "connection", "rate_limited", "broken_off", "http_5")
+GIVE_UP_AFTER = 10  # requests in a row that end in a fault that may pass; any other fault is of the request itself
 NEGOTIABLE = ("http_400", "http_404", "http_422", "http_500", "http_501")  # how servers refuse a field
 # how they do so in words alone: only if these speak of a field
-NEGOTIABLE_BY_WORDS = ("http_4", "http_5", "error_reply", "no_answer", "context")
+NEGOTIABLE_BY_WORDS = ("http_4", "http_5", "error_reply", "no_answer", "context", "content_filter")
 NOT_NEGOTIABLE = ("http_401", "http_402", "http_407")
 FROM_PROXY = ("connection", "timeout", "http_403", "http_407", "http_502", "http_503", "http_504")
 USAGE = ("prompt_tokens", "completion_tokens")
@@ -86,27 +92,36 @@ def is_endpoint(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
 
 
-def parse_endpoint(name: str, key_variable: str | None = None) -> Endpoint:
+def parse_endpoint(
+    name: str, named: str | Sequence[str] = (), urls: Sequence[str] = (), flag: str = "--endpoint_key_env"
+) -> Endpoint:
     """Read `http://host:port/v1#model`, and whether its key can be sent; no request is sent yet.
 
     >>> parse_endpoint("http://localhost:8000/v1/#llama3")
     Endpoint(url='http://localhost:8000/v1', model='llama3')
 
     Args:
-        key_variable: the environment variable with its key, if it is not OPENAI_API_KEY.
+        named: the environment variable with its key, if that is not OPENAI_API_KEY; or all words of the flag, of which
+            each may be `HOST=NAME`.
+        urls: all endpoints that the flag is about.
+        flag: what names the variable.
 
     Raises:
-        UserError: the name is not such an address, or has a user and a password in it; or see `endpoint_key`.
+        UserError: one of the endpoints is not such an address, or has a user and a password in it; or see
+            `variable_for` and `endpoint_key`.
     """
+    for each in (name, *urls):
+        address, _, model = each.partition("#")
+        if not is_address(address) or not model:
+            raise UserError(
+                f"endpoint {endpoint_without_credentials(each)!r}: write http://host:port/v1#model, without user or "
+                "password; the key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
+            )
     address, _, model = name.partition("#")
-    if not is_address(address) or not model:
-        raise UserError(
-            f"endpoint {without_credentials(name)!r}: write http://host:port/v1#model, without user or password; the "
-            "key goes into an environment variable, which --endpoint_key_env or --judge_key_env names"
-        )
-    endpoint = Endpoint(address.rstrip("/"), model, key_variable)
-    endpoint_key(endpoint.url, key_variable)
-    return endpoint
+    url = in_one_spelling(address).rstrip("/")
+    variable = variable_for(url, [named] if isinstance(named, str) else named, urls, flag)
+    endpoint_key(url, variable)
+    return Endpoint(url, model, variable)
 
 
 def preflight(endpoint: Endpoint, request: Mapping[str, Any], timeout: float = 300.0) -> Terms:
@@ -219,7 +234,7 @@ def ask(
             if count >= max(GIVE_UP_AFTER, 2 * concurrency):
                 return Failure("not_asked", f"{count} requests in a row had failed, the last: {failed_in_a_row[-1]}")
             outcome = await _complete(client, {**requests[index], "model": endpoint.model}, limit, attempts)
-            if isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT):
+            if isinstance(outcome, Failure) and may_pass(outcome.status):
                 failed_in_a_row.append(outcome)
             else:
                 failed_in_a_row.clear()
@@ -275,7 +290,7 @@ async def _complete(
             while True:
                 raw = await client.chat.completions.with_raw_response.create(**request)
                 outcome = _read(raw.content, raw.elapsed.total_seconds())
-                passes = isinstance(outcome, Failure) and outcome.status.startswith(FAULTS_OF_ENDPOINT)
+                passes = isinstance(outcome, Failure) and may_pass(outcome.status)
                 if attempt == retries or not passes:
                     return outcome
                 await asyncio.sleep(0.5 * 2**attempt)  # as the client does where the status says it

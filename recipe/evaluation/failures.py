@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.redaction import redact
+from recipe.console import quoted
+from recipe.evaluation.negotiation import speaks_of_field
 
-LONGEST = 300  # characters of a server's words
 CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons; Mistral calls the end of the context model_length
 FILTERED = re.compile(r"filter|safety|prohibited|blocked|blocklist|recitation|sensitive|refus|moderat|guardrail|spii")
 BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "failed", "insufficient_system_resource")
@@ -26,6 +26,7 @@ LASTING = ("http_501", "http_505")
 OF_PROMPT = ("context", "cut_off", "content_filter")
 # and of one that may be such a refusal, in other words
 MAY_BE_OF_PROMPT = ("http_400", "http_403", "http_422", "error_reply", "no_answer")
+OF_ADDRESS = (404, 405, 410, 414, 415)  # HTTP statuses that say nothing of what a prompt says, whatever their words
 CUT_OFF_WORDS = re.compile(r"max_tokens or model output limit was reached|could not finish the message", re.IGNORECASE)
 CONTEXT_WORDS = re.compile(
     r"context.{0,20}(length|window|size)|max_model_len|max_new_tokens. must be|(prompt|input) (is|are) too long|"
@@ -37,14 +38,23 @@ BUSY_WORDS = re.compile(r"rate.?limit|quota|overload|capacity|queue|per (second|
 BROKEN_WORDS = re.compile(
     r"unavailable|time.?out|timed out|try again|internal|upstream|temporar|loading", re.IGNORECASE
 )
+# of a filter, whatever else they speak of
 FILTER_WORDS = re.compile(
-    r"content.?(filter|management.?policy|policy|moderation|violat|exists.?risk|risk)|ResponsibleAI|moderation|flagged|"
-    r"guardrail|safety.{0,3}(system|filter|setting|polic|check|reason|guideline)|(usage|acceptable.use|content).{0,3}"
-    r"(polic|guideline)|block_?reason|prohibited.?content|data_?inspection|high.risk|inappropriate|harmful|unsafe|"
-    r"sensitive|[\"']filtered[\"']: true|"
-    r"(prompt|content|input|output|text|message|request).{0,30}(blocked|prohibited|disallowed|violat|not allowed)|"
+    r"content.?(filter|management.?policy|policy|moderation|violation|exists.?risk|risk)|ResponsibleAI|"
+    r"moderation(?!-(latest|stable|\d))|safety.{0,3}(system|filter|setting|polic|check|reason|guideline)|"
+    r"(usage|acceptable.use|content).{0,3}(polic|guideline)|block_?reason|prohibited.?content|data_?inspection|"
+    r"[\"']filtered[\"']: true|"
     # Chinese for: sensitive, against the rules, unsafe, risk, review
     "\u654f\u611f|\u8fdd\u89c4|\u4e0d\u5b89\u5168|\u98ce\u9669|\u5ba1\u6838",
+    re.IGNORECASE,
+)
+# of a filter, if they speak of no field
+MAY_BE_FILTER_WORDS = re.compile(
+    r"flagged|guardrail|high.risk|inappropriate|harmful|unsafe|"
+    r"(?<![a-z]-)(?<!case )(?<!case_)(?<!case)(?<!in)sensitive.{0,10}(content|word|information|material|topic|data)|"
+    r"(prompt|content|input|output|text|message).{0,20}(?<![a-z]-)(?<!case )(?<!case_)(?<!case)(?<!in)sensitive|"
+    r"(prompt|content(?!.(type|encoding|length))|input|output|text|message|request(?!.(method|header|path|url|origin)))"
+    r".{0,30}(blocked|prohibited|disallowed|violat(?!.{0,30}(schema|constraint|format|type|minim|maxim|limit)))",
     re.IGNORECASE | re.DOTALL,
 )
 # of the account, its key or its place: they hold for every prompt
@@ -126,7 +136,7 @@ def error_in(completion: Any) -> Failure | None:
         if message.get("content") and not _refusal_in(message):
             return None
         if refusal := _refusal_in(message):
-            return Failure("content_filter", _shortened(refusal))
+            return Failure("content_filter", quoted(refusal))
         error = completion.get("error")
         return _error_of(error) if any(_words_in(error)) or (isinstance(error, str) and error) else None
     if stop_reason(finish) == "length":  # nothing but reasoning, perhaps
@@ -138,7 +148,7 @@ def error_in(completion: Any) -> Failure | None:
 
 def malformed(body: str) -> Failure:
     """The failure of a body that is no chat completion."""
-    return Failure("malformed", f"not the JSON of an OpenAI-compatible endpoint: {_shortened(body) or 'nothing'}")
+    return Failure("malformed", f"not the JSON of an OpenAI-compatible endpoint: {quoted(body) or 'nothing'}")
 
 
 def as_failure(error: Exception) -> Failure:
@@ -150,8 +160,8 @@ def as_failure(error: Exception) -> Failure:
     if isinstance(error, APIStatusError):
         return _failure(error.status_code, _unescaped(error.response.text) or error.message)
     if isinstance(error, APIConnectionError):
-        return Failure("connection", _shortened(str(error.__cause__ or error)))
-    return Failure("malformed", _shortened(f"not a reply of an OpenAI-compatible endpoint: {error!r}"))
+        return Failure("connection", quoted(str(error.__cause__ or error)))
+    return Failure("malformed", quoted(f"not a reply of an OpenAI-compatible endpoint: {error!r}"))
 
 
 def _error_without_choices(completion: Mapping[str, Any], first: Mapping[str, Any]) -> Failure:
@@ -159,11 +169,11 @@ def _error_without_choices(completion: Mapping[str, Any], first: Mapping[str, An
     body = json.dumps(completion, ensure_ascii=False)
     if is_error or any(_words_in(completion)) or _number_in(completion):
         return _error_of(completion, body)
-    if FILTER_WORDS.search(body) and "choices" in completion:
-        return Failure("content_filter", _shortened(body))
+    if _speaks_of_filter(body) and "choices" in completion:
+        return Failure("content_filter", quoted(body))
     choices = completion.get("choices", "")
     if (choices is None or isinstance(choices, list)) and not {"text", "delta"} & first.keys():
-        return Failure("no_answer", f"a completion without an answer: {_shortened(body)}")
+        return Failure("no_answer", f"a completion without an answer: {quoted(body)}")
     return malformed(body)
 
 
@@ -220,13 +230,18 @@ def _failure(code: int | None, text: str) -> Failure:
     """A failure with an HTTP status, or None in an error without one; its words may say more than the status."""
     status = "rate_limited" if code == 429 else "error_reply" if code is None else f"http_{code}"
     if code not in (401, 402, 407, 429, 502, 503, 504):
-        if (FILTER_WORDS.search(text) or code == 451) and not ACCOUNT_WORDS.search(text):
+        is_filter = code == 451 or (code not in OF_ADDRESS and _speaks_of_filter(text))
+        if is_filter and not ACCOUNT_WORDS.search(text):
             status = "content_filter"
         elif CUT_OFF_WORDS.search(text):
             status = "cut_off"
         elif code == 413 or (CONTEXT_WORDS.search(text) and not BUSY_WORDS.search(text)):
             status = "context"
-    return Failure(status, _shortened(text))
+    return Failure(status, quoted(text))
+
+
+def _speaks_of_filter(text: str) -> bool:
+    return bool(FILTER_WORDS.search(text) or (MAY_BE_FILTER_WORDS.search(text) and not speaks_of_field(text)))
 
 
 def _unescaped(body: str) -> str:
@@ -235,7 +250,3 @@ def _unescaped(body: str) -> str:
         return json.dumps(json.loads(body), ensure_ascii=False)
     except (ValueError, RecursionError):
         return body
-
-
-def _shortened(text: str) -> str:
-    return " ".join(redact(text).split())[:LONGEST]  # cut later, so that no part of a key is left

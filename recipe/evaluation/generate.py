@@ -15,7 +15,6 @@ from accelerate import PartialState
 
 from recipe.config import RUN_CODE, DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, ask, endpoints
-from recipe.evaluation.endpoint_keys import variable_for
 from recipe.evaluation.headline import check_headline, choose_headline
 from recipe.files import file_hash, read_json, write_json
 from recipe.provenance import command_line, hardware, versions, weights_hash
@@ -96,6 +95,11 @@ class EvalArguments:
             raise UserError("--gate needs scores: add the score stage")
         check_headline(self.headline)
         output_dir = Path(self.output_dir).resolve()
+        if self.endpoint_key_env and not self._served():
+            raise UserError(
+                "--endpoint_key_env: no model is served whose key it names; give --model or --baseline the address of "
+                "one, or leave it out"
+            )
         for name in [*self.model, self.baseline or ""]:
             kind = model_kind(name)
             if kind == "endpoint":
@@ -110,8 +114,10 @@ class EvalArguments:
 
     def endpoint(self, name: str) -> endpoints.Endpoint:
         """A served model with the key that is meant for its host."""
-        served = [other for other in [*self.model, self.baseline or ""] if model_kind(other) == "endpoint"]
-        return endpoints.parse_endpoint(name, variable_for(name, self.endpoint_key_env, served))
+        return endpoints.parse_endpoint(name, self.endpoint_key_env, self._served())
+
+    def _served(self) -> list[str]:
+        return [name for name in [*self.model, self.baseline or ""] if model_kind(name) == "endpoint"]
 
 
 def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:

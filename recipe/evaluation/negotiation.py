@@ -25,9 +25,11 @@ WORDS = {
 }
 
 PARAMETER_WORDS = re.compile(
-    r"(unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra|not permitted|not supported|does not support)"
-    r".{0,30}(parameter|argument|field|propert|inputs)|(parameter|argument|field|propert|inputs).{0,40}"
-    r"(unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|not (permitted|supported|allowed|implemented|known))",
+    r"(unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra|disallowed|not permitted|not supported|"
+    r"does not support).{0,30}(parameter|argument|field|propert|inputs)|"
+    r"(parameter|argument|field|propert|inputs).{0,40}"
+    r"(unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|prohibited|disallowed|forbidden|"
+    r"not (permitted|supported|allowed|implemented|known))",
     re.IGNORECASE,
 )
 
@@ -75,6 +77,15 @@ def names_field(request: Mapping[str, Any], error: str) -> bool:
     (True, False)
     """
     return PARAMETER_WORDS.search(error) is not None or _named_change(request, Terms(), error) is not None
+
+
+def speaks_of_field(error: str) -> bool:
+    """`names_field` for any request.
+
+    >>> speaks_of_field("'seed' is not allowed"), speaks_of_field("Your prompt is not allowed.")
+    (True, False)
+    """
+    return PARAMETER_WORDS.search(error) is not None or any(_place(change, error) is not None for change in WORDS)
 
 
 def negotiate(
@@ -148,7 +159,13 @@ def _named_change(request: Mapping[str, Any], terms: Terms, error: str) -> str |
     """The change of the field that an error names first."""
     found = {}
     for change in _open_changes(request, terms):
-        match = re.search(rf"(?<![a-z])(?:{WORDS[change]})(?![a-z])", error, re.IGNORECASE)
-        if match:
-            found[change] = match.start()
+        place = _place(change, error)
+        if place is not None:
+            found[change] = place
     return min(found, key=lambda change: found[change]) if found else None
+
+
+def _place(change: str, error: str) -> int | None:
+    """Where an error names the field of a change."""
+    match = re.search(rf"(?<![a-z])(?:{WORDS[change]})(?![a-z])", error, re.IGNORECASE)
+    return match.start() if match else None

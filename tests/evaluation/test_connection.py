@@ -8,7 +8,7 @@ import pytest
 from stub_endpoint import Say, serve_stub
 
 from recipe.config import UserError
-from recipe.evaluation.connection import is_loopback, without_credentials
+from recipe.evaluation.connection import is_loopback, proxy_advice, without_credentials
 from recipe.evaluation.endpoints import ask, parse_endpoint, preflight
 from recipe.evaluation.judge.run import JudgeArguments, run_judge
 from recipe.redaction import redact
@@ -17,8 +17,7 @@ VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_fil
 
 
 @pytest.fixture(autouse=True)
-def bare_environment(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
+def bare_environment(monkeypatch, no_retries):
     for name in [name for name in os.environ if name.lower() in VARIABLES]:
         monkeypatch.delenv(name)
 
@@ -49,14 +48,14 @@ def test_a_server_on_this_machine_is_asked_directly(variable, value, monkeypatch
     [
         ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "the proxy of ALL_PROXY=socks5://***@127.0.0.1:9 cannot be"),
         ("all_proxy", "socks://127.0.0.1:9", "the proxy of all_proxy=socks://127.0.0.1:9 cannot be used"),
-        ("https_proxy", "nonsense://127.0.0.1:9", "the proxy of https_proxy=nonsense://127.0.0.1:9 cannot be used"),
+        ("http_proxy", "nonsense://127.0.0.1:9", "the proxy of http_proxy=nonsense://127.0.0.1:9 cannot be used"),
         ("http_proxy", "http://127.0.0.1:9", "it is asked through the proxy of http_proxy, http://127.0.0.1:9"),
         ("ALL_PROXY", "http://127.0.0.1:9", "it is asked through the proxy of ALL_PROXY, http://127.0.0.1:9"),
         ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE names /nowhere/ca.pem, which is not there"),
         ("SSL_CERT_DIR", "/nowhere/certs", "SSL_CERT_DIR names /nowhere/certs, which is not there"),
         ("SSL_CERT_FILE", os.path.abspath(__file__), "which holds no certificates"),
         ("SSL_CERT_FILE", os.path.dirname(__file__), "which is not a file"),
-        ("SSL_CERT_FILE", "/nowhere/a\nb", "SSL_CERT_FILE names /nowhere/a?b, which is not there"),
+        ("SSL_CERT_FILE", "/nowhere/a\nb", r"SSL_CERT_FILE names /nowhere/a\nb, which is not there"),
         ("http_proxy", "http://a\nb:80", "the proxy of http_proxy"),
         ("SSL_CERT_FILE", os.devnull, "which is not a file"),
         ("SSL_CERT_FILE", "/" + "a" * 5000, "which is not there"),
@@ -65,10 +64,10 @@ def test_a_server_on_this_machine_is_asked_directly(variable, value, monkeypatch
         ("http_proxy", "http://127.0.0.1:notaport", "its port is not a number"),
         ("HTTP_PROXY", "127.0.0.1:99999", "its port is not a number"),
         ("all_proxy", "socks5h://127.0.0.1:-1", "its port is not a number"),
-        ("https_proxy", "http://[::1", "the proxy of https_proxy="),
+        ("http_proxy", "http://[::1", "the proxy of http_proxy="),
         ("http_proxy", "   ", "it names no host"),
         ("http_proxy", "http://", "it names no host"),
-        ("HTTPS_PROXY", "://", "the proxy of HTTPS_PROXY=:// cannot be used"),
+        ("HTTP_PROXY", "://", "the proxy of HTTP_PROXY=:// cannot be used"),
         ("all_proxy", "http://a b:80", "it names no host"),
         ("ALL_PROXY", "http://a\x01b:80", "the proxy of ALL_PROXY="),
         ("http_proxy", "http://" + "a." * 40_000, "the proxy of http_proxy="),
@@ -173,11 +172,49 @@ def test_an_address_that_cannot_be_asked_is_refused_in_one_line(address):
 
 def test_a_server_that_no_proxy_names_is_asked_directly_whatever_the_proxy_is(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:notaport")
-    for direct in ("judge.invalid", "*", ".invalid"):
+    usual, other, six = "http://judge.invalid/v1", "http://judge.invalid:8000/v1", "http://[2001:db8::1]:9/v1"
+    for address, direct in [
+        *((usual, name) for name in ("judge.invalid", "*", ".invalid", "judge.invalid:80", "a, *")),
+        *((usual, name) for name in ("http://judge.invalid", "http://judge.invalid:80")),
+        *((other, name) for name in ("judge.invalid", "judge.invalid:8000", "a,JUDGE.invalid:8000 ", ".invalid:8000")),
+        *((six, name) for name in ("2001:db8::1", "[2001:db8::1]", "[2001:db8::1]:9")),
+    ]:
         monkeypatch.setenv("no_proxy", direct)
-        with pytest.raises(UserError, match="connection: ") as refused:
+        assert proxy_advice(address) is None
+        if address.startswith("http://judge"):  # the other may be waited for
+            with pytest.raises(UserError, match="connection: ") as refused:
+                answer_of(address)
+            assert "proxy" not in str(refused.value)
+
+
+def test_no_proxy_with_another_port_names_another_server(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:notaport")
+    for other in ("judge.invalid:8000", "https://judge.invalid", "judge.invalid:443", "notjudge.invalid", "8000"):
+        monkeypatch.setenv("no_proxy", other)
+        with pytest.raises(UserError, match="the proxy of http_proxy"):
             answer_of("http://judge.invalid/v1")
-        assert "proxy" not in str(refused.value)
+
+
+@pytest.mark.parametrize("bad", ["http://127.0.0.1:notaport", "nonsense://x", "http://[::1", "http://", "socks://a"])
+def test_only_the_proxy_that_would_be_used_is_checked(bad, monkeypatch):
+    with serve_stub({"": [Say("through the proxy")]}) as stub:
+        good = stub.url.removesuffix("/v1")
+        for others in ({"https_proxy": bad}, {"ALL_PROXY": bad}, {"HTTPS_PROXY": bad, "all_proxy": bad}):
+            with monkeypatch.context() as patch:
+                for name, value in {"http_proxy": good.removeprefix("http://"), **others}.items():
+                    patch.setenv(name, value)
+                assert answer_of("http://judge.invalid/v1") == "through the proxy"
+        with monkeypatch.context() as patch:
+            patch.setenv("http_proxy", bad)
+            patch.setenv("all_proxy", good)
+            with pytest.raises(UserError, match="the proxy of http_proxy="):
+                answer_of("http://judge.invalid/v1")
+    monkeypatch.setenv("https_proxy", bad)
+    with pytest.raises(UserError, match="the proxy of https_proxy="):
+        answer_of("https://judge.invalid/v1")
+    with pytest.raises(UserError, match="connection: ") as refused:  # without a proxy
+        answer_of("http://judge.invalid/v1")
+    assert "proxy" not in str(refused.value)
 
 
 def test_a_proxy_that_works_is_used(monkeypatch):

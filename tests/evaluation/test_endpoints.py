@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import UserError
 from recipe.evaluation.endpoints import (
-    Failure,
     Reply,
     as_answer,
     ask,
@@ -23,10 +22,7 @@ from recipe.evaluation.endpoints import (
 from recipe.generation import Decoding, generate_responses
 from recipe.templates import load_template, message_text
 
-
-@pytest.fixture(autouse=True)
-def no_retries(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
+pytestmark = pytest.mark.usefixtures("no_retries")
 
 
 def request(text: str, **options) -> dict:
@@ -49,6 +45,9 @@ def test_an_endpoint_is_read_from_its_address():
     assert (endpoint.url, endpoint.model) == ("http://localhost:8000/v1", "/models/my model#2")
     assert parse_endpoint("HTTP://localhost:65535/v1#m").model == "m" and is_endpoint("HTTP://localhost:65535/v1#m")
     assert parse_endpoint("https://[::1]/v1#m").url == "https://[::1]/v1"
+    same = ("HTTP://LOCALHOST:08000/v1#M", "http://localhost:8000/v1/#M")
+    assert {str(parse_endpoint(name)) for name in same} == {"http://localhost:8000/v1#M"}
+    assert parse_endpoint("http://GPU-box.:80/V1#m").url == "http://gpu-box./V1"  # a dot at the end says something
     assert is_endpoint("http://host/v1") and not is_endpoint("outputs/demo") and not is_endpoint("someone/http")
 
 
@@ -83,6 +82,33 @@ def test_what_is_no_endpoint_is_refused_without_its_secrets(name):
     with pytest.raises(UserError, match="endpoint") as refused:
         parse_endpoint(name)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("http://host:99999/v1#llama@q4", "http://host:99999/v1#llama@q4"),
+        ("https://host:65536#llama@q4", "https://host:65536#llama@q4"),
+        ("localhost:8000/v1#org/llama@q4", "localhost:8000/v1#org/llama@q4"),
+        ("http://[::g]:80/v1#llama@q4", "http://[::g]:80/v1#llama@q4"),
+        ("http://[::1#llama@q4", "http://[::1#llama@q4"),
+        ("http://a b/v1#llama@q4@q5", "http://a b/v1#llama@q4@q5"),
+        ("http://host:0/v1#m", "http://host:0/v1#m"),
+        ("http://me:secret@host:99999/v1#m", "http://***@host:99999/v1#m"),
+        ("http://me:secret@host:99999/v1#llama@q4", "http://***@q4"),
+        ("http://me:secret/secret#secret@host/v1#m", "http://***@host/v1#m"),
+        ("http://secret@host:99999/v1#m", "http://***@host:99999/v1#m"),
+        ("http://me:8secret/v1#m@q4", "http://***@q4"),
+        ("http://me:123456/v1#m", "http://me:***"),
+        ("http://host:99999/v1?key=secret#m@q4", "http://***@q4"),
+        ("http://host:99999/v1?key=secret#m", "http://host:99999/v1"),
+        ("http://me%3Asecret%40host:0/v1#m@q4", "http://***@q4"),
+    ],
+)
+def test_what_is_wrong_with_an_address_is_shown_and_no_password(name, shown):
+    with pytest.raises(UserError) as refused:
+        parse_endpoint(name)
+    assert str(refused.value).startswith(f"endpoint {shown!r}: write http")
 
 
 def test_the_key_is_sent_and_never_shown(monkeypatch):
@@ -287,29 +313,6 @@ def test_a_served_model_answers_as_the_same_folder_does_here(served_demo, chat_f
     assert [answer["text"] for answer in answers] == [response.text for response in responses]
     assert all(response.text for response in responses)
     assert [answer["stop_reason"] for answer in answers] == [response.stop_reason for response in responses]
-
-
-@pytest.mark.parametrize(
-    ("code", "words", "status"),
-    [
-        (400, "Could not finish the message because max_tokens or model output limit was reached.", "cut_off"),
-        (500, "the request exceeds the available context size", "context"),
-        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000", "context"),
-        (400, "Input tokens exceed the configured limit of 272000 tokens.", "context"),
-        (200, '{"error": {"message": "maximum context length is 4096", "code": "context_length_exceeded"}}', "context"),
-        (200, '{"error": {"message": "No.", "code": "content_filter"}}', "content_filter"),
-        (200, '{"error": {"message": "Something broke."}}', "error_reply"),
-        (400, "adapter not loaded", "http_400"),
-        (503, "The request queue exceeded its capacity.", "http_503"),
-        (403, "Requests have exceeded the token quota for this context window of a day.", "http_403"),
-        (500, "Context length: tokens per minute exceeded, rate limit.", "http_500"),
-    ],
-)
-def test_words_of_an_error_say_more_than_its_status(code, words, status):
-    act = Raw(words.encode()) if code == 200 else Status(code, body=json.dumps({"error": {"message": words}}))
-    with serve_stub({"": [act]}) as stub:
-        [outcome] = ask(parse_endpoint(f"{stub.url}#m"), [chat_request("Hello.", Decoding())], retries=0)
-    assert isinstance(outcome, Failure) and outcome.status == status
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,8 @@ from recipe.evaluation.endpoints import as_answer, ask, chat_request, parse_endp
 from recipe.evaluation.failures import Failure, error_in, may_be_of_prompt, may_pass, stop_reason
 from recipe.generation import Decoding
 
+pytestmark = pytest.mark.usefixtures("no_retries")
 REQUEST = chat_request("Hello.", Decoding())
-
-
-@pytest.fixture(autouse=True)
-def no_retries(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
 
 
 def outcome_of(act):
@@ -44,6 +40,18 @@ def choice(finish_reason="stop", **message) -> dict:
         ({"errno": 5, "error_description": "Clock is wrong"}, "error_reply", "Clock is wrong (code 5)"),
         ({"error": {"message": "Rate limit", "status": 429}, "choices": []}, "rate_limited", "Rate limit"),
         ({"type": "error", "error": {"type": "overloaded_error", "message": "Wait."}}, "rate_limited", "Wait."),
+        ({"error": {"message": "Slow down.", "code": 429}}, "rate_limited", "Slow down. (code 429)"),
+        ({"error": {"message": "Too many requests", "type": "x"}}, "rate_limited", "Too many requests (code x)"),
+        ({"error": {"message": "No.", "type": "rate_limit_exceeded"}}, "rate_limited", "No. (code rate_limit"),
+        ({"error": {"message": "Wait.", "code": "503"}}, "http_503", "Wait. (code 503)"),
+        ({"object": "error", "message": "no such model", "code": 404}, "http_404", "no such model (code 404)"),
+        ({"choices": [{"error": {"message": "upstream", "code": 502}}]}, "http_502", "upstream (code 502)"),
+        ({"choices": None, "error": "out of cheese"}, "error_reply", "out of cheese"),
+        ({"error": {"message": "Something broke."}}, "error_reply", "Something broke."),
+        ({"error": {"message": "content_filter triggered", "code": 400}}, "content_filter", "triggered"),
+        ({"error": {"message": "No.", "code": "content_filter"}}, "content_filter", "No. (code content_filter)"),
+        ({"error": {"message": "maximum context length is 4", "code": "x"}}, "context", "context length is 4 (code x)"),
+        ({"error": {"message": "4096 at most", "code": "context_length_exceeded"}}, "context", "4096 at most"),
         ({"hello": "world"}, "malformed", '{"hello": "world"}'),
         ({"choices": "none"}, "malformed", '{"choices": "none"}'),
         ({"choices": [{"text": "a completion"}]}, "malformed", "a completion"),
@@ -75,6 +83,10 @@ def test_a_body_without_an_answer_is_told_in_its_own_words(body, status, words):
     outcome = outcome_of(Raw(json.dumps(body).encode()))
     assert isinstance(outcome, Failure) and (outcome.status, words in outcome.error) == (status, True), outcome
     assert not any(word in outcome.error for word in ("KeyError", "IndexError", "TypeError", "Attribute"))
+    with serve_stub({"": [Raw(json.dumps(body).encode())]}) as stub, pytest.raises(UserError) as refused:
+        preflight(parse_endpoint(f"{stub.url}#m"), {"messages": REQUEST["messages"]}, timeout=20)
+    assert words in str(refused.value)
+    assert ("is the path right" in str(refused.value)) == (status in ("malformed", "http_404"))
 
 
 @pytest.mark.parametrize(
@@ -126,10 +138,57 @@ def test_what_is_no_json_is_shown(body):
         (403, "Insufficient credit: top up your balance.", "http_403"),
         (401, "content policy", "http_401"),
         (503, "The moderation service is unavailable.", "http_503"),
+        (400, "Could not finish the message because max_tokens or model output limit was reached.", "cut_off"),
+        (500, "the request exceeds the available context size", "context"),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000", "context"),
+        (400, "Input tokens exceed the configured limit of 272000 tokens.", "context"),
+        (400, "adapter not loaded", "http_400"),
+        (503, "The request queue exceeded its capacity.", "http_503"),
+        (403, "Requests have exceeded the token quota for this context window of a day.", "http_403"),
+        (500, "Context length: tokens per minute exceeded, rate limit.", "http_500"),
+        (400, "The input contains sensitive content.", "content_filter"),
+        (400, "InputTextSensitiveContentDetected", "content_filter"),
+        (400, "The request failed because the input text may contain sensitive information.", "content_filter"),
+        (400, "input new_sensitive", "content_filter"),
+        (400, "Sensitive words were found.", "content_filter"),
+        (400, "Your prompt about a seed was flagged: it violates our usage policy.", "content_filter"),
+        (400, "Your input is not allowed by our content policy.", "content_filter"),
+        (400, "This prompt is prohibited.", "content_filter"),
+        (403, "Request blocked: harmful.", "content_filter"),
+        (422, "The message was blocked.", "content_filter"),
+        (400, "Invalid prompt: your prompt was flagged as potentially violating our usage policy.", "content_filter"),
     ],
 )
-def test_a_refusal_of_a_prompt_is_told_from_one_of_an_account(code, words, status):
+def test_words_of_an_error_say_more_than_its_status(code, words, status):
     assert outcome_of(Status(code, body=json.dumps({"error": {"message": words}}))).status == status
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (405, "The requested method POST is not allowed for this URL."),
+        (405, "Request method POST is prohibited."),
+        (404, "The model does not exist; names are case-sensitive"),
+        (404, "Content not found: input names are case sensitive."),
+        (400, "This request parameter is not allowed: seed"),
+        (400, "Invalid input: seed is not allowed"),
+        (422, "Extra inputs are not allowed: seed"),
+        (400, "Inappropriate value for temperature in the request"),
+        (400, "The input parameter top_p is prohibited for this model."),
+        (400, "The request contains a disallowed field."),
+        (400, "Unsafe value of max_tokens"),
+        (400, "The input violates the schema."),
+        (400, "Input is case-insensitive and text is whitespace-sensitive"),
+        (400, "This message is not allowed here."),
+        (400, "omni-moderation-latest does not chat"),
+        (415, "Content-Type text/plain is blocked."),
+    ],
+)
+def test_what_speaks_of_the_request_is_no_refusal_of_a_prompt(code, words):
+    body = json.dumps({"error": {"message": words, "type": "invalid_request_error", "param": None}})
+    assert outcome_of(Status(code, body=body)).status == f"http_{code}"
+    error = error_in({"error": {"message": words, "code": code}})
+    assert error is not None and error.status == f"http_{code}"
 
 
 def test_what_may_be_of_the_prompt_and_what_may_pass():
@@ -140,6 +199,31 @@ def test_what_may_be_of_the_prompt_and_what_may_pass():
     passing = {"timeout", "connection", "rate_limited", "broken_off", "http_500", "http_503", "http_408", "not_asked"}
     lasting = {"http_400", "http_401", "http_403", "http_404", "http_501", "content_filter", "malformed", "no_answer"}
     assert {status for status in passing | lasting if may_pass(status)} == passing
+
+
+@pytest.mark.parametrize(
+    ("code", "requests"), [(500, 2), (503, 2), (408, 2), (409, 2), (429, 2), (501, 1), (505, 1), (400, 1), (403, 1)]
+)
+def test_an_error_with_status_200_is_tried_again_if_it_may_pass(code, requests, monkeypatch):
+    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 1)
+    error = Raw(json.dumps({"error": {"message": "Out of cheese.", "code": code}}).encode())
+    with serve_stub({"": [error, Say("now")]}) as stub:
+        [outcome] = ask(parse_endpoint(f"{stub.url}#m"), [REQUEST], timeout=20)
+        assert len(stub.bodies) == requests
+    assert (outcome.text == "now") if requests == 2 else (outcome.status == f"http_{code}")
+
+
+def test_a_server_that_implements_nothing_is_still_asked_everything():
+    with serve_stub({"": [Raw(b'{"error": {"message": "Not implemented.", "code": 501}}')]}) as stub:
+        outcomes = ask(parse_endpoint(f"{stub.url}#m"), [REQUEST] * 12, timeout=20, concurrency=1)
+    assert [outcome.status for outcome in outcomes] == ["http_501"] * 12
+
+
+def test_long_words_are_cut_in_one_line_without_a_part_of_a_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    words = "\x1b[2J" + "a" * 285 + "\n sk-secret-0123456789 " + "b" * 100
+    error = outcome_of(Status(400, body=words)).error
+    assert error == "␛[2J" + "a" * 285 + " *** bbb..." and len(error) == 300
 
 
 def test_words_for_the_end_of_a_response():

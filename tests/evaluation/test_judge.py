@@ -21,16 +21,12 @@ from recipe.evaluation.verdict import _judge_gaps
 from recipe.model import prepare_for_chat
 from recipe.templates import load_template
 
+pytestmark = pytest.mark.usefixtures("no_retries")
 RECORD = {"instruction": "Make it plural.", "input": "cat", "output": "cats"}
 
 
 def prediction(number: int, **texts: str) -> dict:
     return {"id": f"test/{number}", "split": "test", **RECORD, **{label: {"text": t} for label, t in texts.items()}}
-
-
-@pytest.fixture(autouse=True)
-def no_retries(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
 
 
 def judge(stub, predictions, folder, **options):

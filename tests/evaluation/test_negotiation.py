@@ -1,17 +1,16 @@
 """Which fields a server accepts is found by asking it: stubs on loopback that refuse each field in turn."""
 
 import itertools
-import json
 
 import pytest
 from stub_endpoint import Raw, Say, Status, serve_stub
 
 from recipe.config import UserError
 from recipe.evaluation.endpoints import Reply, ask, chat_request, parse_endpoint, preflight
-from recipe.evaluation.failures import error_in
 from recipe.evaluation.negotiation import MOST_TRIES
 from recipe.generation import Decoding
 
+pytestmark = pytest.mark.usefixtures("no_retries")
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": {"type": "object"}}}
 MESSAGES = [{"role": "user", "content": "Reply in JSON."}]
 REQUEST = {
@@ -45,6 +44,10 @@ SAID = {
     "405": (405, "{0}: not allowed"),
     "413": (413, "field {0} is not supported"),
     "409": (409, "unexpected parameter"),
+    "request parameter": (400, "This request parameter is not allowed: {0}"),
+    "input": (400, "Invalid input: {0} is not allowed"),
+    "inputs": (422, "Extra inputs are not allowed: {0}"),
+    "a policy": (403, "the content policy of this server allows no {0}"),
     "503": (503, '{{"error": "unknown argument {0}"}}'),
 }  # fmt: skip
 
@@ -63,11 +66,6 @@ def negotiated(refuses, request=REQUEST):
     with serve_stub({"": [Say("85")]}, refuses=refuses) as stub:
         terms = preflight(parse_endpoint(f"{stub.url}#m"), request, timeout=20)
     return terms, [{name: body[name] for name in body if name not in ("messages", "model")} for body in stub.bodies]
-
-
-@pytest.fixture(autouse=True)
-def no_retries(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 0)
 
 
 @pytest.mark.parametrize("words", WORDS)
@@ -176,44 +174,3 @@ def test_a_refusal_that_no_change_mends_keeps_its_first_words(act, message):
     with serve_stub({"": [act]}) as stub, pytest.raises(UserError, match=message):
         preflight(parse_endpoint(f"{stub.url}#m"), REQUEST, timeout=20)
     assert len(stub.bodies) <= MOST_TRIES + 1
-
-
-# --- errors with status 200 -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "body, status, words",
-    [
-        ({"error": {"message": "Slow down.", "code": 429}}, "rate_limited", "Slow down. (code 429)"),
-        (
-            {"error": {"message": "Too many requests", "type": "rate_limit_exceeded"}},
-            "rate_limited",
-            "Too many requests",
-        ),
-        ({"error": {"message": "Overloaded", "code": "503"}}, "http_503", "Overloaded (code 503)"),
-        ({"object": "error", "message": "no such model", "code": 404}, "http_404", "no such model (code 404)"),
-        ({"choices": [{"error": {"message": "upstream", "code": 502}}]}, "http_502", "upstream (code 502)"),
-        ({"choices": None, "error": "out of cheese"}, "error_reply", "out of cheese"),
-        ({"detail": "please log in"}, "error_reply", "please log in"),
-        ({"error": {"message": "content_filter triggered", "code": 400}}, "content_filter", "triggered"),
-    ],
-)
-def test_an_error_with_status_200_keeps_its_words_and_code(body, status, words):
-    assert words in error_in(body).error
-    with serve_stub({"": [Raw(json.dumps(body).encode())]}) as stub:
-        [failure] = ask(parse_endpoint(f"{stub.url}#m"), [{"messages": MESSAGES}])
-        with pytest.raises(UserError) as refused:
-            preflight(parse_endpoint(f"{stub.url}#m"), {"messages": MESSAGES}, timeout=20)
-    assert (failure.status, words in failure.error) == (status, True)
-    assert words in str(refused.value) and "is the path right?" not in str(refused.value)
-
-
-def test_an_error_with_status_200_that_may_pass_is_tried_again(monkeypatch):
-    monkeypatch.setattr("recipe.evaluation.endpoints.MAX_RETRIES", 1)
-    acts = [Raw(b'{"error": {"message": "busy", "code": 503}}'), Say("now")]
-    with serve_stub({"": acts}) as stub:
-        [reply] = ask(parse_endpoint(f"{stub.url}#m"), [{"messages": MESSAGES}])
-        assert reply.text == "now" and len(stub.bodies) == 2
-        stub.script = {"": [Raw(b'{"error": {"message": "no such user", "code": 403}}')]}
-        [failure] = ask(parse_endpoint(f"{stub.url}#m"), [{"messages": MESSAGES}])
-    assert failure.status == "http_403" and len(stub.bodies) == 3

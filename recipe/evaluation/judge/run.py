@@ -20,7 +20,6 @@ from typing import Any
 from recipe.config import UserError, setting
 from recipe.evaluation.answers import append_lines
 from recipe.evaluation.comparison import labels_of
-from recipe.evaluation.endpoint_keys import variable_for
 from recipe.evaluation.endpoints import USAGE, Endpoint, EndpointError, Reply, ask, parse_endpoint, preflight
 from recipe.evaluation.failures import Failure
 from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
@@ -61,6 +60,10 @@ class JudgeArguments:
     def __post_init__(self) -> None:
         if self.judge is not None:
             self.endpoint()
+        elif self.judge_key_env is not None:
+            raise UserError(
+                "--judge_key_env: there is no judge whose key it names; name one with --judge, or leave it out"
+            )
         load_judge_prompts(self.judge_prompts)
         for name in ("judge_concurrency", "judge_timeout", "judge_warmup_timeout", "judge_max_tokens"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -68,8 +71,8 @@ class JudgeArguments:
 
     def endpoint(self) -> Endpoint:
         """The judge with its key."""
-        named = [self.judge_key_env] if self.judge_key_env else []
-        return parse_endpoint(self.judge or "", variable_for(self.judge or "", named, flag="--judge_key_env"))
+        named = [] if self.judge_key_env is None else [self.judge_key_env]
+        return parse_endpoint(self.judge or "", named, flag="--judge_key_env")
 
 
 @dataclass(frozen=True)
