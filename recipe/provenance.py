@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import DataArguments, ModelArguments, UserError
 from recipe.files import file_hash, read_json
-from recipe.redaction import HUB_TOKEN, SECRET_FLAG
+from recipe.redaction import HUB_TOKEN, SECRET_FLAG, hide_in_addresses
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -59,7 +58,8 @@ def hardware() -> str:
 def command_line() -> str:
     """The command that started this process, ready for a shell, without its secrets.
 
-    Addresses lose their credentials, and flags such as `--hub_token` their value: `--hub_token '<HUB_TOKEN>'`.
+    Addresses lose user, password and secret parameters; flags such as `--hub_token` their value: `--hub_token
+    '<HUB_TOKEN>'`.
     """
     words, secret = [], None  # what replaces the next word, if that is the value of a secret flag
     for word in sys.argv:
@@ -70,7 +70,7 @@ def command_line() -> str:
         elif secret and not word.startswith("--"):
             word = secret
         secret = None if equals else placeholder
-        words.append(HUB_TOKEN.sub("<HUB_TOKEN>", re.sub(r"(\w://)[^/@\s]*@", r"\1", word)))
+        words.append(HUB_TOKEN.sub("<HUB_TOKEN>", hide_in_addresses(word, instead="", every_user=True)))
     return shlex.join([Path(sys.executable).name, *words])
 
 

@@ -4,41 +4,40 @@ A secret is the value of an environment variable whose name says so (`OPENAI_API
 line of the config file whose name says so (`--hub_token`), a token of the Hub wherever it stands in flags or config
 file, or that `hf auth login` has stored, or a secret part of an address in a variable, a flag or the config file: its
 password (`https://me:password@host`, also with a slash in it), or a parameter such as `?token=` or `&X-Amz-Signature=`.
-In the terminal and in logs, no address shows such a part, whosever it is, see `redact_message`. Each secret is found in
-these spellings, mixed ones and parts of longer words too:
+In the terminal and in logs, no address shows such a part, whosever it is, see `redact_message`. In which spellings each
+is found says `recipe.spellings`.
 
-- as it is, and without the white space, quotes and invisible characters around it, see `strip_key`;
-- `repr` of text and of bytes, JSON, with escapes such as `\\/`, `\\u00e9`, `\\xe9`, `\\351`, also escaped twice;
-- in an address: `%2F`, `%2f`, `+` for a blank, also escaped twice (`%252F`), and decoded, if it holds such escapes;
-- HTML: `&amp;`, `&#x2f;`, `&#47;`; CSV and YAML: `""`, `''`; a shell: `'"'"'`, `'\\''`, backslashes;
-- UTF-8 that was read as Latin-1;
-- base64, also for addresses, and as a part of a longer text, as in `Authorization: Basic` (`user:key`);
-- every character as `%73`, `\\x73`, `\\u0073`, `&#x73;` or `&#115;`, and all bytes in hexadecimal digits.
-
-Not found are values of fewer than 12 characters (8, if the name says API key, password or secret), and what a file may
-well hold for other reasons: numbers, single words, words joined by `_`, `-` or `.` (unless the name says secret,
-password or API key), paths, and special tokens (`EOS_TOKEN=<|endoftext|>`).
+A key that the run uses, or that was given in place of its variable (`--judge_key_env sk-...`), is found from 8
+characters on, whatever it looks like. Of all others, not found are values of fewer than 12 characters (8, if the name
+says API key, password or secret, and letters and digits are mixed), and what a file may well hold for other reasons:
+numbers, single words, words joined by `_`, `-` or `.` (unless the name says secret, password or API key), paths, and
+special tokens (`EOS_TOKEN=<|endoftext|>`). Of an address, what is too short or too plain to be found alone is found
+together with what stands around it (`?token=abcdef`), from 6 characters on; and a password that begins as a port does
+(`me:8000/...`) is taken for one.
 """
 
 from __future__ import annotations
 
-import base64
-import html.entities
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-# no letter or digit before it, unless they belong to an escape: "\\nhf_", "%3Dhf_", "\\u003dhf_"
-TOKEN_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4}))"
+from recipe.spellings import TOKEN_START, Secret, spellings_of
+
 HUB_TOKEN = re.compile(TOKEN_START + r"(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}")
 SECRET_FLAG = re.compile(r"--[\w-]*(token|key|password|secret)", re.IGNORECASE)
 SECRET_LINE = re.compile(
-    r"^\s*[\"']?(\w*(?:token|key|password|secret))[\"']?\s*:\s*(\S.*)$", re.IGNORECASE | re.MULTILINE
+    r"^\s*[\"']?([\w-]*(?:token|key|password|secret))[\"']?\s*:\s*(\S.*)$", re.IGNORECASE | re.MULTILINE
+)
+# a setting that takes the names of variables, and may be given the keys themselves; a flag may be shortened
+KEY_ENV_FLAG = re.compile(r"--[\w-]*key[_-]e(?:nv?)?")
+KEY_ENV_LINE = re.compile(  # 3: its words, also in the lines of a list
+    r"^([ \t]*)[\"']?([\w-]*key[_-]env)[\"']?[ \t]*:(.*(?:\n(?:[ \t]*(?=\n)|\1(?:[ \t]+\S|-[ \t]|[\]#]).*))*)",
+    re.MULTILINE,
 )
 SECRET_VARIABLE = re.compile(
     r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|(?<![A-Z])PASS|(?<![A-Z])CREDENTIAL)S?(?![A-Z])", re.IGNORECASE
@@ -48,7 +47,8 @@ NO_SECRET_VARIABLE = re.compile(
 )
 SURE_VARIABLE = re.compile(r"PASS|SECRET|CREDENTIAL|API_?KEY|HF_TOKEN", re.IGNORECASE)  # whatever its value looks like
 SHORTEST_SECRET = 12  # characters; shorter values may be words
-SHORTEST_SURE = 8  # of letters and digits, where the name leaves no doubt
+SHORTEST_SURE = 8  # of letters and digits, where the name leaves no doubt, and of keys that are used
+SHORTEST_IN_ADDRESS = 6  # where it is looked for with what stands around it
 ORDINARY = re.compile(
     r"[A-Za-z]{1,24}|[\d.,:+e-]*\d"  # a word, a number
     r"|(~|\.\.?)/.*|/(home|Users|root|etc|var|usr|opt|tmp|mnt|media|run|srv|data|work|private|dev|proc)/.*|[A-Za-z]:\\.*"
@@ -56,14 +56,15 @@ ORDINARY = re.compile(
     re.DOTALL,
 )
 JOINED_WORDS = re.compile(r"[A-Za-z]+([ _.,;-]+[A-Za-z]+)*")
-CREDENTIALS = re.compile(r"://([^\s/?#:@\"'<>\\]*:([^\s/?#@\"'<>\\]+)@)")  # of an address: user and password, password
-# the same with a slash, a question mark or a number sign in the password, as people write it; no port and no path
-LOOSE_CREDENTIALS = re.compile(r"://([^\s/?#:@\"'<>\\]+:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>\\]+)@")
-USER_ALONE = re.compile(r"://([^\s/?#:@\"'<>\\]+)@")  # of an address; it may be a token
-PARAMETER = re.compile(
-    r"(?<=[?&;#])([\w.-]*(?:token|key|secret|password|passwd|signature|sig|credential|auth)[\w-]*=)([^&;#\s\"'<>\\]+)",
-    re.IGNORECASE,
-)
+ADDRESS = re.compile(r"://[^\s\"'<>\\]*")  # in a text, without its scheme; several, if no blank is between them
+# what follows `://`, if that is a host without user and password, alone or in a list: `http://host:8000,mail:me@there`
+HOST = re.compile(r"(?:[\w.-]*|\[[\da-fA-F:.]*\])(?::\d{0,5})?(?:[/?#,;|)\]}]|\Z)")
+AUTHORITY = re.compile(r"[^/?#]*")
+# as people write a password, with a slash, a question mark or a number sign in it; it ends before the next address
+LOOSE_AUTHORITY = re.compile(r"(?:(?![,;|][A-Za-z][\w+.-]*://).)*", re.DOTALL)
+BEFORE_HOST = re.compile(r"[^@]*(?:@[^@,;|]*)*(?=@)")  # an "@" may be of the password, but none behind a comma
+PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)=([^&;#\s\"'<>\\]+)")
+SECRET_PARAMETER = re.compile("token|key|secret|password|passwd|sig|credential|auth", re.IGNORECASE)
 QUOTES = "\"'`´‘’‚‛“”„‟«»‹›＂＇"  # as a .env file, a chat or a word processor puts them around a key
 UNSEEN = "\x00-\x20\x7f-\xa0\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
 EDGES = re.compile(rf"^[\s{UNSEEN}{QUOTES}]+|[\s{UNSEEN}{QUOTES}]+$")
@@ -76,7 +77,7 @@ def redact(text: str) -> str:
     >>> redact('{"error": "a\\\\/b\\\\/c\\\\/d\\\\/1234567 is no key", "basic": "YS9iL2MvZC8xMjM0NTY3"}')
     '{"error": "*** is no key", "basic": "***"}'
     """
-    for spelling in _spellings(secrets()):
+    for spelling in spellings_of(secrets()):
         if spelling.part in text:
             text = spelling.pattern.sub("***", text)
     return text
@@ -88,7 +89,8 @@ def find_secrets(text: str, more: Iterable[tuple[str, str]] = ()) -> Iterator[tu
     Args:
         more: other secrets: what a value is called, and the value.
     """
-    for spelling in _spellings(secrets() | {(name, value) for name, raw in more for value in _values(name, raw)}):
+    others = {Secret(name, value) for name, raw in more for value in _values(name, raw)}
+    for spelling in spellings_of(secrets() | others):
         if spelling.part in text:
             yield from ((match.start(), spelling.name) for match in spelling.pattern.finditer(text))
 
@@ -102,18 +104,51 @@ def strip_key(value: str) -> str:
     return EDGES.sub("", value)
 
 
-def secrets() -> frozenset[tuple[str, str]]:
-    """The secrets that this process knows: the name of a variable, a flag or a file, and the value."""
+def secrets() -> frozenset[Secret]:
+    """The secrets that this process knows."""
     named = [(name, raw) for name, raw in os.environ.items() if is_secret_variable(name)]
     named += [*_flags(), *_stored_tokens(), *_config_secrets]
     named += [("a flag", token) for word in sys.argv[1:] for token in HUB_TOKEN.findall(word)]
-    found = {(name, value) for name, raw in named for value in _values(name, raw)}
+    found = {Secret(name, value) for name, raw in named for value in _values(name, raw)}
     for name, raw in [*os.environ.items(), *(("a flag", word) for word in sys.argv), *_config_addresses]:
-        found |= {(name, value) for value in _of_addresses(raw)} if "://" in raw else set()
-    return frozenset(found | set(_proxy_credentials()))
+        found |= {Secret(name, *value) for value in _of_addresses(raw)} if "://" in raw else set()
+    return frozenset(found | _learned_keys | set(_keys_of_flags()) | set(_of_proxies()))
 
 
-def _proxy_credentials() -> Iterator[tuple[str, str]]:
+class Credentials(NamedTuple):
+    """User and password of an address, and where they stand in the text: before the `@` at `end`."""
+
+    start: int
+    end: int
+    user: str
+    password: str
+
+
+def _credentials_in(text: str) -> Iterator[Credentials]:
+    """The users and passwords of the addresses in a text, in a time that grows as the text does."""
+    for address in ADDRESS.finditer(text):
+        position, end = address.start() if "@" in address[0] else -1, address.end()
+        while position >= 0:
+            start = position + len("://")
+            at, seen = _end_of_credentials(text, start, end)
+            if at is not None:
+                user, _, password = text[start:at].partition(":")
+                yield Credentials(start, at, user, password)
+            position = text.find("://", seen, end)
+
+
+def _end_of_credentials(text: str, start: int, end: int) -> tuple[int | None, int]:
+    """Of what follows `://`: where the `@` behind the password is, None without one, and how far it was looked for."""
+    if HOST.match(text, start, end):
+        return None, start
+    seen = AUTHORITY.match(text, start, end).end()  # type: ignore[union-attr] # fits all
+    if text.find("@", start, seen) < 0 <= text.find(":", start, seen):
+        seen = LOOSE_AUTHORITY.match(text, start, end).end()  # type: ignore[union-attr] # fits all
+    before = BEFORE_HOST.match(text, start, seen)
+    return (before.end(), before.end()) if before else (None, seen)
+
+
+def _of_proxies() -> Iterator[Secret]:
     """User and password of the proxies that the environment names, which need no scheme, or may be a key alone.
 
     A password of 6 characters or more is looked for, alone unless it is a word or a number.
@@ -122,33 +157,38 @@ def _proxy_credentials() -> Iterator[tuple[str, str]]:
         if not re.fullmatch(r"(?!no_)\w+_proxy", name, re.IGNORECASE):
             continue
         address = re.sub(r"^(?:[A-Za-z][\w+.-]*:/+|(?:https?|socks\w*):(?=.*@))", "", unquote(unquote(raw)))
-        before, is_before, _ = address.rpartition("@")
+        at, _ = _end_of_credentials(address, 0, len(address))
         # a password whose host was forgotten stands where the port should
-        credentials = before if is_before else re.split(r"[/?#]", address)[0].rpartition("]")[2]
+        credentials = address[:at] if at is not None else re.split(r"[/?#]", address)[0].rpartition("]")[2]
         user, colon, password = credentials.partition(":")
-        secret = password if colon or not is_before else user
-        if len(secret) >= SHORTEST_SECRET // 2:
-            yield from [(name, f"{user}:{secret}")] if user and colon else []
-            yield from [(name, secret)] if not ORDINARY.fullmatch(secret) else []
+        secret = password if colon or at is None else user
+        if len(secret) >= SHORTEST_IN_ADDRESS:
+            yield from [Secret(name, f"{user}:{secret}")] if user and colon else []
+            yield from [Secret(name, secret)] if not ORDINARY.fullmatch(secret) else []
 
 
-def _of_addresses(text: str) -> Iterator[str]:
-    """The secrets of the addresses in a text; short ones with what stands around them, so that no word is one."""
-    for user_and_password, password in CREDENTIALS.findall(text):
-        if len(password) >= SHORTEST_SECRET // 2:
-            yield user_and_password
-        elif not password.isalpha():
-            yield f"//{user_and_password}"
-        yield from _values("PASSWORD", password)
-    for both in LOOSE_CREDENTIALS.findall(text):
-        if not CREDENTIALS.match(f"://{both}@"):
-            yield both
-        yield from _values("PASSWORD", both.partition(":")[2])
-    for user in USER_ALONE.findall(text):
-        yield from _values("a user", user)
-    for name, value in PARAMETER.findall(text):
-        yield name + value
-        yield from _values("PASSWORD", value)
+def _of_addresses(text: str) -> Iterator[tuple[str, bool]]:
+    """The secrets of the addresses in a text, and whether they must stand apart.
+
+    Short and plain ones come with what stands around them, so that no word of another text is one.
+    """
+    for _, _, user, password in _credentials_in(text):
+        if len(password) >= SHORTEST_IN_ADDRESS:
+            yield f"{user}:{password}" + ("" if re.search("[/?#]", password) else "@"), True
+        elif password and not password.isalpha():
+            yield f"//{user}:{password}@", True
+        for value in _values("PASSWORD", password) if password else _values("a user", user):
+            yield value, False
+    for parameter in PARAMETER.finditer(text):
+        name, value = parameter.groups()
+        if not SECRET_PARAMETER.search(name):
+            continue
+        is_words = JOINED_WORDS.fullmatch(value) is not None and not SURE_VARIABLE.search(name)
+        for part in [] if is_words else _values("PASSWORD", value):
+            yield part, False
+        if len(value) >= SHORTEST_IN_ADDRESS:
+            is_plain = is_words or ORDINARY.fullmatch(value) is not None
+            yield f"{text[parameter.start() - 1] if is_plain else ''}{name}={value}", True
 
 
 def redact_message(text: str) -> str:
@@ -157,18 +197,33 @@ def redact_message(text: str) -> str:
     >>> redact_message("cannot open ftp://me:pa/ss@host/a and https://host/b?sig=abc&c=1 and https://host/@me")
     'cannot open ftp://***@host/a and https://host/b?sig=***&c=1 and https://host/@me'
     """
-    text = redact(text)
-    if "://" in text:
-        for pattern in (CREDENTIALS, LOOSE_CREDENTIALS):
-            text = pattern.sub("://***@", text)
-        text = USER_ALONE.sub(lambda user: "://***@" if [*_values("a user", user[1])] else user[0], text)
-        text = PARAMETER.sub(r"\1***", text)
-    return text
+    return hide_in_addresses(redact(text))
+
+
+def hide_in_addresses(text: str, instead: str = "***@", every_user: bool = False) -> str:
+    """A text without the passwords, and the secret parameters, of the addresses in it.
+
+    >>> hide_in_addresses("https://me:password@host/a.json?token=abc", instead="")
+    'https://host/a.json?token=***'
+
+    Args:
+        instead: of user, password and `@`.
+        every_user: also of a user without a password, who may be known; else only of one who looks like a key.
+    """
+    if "://" not in text:
+        return text
+    parts, position = [], 0
+    for start, end, user, password in _credentials_in(text):
+        if password or every_user or any(_values("a user", user)):
+            parts += [text[position:start], instead]
+            position = end + 1
+    text = "".join([*parts, text[position:]])
+    return PARAMETER.sub(lambda found: f"{found[1]}=***" if SECRET_PARAMETER.search(found[1]) else found[0], text)
 
 
 def learn_secret(name: str, value: str) -> None:
-    """Remember the value of a variable that is used as a key, whatever its name says."""
-    _config_secrets.add((name, value))
+    """Remember the value of a variable that is used as a key, whatever its name says and it looks like."""
+    _learned_keys.update(_as_keys(name, value))
 
 
 def learn_from_config(text: str) -> None:
@@ -176,8 +231,12 @@ def learn_from_config(text: str) -> None:
     _config_secrets.update((name, value) for name, value in SECRET_LINE.findall(text))
     _config_secrets.update(("the config file", token) for token in HUB_TOKEN.findall(text))
     _config_addresses.update(("the config file", line) for line in text.splitlines() if "://" in line)
+    for _, name, value in KEY_ENV_LINE.findall(text):
+        words = re.split(r"[\s,\[\]{}\"']+", re.sub(r"(^|\s)#.*", "", value, flags=re.MULTILINE))
+        _learned_keys.update(_instead_of_variables(name, words))
 
 
+_learned_keys: set[Secret] = set()  # of variables that are used as keys, and keys that stand in place of one
 _config_secrets: set[tuple[str, str]] = set()  # the name of a setting, and the text of its value
 _config_addresses: set[tuple[str, str]] = set()  # with a password
 
@@ -196,9 +255,40 @@ def _flags() -> Iterator[tuple[str, str]]:
     words = sys.argv[1:]
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
-        value = value if equals else "".join(words[index + 1 : index + 2])
-        if SECRET_FLAG.fullmatch(name) or (name.endswith("_key_env") and value.rpartition("=")[2] not in os.environ):
-            yield name, value  # a flag that takes the name of a variable may be given the key itself
+        if SECRET_FLAG.fullmatch(name):
+            yield name, value if equals else "".join(words[index + 1 : index + 2])
+
+
+def _keys_of_flags() -> Iterator[Secret]:
+    """The keys that flags such as `--judge_key_env` were given instead of the names of variables."""
+    flag = None
+    for word in sys.argv[1:]:
+        name, _, value = word.partition("=")
+        if word.startswith("--"):
+            flag = name if KEY_ENV_FLAG.fullmatch(name) else None
+            word = value
+        if flag:
+            yield from _instead_of_variables(flag, [word])
+
+
+def _instead_of_variables(setting: str, words: Iterable[str]) -> Iterator[Secret]:
+    """The keys among words that should be `NAME` or `HOST=NAME`, with the name of a variable."""
+    for word in words:
+        after = word.partition("=")[2]
+        key = strip_key(after if after.strip("=") else word)  # one in base64 may end in "="
+        if key in os.environ or word.rpartition("=")[2] in os.environ:
+            continue
+        if key.isidentifier():  # perhaps the name of a variable that is not set
+            yield from (Secret(setting, value) for value in _values(setting, key))
+        else:
+            yield from _as_keys(setting, key)
+
+
+def _as_keys(name: str, raw: str) -> Iterator[Secret]:
+    """A key, and what it is made of, if it is long enough; for sure a secret, whatever it looks like."""
+    for value in {strip_key(raw), *_values(name, raw)}:
+        if len(value) >= SHORTEST_SURE:
+            yield Secret(name, value)
 
 
 def _stored_tokens() -> list[tuple[str, str]]:
@@ -232,85 +322,3 @@ def _is_path(value: str) -> bool:
         return "/" in value and Path(value).exists()
     except (OSError, ValueError):  # too long, or with a null character
         return False
-
-
-class Spelling(NamedTuple):
-    """How a secret may be written: `part` is in every text that `pattern` finds, and is quickly looked for."""
-
-    name: str
-    part: str
-    pattern: re.Pattern[str]
-
-
-@lru_cache(maxsize=8)
-def _spellings(secrets: frozenset[tuple[str, str]]) -> list[Spelling]:
-    """All spellings of all secrets, those of long ones first, because they may hold a shorter one."""
-    found: dict[str, Spelling] = {}
-    for name, value in sorted(secrets, key=lambda secret: (-len(secret[1]), secret)):
-        texts = dict.fromkeys([value, unquote(value)])
-        for text in texts:
-            found.setdefault(text, Spelling(name, _longest_run(text), _pattern(text)))
-        for text in _as_base64(value):
-            urlsafe = re.sub(
-                r"[+/]", lambda sign: {"+": f"(?:-|{_sign('+')})", "/": f"(?:_|{_sign('/')})"}[sign[0]], text
-            )
-            found.setdefault(text, Spelling(name, _longest_run(text), re.compile(urlsafe)))
-        for text in _every_character_escaped(value):
-            found.setdefault(text, Spelling(name, text, re.compile(re.escape(text))))
-    return list(found.values())
-
-
-def _longest_run(text: str) -> str:
-    """The longest part of letters and digits, which most spellings leave as they are."""
-    return max(re.findall(r"[A-Za-z0-9]*", text), key=len)
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile("".join(char if char.isascii() and char.isalnum() else _sign(char) for char in text))
-
-
-@lru_cache(maxsize=1000)
-def _sign(char: str) -> str:
-    """A pattern for a character that is neither a letter of ASCII nor a digit, in all its spellings."""
-    alternatives = [re.escape(char), _escapes(ord(char))]
-    alternatives += [f"&(?:amp;){{0,3}}{name}" for name, text in html.entities.html5.items() if text == char]
-    if not char.isascii():
-        utf8 = char.encode("utf-8", "surrogatepass")
-        alternatives.append("".join(rf"(?:{re.escape(chr(byte))}|{_escapes(byte)})" for byte in utf8))
-        utf16 = char.encode("utf-16-be", "surrogatepass")
-        alternatives.append("".join(rf"\\{{1,8}}u(?i:{utf16[i : i + 2].hex()})" for i in range(0, len(utf16), 2)))
-    alternatives += {
-        "\n": [r"\\{1,8}n"], "\r": [r"\\{1,8}r"], "\t": [r"\\{1,8}t"],
-        "'": [r"'\"'\"'", r"'\\''", "''"], '"': ['""'], " ": [r"\s+", r"\+"], "+": [" "], "\\": [r"\\{2,16}"],
-    }.get(char, [])  # fmt: skip
-    return rf"\\{{0,8}}(?:{'|'.join(alternatives)})"
-
-
-def _escapes(code: int) -> str:
-    """A pattern for the escapes of a character, or of a byte of it, up to three times one upon the other."""
-    digits = f"{code:x}"
-    alternatives = [rf"\\{{1,8}}u\{{?0*{digits}\}}?", rf"&(?:amp;){{0,3}}#(?:x0*{digits}|0*{code});"]
-    if code < 256:
-        alternatives += [rf"\\{{1,8}}(?:x{code:02x}|{code:03o})", rf"%(?:25){{0,3}}{code:02x}"]
-    return f"(?i:{'|'.join(alternatives)})"
-
-
-def _as_base64(value: str) -> list[str]:
-    """What base64 makes of a value wherever it stands in a text: the digits that depend on nothing else."""
-    found = []
-    for before in range(3):  # bytes before it, as base64 takes three at a time
-        content = bytes(before) + value.encode("utf-8", "surrogatepass")
-        digits = base64.b64encode(content).decode().rstrip("=")
-        found.append(digits[(0, 2, 3)[before] : len(digits) - (len(content) % 3 > 0)])
-    return found
-
-
-def _every_character_escaped(value: str) -> list[str]:
-    codes, utf8 = [ord(char) for char in value], value.encode("utf-8", "surrogatepass")
-    utf16 = re.findall("....", value.encode("utf-16-be", "surrogatepass").hex())
-    percent, unicode = "".join(f"%{byte:02x}" for byte in utf8), "".join(rf"\u{digits}" for digits in utf16)
-    return [
-        utf8.hex(), utf8.hex().upper(), percent, percent.upper(), "".join(rf"\x{byte:02x}" for byte in utf8),
-        unicode, unicode.upper().replace("U", "u"), "".join(f"&#x{code:x};" for code in codes),
-        "".join(f"&#{code};" for code in codes),
-    ]  # fmt: skip

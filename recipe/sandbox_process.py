@@ -88,25 +88,25 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             texts.append(template.render(request["shared"], **context))
             if len(texts[-1]) > request["longest"]:
                 length, longest = len(texts[-1]), request["longest"]
-                return problem(f"it makes a text of {length:,} characters; at most {longest:,} are taken", len(texts))
+                return problem(f"it makes a text of {length:,} characters; at most {longest:,} are taken")
             total += len(texts[-1])
             if total > MOST_AT_ONCE:
                 break
         return {"texts": texts}
     except MemoryError:
         texts = texts[:0]
-        return problem("it takes too much memory, more than 1 GB", 1)
+        return problem("it takes too much memory, more than 1 GB")
     except RecursionError:
-        return problem("it calls itself, or is nested, too deeply (recursion)", len(texts) + 1)
+        return problem("it calls itself, or is nested, too deeply (recursion)")
     except jinja2.TemplateSyntaxError as error:
-        return {**problem(str(error.message), 1), "line": error.lineno}
+        return {**problem(str(error.message)), "line": error.lineno}
     except Exception as error:  # an expression of a template may raise anything
-        return problem(str(error) or type(error).__name__, len(texts) + 1)
+        return problem(str(error) or type(error).__name__)
 
 
-def problem(message: str, number: int) -> dict[str, Any]:
-    """What is sent of an error, with the index of the text; a template may raise megabytes."""
-    return {"error": re.sub(r"\s+", " ", message[:LONGEST_MESSAGE]).strip(), "index": number - 1}
+def problem(message: str) -> dict[str, Any]:
+    """What is sent of an error; a template may raise megabytes."""
+    return {"error": re.sub(r"\s+", " ", message[:LONGEST_MESSAGE]).strip()}
 
 
 def start_clock(seconds: float) -> None:
@@ -116,7 +116,7 @@ def start_clock(seconds: float) -> None:
 
 
 def bound(memory: int) -> None:
-    """Limit the memory; allow neither files nor programs."""
+    """Limit the memory; let nothing be written into files, and (root excepted) no second process be started."""
     try:
         import resource
     except ImportError:  # on Windows
@@ -140,6 +140,8 @@ def main() -> None:
     gc.set_threshold(100_000)  # thousands of texts at once would keep it busy
     bound(int(sys.argv[1]))
     read, write = sys.stdin.buffer.read, sys.stdout.buffer.write
+    write(b"ready")
+    sys.stdout.flush()
     while len(head := read(8)) == 8:
         content = read(int.from_bytes(head))
         request = json.loads(content)
@@ -149,7 +151,7 @@ def main() -> None:
         try:
             content = json.dumps(reply, default=str).encode()
         except (MemoryError, RecursionError, ValueError) as error:
-            content = json.dumps(problem(f"its texts cannot be sent ({type(error).__name__})", 1)).encode()
+            content = json.dumps(problem(f"its texts cannot be sent ({type(error).__name__})")).encode()
         start_clock(0)
         write(len(content).to_bytes(8) + content)
         sys.stdout.flush()

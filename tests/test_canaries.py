@@ -41,6 +41,7 @@ def secrets(monkeypatch, tmp_path):
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(redaction, "_config_secrets", set())
+    monkeypatch.setattr(redaction, "_learned_keys", set())
     monkeypatch.setattr(redaction, "_config_addresses", set())
     monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS])
     (tmp_path / "config.yaml").write_text(YAML)
@@ -69,7 +70,7 @@ def test_nothing_that_is_printed_warned_of_or_logged_shows_one(tmp_path, capfd, 
         warnings.warn(f"WARNED {all_of_them()}", stacklevel=1)
         raise UserError(f"RAISED {all_of_them()}")
 
-    monkeypatch.setattr(redaction, "_config_secrets", {("JUDGE", VARIABLES["JUDGE"])})  # as `read_key` remembers it
+    redaction.learn_secret("JUDGE", VARIABLES["JUDGE"])  # as `read_key` does
     with pytest.raises(SystemExit) as end, pytest.warns(UserWarning):
         run_script(main, interrupted="")
     logging.getLogger("some.library").removeHandler(before)

@@ -22,13 +22,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from recipe.config import UserError
 from recipe.console import one_line, visible
 from recipe.provenance import weights_hash
+from recipe.publishing.public_paths import shorten_paths
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 EXAMPLE = {"instruction": "Rewrite the sentence in the past tense.", "input": "She walks to school."}
 SHOWN = 3  # best and worst examples, of each
 RANKED_BY = "chrf"  # the score that tells close answers apart, in any script
 LONGEST = 300  # characters of a text in an example
-ABSOLUTE_PATH = re.compile(r'(^|=|")~?/(?:[^"]*/)?([^"/]*)')  # in a word of a command; 2: its last part
 
 
 class Evaluation(NamedTuple):
@@ -78,14 +78,14 @@ def make_model_card(
         adapter=adapter,
         parameters=sum(count for file in weights for count in file.parameter_count.values()),
         sources=sources,
-        address=json.dumps(repo_id or public_path(str(output_dir)), ensure_ascii=False),
+        address=json.dumps(repo_id or (name if output_dir.is_absolute() else str(output_dir)), ensure_ascii=False),
         **example_prompt(output_dir, trusted),
         trusted=trusted,
         has_curve=(output_dir / "loss.png").is_file(),
         evaluation=evaluation_parts(evaluation) if evaluation else None,
         escape=escape,
         fence=fence,
-        public_path=public_path,
+        shorten_paths=shorten_paths,
         public_command=public_command,
     )
     return str(card)
@@ -291,21 +291,11 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
     return {"Best": [example(index) for index in best], "Worst": [example(index) for index in worst]}
 
 
-def public_path(source: str) -> str:
-    """The name alone of an absolute path, whose folders may name a user; relative paths, Hub ids and addresses stay.
-
-    >>> public_path("recipe/demo/base"), public_path("/home/someone/records.jsonl")
-    ('recipe/demo/base', 'records.jsonl')
-    """
-    path = Path(source).expanduser()
-    return path.name if path.is_absolute() else source
-
-
 def public_command(command: str, processes: int = 1) -> str:
-    """Recorded commands, one a line, ready for a shell; absolute paths are shortened: alone, behind `=`, and in JSON.
+    """Recorded commands, one a line, ready for a shell but for their paths: see `shorten_paths`.
 
     >>> public_command("python train.py --data /home/someone/a.jsonl")
-    'python train.py --data path/to/a.jsonl'
+    "python train.py --data '…/a.jsonl'"
     """
     try:
         lines = [shlex.split(line) for line in command.split("\n")]
@@ -313,7 +303,12 @@ def public_command(command: str, processes: int = 1) -> str:
         lines = [shlex.split(command)]
     if processes > 1:
         lines = [["accelerate", "launch", "--num_processes", str(processes), *words] for _, *words in lines]
-    return "\n".join(shlex.join(ABSOLUTE_PATH.sub(r"\1path/to/\2", word) for word in words) for words in lines)
+    return "\n".join(shlex.join(map(_public_word, words)) for words in lines)
+
+
+def _public_word(word: str) -> str:
+    name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return f"{name}{equals}{shorten_paths(value)}"
 
 
 def escape(text: str) -> str:

@@ -1,6 +1,7 @@
 """Paths in what a push sends: one outside of the working folder may name a user; only its last part is sent.
 
-The files here keep their paths, by which an evaluation or a resumed run finds its data again.
+The last part is left out too if it is the folder of a user itself (`/home/me`). The files here keep their paths, by
+which an evaluation or a resumed run finds its data again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ DESCRIBING = (
     "generation_config.json", "adapter_config.json", "tokenizer_config.json", "model.safetensors.index.json",
 )  # fmt: skip
 _PART = r"[^/\\\s\"'`<>|,;:()\[\]{}=&?*]"
-_ROOT = rf"(?:~[\w.-]*[/\\]|\.\.[/\\]|[A-Za-z]:[/\\]{{1,2}}|/(?={_PART}+/)|\\\\)"
-# in a text: a root, folders, and 1: the last part
-PATH = re.compile(
-    rf"(?:(?<![^\s\"'`=:,;()\[\]{{}}>|])|(?<=file://)){_ROOT}(?:{_PART}+[/\\]+)*({_PART}*)(?:--(?=[\w.]+$))?"
+_ROOT = rf"(?:~[\w.-]*[/\\]|\.\.[/\\]|/?[A-Za-z]:[/\\]{{1,2}}|/(?={_PART}+/)|\\\\)"
+_BEFORE = r"(?<![^\s\"'`=:,;()\[\]{}>|@])"  # no part of a longer path, and no host of an address
+_FILE = r"(?<=file://)|(?<=file://localhost)"
+PATH = re.compile(rf"(?:{_BEFORE}|{_FILE}){_ROOT}(?:{_PART}+[/\\]+)*{_PART}*")  # in a text
+QUOTED_PATH = re.compile(rf"(['\"])(?:--?[\w-]+=)?({_ROOT}[^'\"\n]*)\1")  # in it, also with blanks and other signs
+WHOLE_PATH = re.compile(rf"{_ROOT}[^\n\"]*|~[A-Za-z][\w.-]*")  # as a value of its own
+MORE = re.compile(rf"\s-|://|[\s,;]{_ROOT}")  # which says that a text goes on behind a path: a flag, an address, a path
+# the folder of a user itself; deeper in a path, what has an ending is a file, as in `/data/users/records.json`
+OF_USER = re.compile(
+    r"(?:(?:/+|/?[A-Za-z]:[/\\]+)(?:home|users)[/\\]+[^/\\]+|.*[/\\](?:home|users)[/\\]+[^/\\.]+|~[^/\\]*)[/\\]*",
+    re.IGNORECASE,
 )
-QUOTED_PATH = re.compile(rf"(['\"]){_ROOT}[^'\"\n]*\1")
-WHOLE_PATH = re.compile(rf"{_ROOT}[^\n\"]*")  # as a value of its own; there it may hold blanks and other signs
 
 
 def public_files(files: Mapping[str, Path]) -> dict[str, Path | bytes]:
@@ -48,7 +54,7 @@ def public_files(files: Mapping[str, Path]) -> dict[str, Path | bytes]:
 
 
 def shorten_paths(text: str) -> str:
-    """A text with each path outside of the working folder shortened.
+    """A text, or a path alone, with each path outside of the working folder shortened.
 
     >>> shorten_paths("python train.py --data /home/me/a.jsonl --model_name_or_path recipe/demo/base")
     'python train.py --data …/a.jsonl --model_name_or_path recipe/demo/base'
@@ -58,17 +64,16 @@ def shorten_paths(text: str) -> str:
 
 def _paths_in(text: str) -> dict[str, str]:
     """The paths in a text, and what is sent of each."""
-    if WHOLE_PATH.fullmatch(text) and not re.search(r"\s-", text):
-        return {text: f"…/{_last(text)}"}
-    found = {match[0][1:-1]: f"…/{_last(match[0][1:-1])}" for match in QUOTED_PATH.finditer(text)}
-    return found | {match[0]: f"…/{match[1] or _last(match[0])}" for match in PATH.finditer(text)}
+    if WHOLE_PATH.fullmatch(text) and not MORE.search(text):
+        return {text: _public(text)}
+    paths = [match[2] for match in QUOTED_PATH.finditer(text)] + [match[0] for match in PATH.finditer(text)]
+    return {path: _public(path) for path in paths}
 
 
-def _last(path: str) -> str:
-    """The last part of a path; none if that is the folder of a user itself."""
+def _public(path: str) -> str:
+    """What is sent of a path: its last part, unless that is the name of a user."""
     parts = [part for part in re.split(r"[/\\]+", path) if part]
-    of_user = re.match(r"[/\\]*(home|Users)[/\\]", path) and len(parts) < 3
-    return parts[-1] if parts and not of_user else ""
+    return "…/" if OF_USER.fullmatch(path) or not parts else f"…/{parts[-1]}"
 
 
 def _paths_of_json(text: str) -> dict[str, str]:
@@ -100,5 +105,17 @@ def _shortened(text: str, found: Mapping[str, str]) -> str:
             continue
         in_json, in_ascii = (json.dumps(path, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
         for spelling in dict.fromkeys((path, in_json, in_ascii, html.escape(path), html.escape(in_json))):
-            text = text.replace(spelling, found[path])
+            if spelling in text:
+                text = _place(spelling, found[path]).sub(found[path].replace("\\", r"\\"), text)
     return text
+
+
+def _place(spelling: str, public: str) -> re.Pattern[str]:
+    """Where a path may be shortened: not within a longer one or an address, and no slash is doubled or lost."""
+    core = spelling.rstrip("/\\")
+    slashes = re.escape(spelling[len(core) :])
+    if public.endswith("/"):  # of a user, whose name may begin as that of another one does
+        behind = rf"(?!\.?[\w-])(?:{slashes}|/?)" if slashes else r"(?!\.?[\w-])/?"
+    else:
+        behind = rf"(?:{slashes}(?![\w.-]))?" if slashes else ""
+    return re.compile(rf"(?:{_BEFORE}|{_FILE}|(?<=\\[nrt])){re.escape(core)}{behind}")

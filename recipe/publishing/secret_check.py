@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from recipe.config import UserError
-from recipe.redaction import TOKEN_START, find_secrets
+from recipe.redaction import find_secrets
+from recipe.spellings import TOKEN_START
 
 NOT_TEXT = {".safetensors", ".png", ".model"}
 SHOWN = 20  # lines of a message about findings

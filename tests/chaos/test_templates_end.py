@@ -1,11 +1,13 @@
 """A thousand templates, each with a time limit: harmless ones render as transformers does, endless ones are refused."""
 
+import errno
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -165,9 +167,8 @@ def test_a_template_that_is_endless_for_one_record_is_refused_there(short):
     assert template.prompts([{"instruction": "later"}] * 3) == ["later"] * 3
     with pytest.raises(UserError, match="template of model 'some/folder': it "):
         template.prompts([{"instruction": "later"}] * 600 + [{"instruction": "now"}])
-    with pytest.raises(RenderError) as error:
+    with pytest.raises(RenderError, match=r"^it "):
         render(source, [{"messages": [{"content": text}]} for text in ["later"] * 600 + ["now"]])
-    assert error.value.index >= 512  # of its batch, if the process has not lived to say more
     assert template.prompts([{"instruction": "later"}]) == ["later"]  # another process has taken over
 
 
@@ -226,18 +227,164 @@ def test_an_interrupt_in_the_middle_spoils_no_later_text():
     assert render("{{ x }}", [{"x": 2}]) == ["2"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="/proc of Linux says what a process may do")
-def test_the_helper_knows_no_secret_and_writes_no_file(monkeypatch):
-    """Whatever a template may do that gets out of Jinja's sandbox."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-0123456789abcdef")
-    helper = sandbox.Helper()
+def alive(processes: list[subprocess.Popen]) -> list[int]:
+    return [process.pid for process in processes if process.poll() is None]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The helpers that are started from now on; there is none yet."""
+    started, start = [], subprocess.Popen
+    sandbox._stop()
+
+    def popen(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(sandbox.subprocess, "Popen", popen)
+    yield started
+    sandbox._stop()
+    assert alive(started) == []
+
+
+def test_threads_that_render_first_at_the_same_time_share_one_helper(started):
+    barrier, texts = threading.Barrier(6), {}
+
+    def work(number: int) -> None:
+        barrier.wait()
+        texts[number] = render("{{ x }}", [{"x": number}] * 3)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert texts == {number: [str(number)] * 3 for number in range(6)}
+    assert len(started) == 1
+
+
+def test_a_thread_that_waits_while_another_is_interrupted_gets_its_texts(started):
+    """What ends the helper under a thread that waits for it."""
+    results, endless = [], "{% for a in range(99999) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
+    helper = sandbox._helper()
+
+    def wait() -> None:
+        while helper.lock.acquire(blocking=False):  # until the main thread asks
+            helper.lock.release()
+            time.sleep(0.001)
+        try:
+            results.extend(render("{{ x }}", [{"x": 1}]))
+        except BaseException as error:
+            results.append(error)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        assert helper.ask(b'{"source": "1", "chat": true, "contexts": [{}], "shared": {}, "names": [], '
-                          b'"seconds": 1, "longest": 10}', 9) == {"texts": ["1"]}  # fmt: skip
-        about = Path(f"/proc/{helper.process.pid}")
-        environment, limits = (about / "environ").read_bytes(), (about / "limits").read_text()
+        [thread.start() for thread in threads]
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            render(endless, [{}])
     finally:
-        helper.end()
-    assert b"OPENAI" not in environment and b"PYTHONPATH" in environment
-    for name in ("Max file size", "Max processes"):
-        assert next(line for line in limits.splitlines() if line.startswith(name)).split()[3] == "0"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    [thread.join(20) for thread in threads]
+    assert results == ["1"] * 4
+
+
+def test_a_helper_that_is_ended_under_a_thread_is_an_error_of_one_line(started):
+    results, endless = [], "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+    def work() -> None:
+        with pytest.raises(RenderError) as error:
+            render(endless, [{}])
+        results.append(str(error.value))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not started or not started[0].stdin:
+        time.sleep(0.01)
+    time.sleep(0.3)  # it is asked
+    sandbox._helper().end()
+    thread.join(20)
+    assert len(results) == 1 and results[0].startswith("it was ended") and render("1", [{}]) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("raise ImportError('no Jinja here')", "ImportError: no Jinja here"),
+        ("import sys; print('x' * 9_999 + '\\nlast line', file=sys.stderr); sys.exit(3)", "last line"),
+        ("import sys; sys.exit(1)", "it ended with exit code 1"),
+    ],
+)
+def test_a_helper_that_does_not_start_is_no_fault_of_the_template(program, words, started, monkeypatch, tmp_path):
+    (tmp_path / "helper.py").write_text(program)
+    monkeypatch.setattr(sandbox, "HELPER", tmp_path / "helper.py")
+    monkeypatch.setattr(sandbox, "PATIENCE", 5.0)
+    with pytest.raises(RenderError) as error:
+        render("1", [{}])
+    assert str(error.value) == f"the process that renders templates did not start: {words}"
+    monkeypatch.setattr(sandbox.sys, "executable", str(tmp_path / "no-python"))
+    with pytest.raises(RenderError, match=r"^the process that renders templates did not start: .*no-python"):
+        render("1", [{}])
+    monkeypatch.undo()
+    assert render("1", [{}]) == ["1"]
+
+
+# stands for a template that got out of Jinja's sandbox: it does what is forbidden in the helper itself
+ESCAPED = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import sandbox_process
+
+def attempt(action):
+    try:
+        return repr(action())
+    except OSError as error:
+        return type(error).__name__ + str(error.errno)
+
+def write(path, mode):
+    with open(path, mode) as file:
+        file.write("written")
+
+def start():
+    if os.geteuid() == 0 and {drop}:
+        os.setresuid(65534, 65534, 65534)  # nobody
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+def answer(request):
+    folder = request["source"]
+    actions = {{
+        "write": lambda: write(folder + "/new", "w"),
+        "append": lambda: write(folder + "/old", "a"),
+        "change": lambda: write(folder + "/old", "r+"),
+        "start": start,
+    }}
+    did = {{name: attempt(action) for name, action in actions.items()}}
+    return {{"texts": [did | {{"variables": dict(os.environ)}}]}}
+
+sandbox_process.answer = answer
+sandbox_process.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is promised, is promised for Linux")
+@pytest.mark.parametrize("drop", [True, False], ids=["a user", "whoever runs the tests"])
+def test_what_a_template_may_not_do_even_outside_of_jinjas_sandbox(drop, started, monkeypatch, tmp_path):
+    for variable, value in {"OPENAI_API_KEY": "sk-test-0123456789abcdef", "HOME": "/home/me", "TZ": "UTC"}.items():
+        monkeypatch.setenv(variable, value)
+    (tmp_path / "old").write_text("as before")
+    helper = tmp_path / "helper.py"
+    helper.write_text(ESCAPED.format(folder=str(sandbox.HELPER.parent), drop=drop))
+    monkeypatch.setattr(sandbox, "HELPER", helper)
+    [did] = render(str(tmp_path), [{}])
+    variables = did.pop("variables")
+    too_large, again = f"OSError{errno.EFBIG}", f"BlockingIOError{errno.EAGAIN}"
+    assert {did[name] for name in ("write", "append", "change")} == {too_large}
+    assert did["start"] == ("0" if os.geteuid() == 0 and not drop else again)
+    assert (tmp_path / "old").read_text() == "as before" and (tmp_path / "new").read_text() == ""
+    assert set(variables) - {"LC_CTYPE"} <= {"PYTHONPATH", *sandbox.KEPT_VARIABLES} and variables["TZ"] == "UTC"

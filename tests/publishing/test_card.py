@@ -41,7 +41,6 @@ from recipe.publishing.card import (
     is_hub_id,
     make_model_card,
     public_command,
-    public_path,
     read_evaluation,
 )
 from recipe.templates import load_template
@@ -155,7 +154,7 @@ def test_it_says_what_was_run(folder, made, run):
     parameters = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
     assert said["parameters"] == f"{parameters:,}"
     assert said["base model"] == "the weights of the local folder recipe/demo/base"
-    assert said["training data"] == "train: train.jsonl, validation: validation.jsonl, test: test.jsonl"
+    assert said["training data"] == "train: …/train.jsonl, validation: …/validation.jsonl, test: …/test.jsonl"
     assert said["licence"] == "apache-2.0" and said["language"] == "en"
     assert said["steps"] == "6" and said["effective batch"] == "16 records (8 × 2 accumulated × 1 process)"
     assert said["learning rate"].startswith("0.002, ")
@@ -395,7 +394,7 @@ KINDS = {
     ),
     "no validation": ({"result__eval": None}, ["| seed | 42, of the split 123 |\n| versions |"]),
     "one file": (
-        {"config__data__data": "/home/someone/instruction-data.json"}, ["| training data | instruction-data.json |"],
+        {"config__data__data": "/home/someone/instruction-data.json"}, ["| training data | …/instruction-data.json |"],
     ),
     "files and globs": ({"config__data__data": ["a|b.json", "x/*.json"]}, [r"a\|b.json, x/\*.json |"]),
     "token budget": (
@@ -445,7 +444,7 @@ def test_an_evaluation_without_baseline_on_seen_records(folder, made, run, tmp_p
     assert table[0] == ["score", "tuned", "95 % interval", "n"]
     assert "There is no base model to compare with." in card and "there is no baseline." in card
     assert "Scores on `train` are on records that it may have learned from." in card
-    assert "The records are not those of training: others.json." in card
+    assert "The records are not those of training: …/others.json." in card
     best, worst = card.split("### Best")[1].split("### Worst")
     assert best.count("```text") == 3 and worst.split("## Training")[0].count("```text") == 2  # none is both
 
@@ -529,16 +528,14 @@ def test_a_folder_with_a_strange_name(made, run, tmp_path, monkeypatch):
 def test_paths_of_this_machine_stay_here(folder, made, run, tmp_path):
     card = card_of(folder, run, made[1])
     assert str(made[0].parent) not in card and str(tmp_path) not in card
-    assert public_path("/home/me/recipe/demo") == "demo" and public_path("~/a/b.json") == "b.json"
-    assert public_path("http://127.0.0.1:1/v1#m") == "http://127.0.0.1:1/v1#m"
     words = [
         "python", "scripts/train.py", "--data", json.dumps({"train": "/home/me/a b.json", "test": f"{ROOT}/c.json"}),
         "--output_dir=/home/me/runs/x", "--template", "/t/u.jinja", "--model", "http://127.0.0.1:1/v1#m",
         "--note", "a/b\nc",
     ]  # fmt: skip
     assert shlex.split(public_command(shlex.join(words))) == [
-        "python", "scripts/train.py", "--data", '{"train": "path/to/a b.json", "test": "path/to/c.json"}',
-        "--output_dir=path/to/x", "--template", "path/to/u.jinja", "--model", "http://127.0.0.1:1/v1#m",
+        "python", "scripts/train.py", "--data", '{"train": "…/a b.json", "test": "…/c.json"}',
+        "--output_dir=…/x", "--template", "…/u.jinja", "--model", "http://127.0.0.1:1/v1#m",
         "--note", "a/b\nc",
     ]  # fmt: skip
     assert public_command("python a.py\npython b.py") == "python a.py\npython b.py"

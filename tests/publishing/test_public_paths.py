@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipe.publishing.hub import files_to_push, open_repository, push_files
-from recipe.publishing.public_paths import public_files, shorten_paths
+from recipe.publishing.public_paths import _paths_in, _shortened, public_files, shorten_paths
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -27,16 +27,52 @@ SHORT = {
     f"cannot read {HOME}/x/y.json: no such file": "cannot read …/y.json: no such file",
     f"file://{HOME}/x": "file://…/x",
     f'{{"train": "{HOME}/a.jsonl"}}': '{"train": "…/a.jsonl"}',
+    f"python x.py --output_dir {HOME}": "python x.py --output_dir …/",
+    f"python x.py --output_dir={HOME}/ --seed 1": "python x.py --output_dir=…/ --seed 1",
+    f"in '{HOME}', \"{HOME}\", ({HOME})": "in '…/', \"…/\", (…/)",
+    f"in {HOME}, {HOME}/x and {HOME}": "in …/, …/x and …/",
+    f"file://{HOME}": "file://…/",
+    f"file://localhost{HOME}/x": "file://localhost…/x",
+    "file:///C:/Users/zaphod/x": "file://…/x",
+    "file:///Users/zaphod": "file://…/",
+    "C:\\Users\\zaphod": "…/",
+    "C:\\users\\zaphod\\": "…/",
+    "in D:/Users/zaphod or /Users/zaphod": "in …/ or …/",
+    "~zaphod": "…/",
+    "~zaphod/": "…/",
+    "from /mnt/c/Users/zaphod and /var/home/zaphod": "from …/ and …/",
+    "\\\\server\\Users\\zaphod": "…/",
+    "/data/users/records.jsonl": "…/records.jsonl",
+    f"'--output_dir={HOME}/J D/x y' --seed 1": "'--output_dir=…/x y' --seed 1",
+    "/data/a.jsonl, https://example.org/data/a.jsonl": "…/a.jsonl, https://example.org/data/a.jsonl",
+    "see /data/a.jsonl as my/data/a.jsonl, ./data/a.jsonl": "see …/a.jsonl as my/data/a.jsonl, ./data/a.jsonl",
+    f"{HOME}/a.jsonl {HOME}/b.jsonl": "…/a.jsonl …/b.jsonl",
+    "in /x/base/ is /x/base/config.json": "in …/base is …/config.json",
+}
+# a text in which these paths were found elsewhere
+FOUND = {
+    ("/home/zaphod", "/home/zaphod.b and /home/zaphods, /home/zaphod/x"): "/home/zaphod.b and /home/zaphods, …/x",
+    ("/x/base/", "/x/base/config.json and /x/base/"): "…/base/config.json and …/base",
+    ("/x/out", "/x/out/report.html, /x/out2"): "…/out/report.html, …/out2",
+    ("/x/y", '{"a": "see \\"/x/y\\"\\n/x/y\\n"}'): '{"a": "see \\"…/y\\"\\n…/y\\n"}',
+    ("C:\\Users\\zaphod\\", '"C:\\\\Users\\\\zaphod\\\\"'): '"…/"',
+    ("/x/a b", "<code>&#x27;/x/a b&#x27;</code>"): "<code>&#x27;…/a b&#x27;</code>",
 }  # fmt: skip
 KEPT = [
     "recipe/demo/base", "outputs/demo", "openai-community/gpt2", "https://huggingface.co/a/b/c", "a/b/c 1/2/3",
-    "and / or / not", "{{ '</s>' }}</s>/x", "<|user|>", "50/100", "data/*.jsonl", "N/A", "/",
+    "and / or / not", "{{ '</s>' }}</s>/x", "<|user|>", "50/100", "data/*.jsonl", "N/A", "/", "about ~ten minutes",
+    "http://127.0.0.1:1/v1#m", "https://example.org/home/someone", "https://example.org:80/Users/someone/x", "./home/x",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", SHORT)
 def test_paths_outside_are_shortened(text):
     assert shorten_paths(text) == SHORT[text]
+
+
+@pytest.mark.parametrize(("path", "text"), FOUND)
+def test_a_path_that_was_found_elsewhere_is_shortened(path, text):
+    assert _shortened(text, _paths_in(path)) == FOUND[path, text]
 
 
 @pytest.mark.parametrize("text", KEPT)
