@@ -200,6 +200,24 @@ def test_hostile_texts_take_a_time_that_grows_with_their_length(unit, before):
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize(
+    "before, rest, split",
+    [
+        ("<think", "x>Blue.", None),
+        ("<my reasoning step ", "x>Blue.", None),
+        ("<|reflect_", "|x>Blue.", None),
+        ("<think", ">Blue.", ("", "Blue.")),
+        ("</think process", " pad>Blue.", ("Blue.", "")),
+    ],
+)
+def test_a_number_in_the_name_of_a_tag_takes_no_seconds(before, rest, split):
+    """There are 2^99 ways to cut 100 digits into numbers."""
+    text, started = before + "1" * 100 + rest, time.process_time()
+    assert split_answer(text) == (split or (text, None))
+    final_part(text)
+    assert time.process_time() - started < 1
+
+
 def test_tags_of_many_names_take_no_seconds():
     draw, words = random.Random(2), ["my_", "self_", "ai_", "inner", "think_", "step_", "1_", *string.ascii_lowercase]
     text = "".join(f"<{''.join(draw.choices(words, k=40))[:100]}>" for _ in range(2500))
