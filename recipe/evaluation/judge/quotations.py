@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import bisect
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from recipe.evaluation.words import normalized
 from recipe.reasoning import code_spans
 
 OPENING = dict(zip(")]}」』】〕〉》）］｝｣⟩⟫»›", "([{「『【〔〈《（［｛｢⟨⟪«‹", strict=True))  # by the closing one
@@ -26,7 +26,7 @@ SIGN = re.compile(
         | \[(?P<slash2>/?)(?P<tag2>quote|response|answer|output|text)\])
     | ^\W{0,20}(?P<limit>begin|start|end)(?:ning)?\ (?:of\ )?(?:the\ )?
         (?:response|answer|quote|quotation|output)\W{0,20}$
-    | (?P<shift>^<<+|<<+$|^>>+[ \t]*$)
+    | (?P<shift>^<<+|(?<!<)<<+$|^>>+[ \t]*$)
     | (?P<skipped>[:;]-?[(\[]|[(\[]-?[\d.]{1,9},[ ]?[-+\w.∞]{1,9}[)\]])  # a face, an interval
     | (?P<tick>`+)  # of no code
     | (?P<double>["＂]+)
@@ -39,7 +39,7 @@ SIGN = re.compile(
 )
 PAIRS = {"-->": "<!--", "\\end{": "\\begin{", "\\]": "\\[", "\\)": "\\("}
 ELISION = re.compile(r"(?:tis|twas|em|til|cause|n|\d0s)\b", re.IGNORECASE)
-FENCE = re.compile(r"[ ]{0,3}(?:(?:[-*+]|\d{1,3}[.)])[ ]{1,3})?(`{3,}|~{3,})([^`\n]*)$")
+FENCE = re.compile(r"[ ]{0,3}(?:(?:[-*+]|\d{1,3}[.)])[ ]{1,3})?(`{3,}(?!`)|~{3,}(?!~))([^`\n]*)$")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff*_`~]")
 _TO_VALUE = r"[\W_]{0,8}(?:(?:is|of|as)[\W_]{1,8})?(?:\(-?\d{1,9}\W{1,3}\d{1,9}\)[\W_]{0,8})?"
 PLANTED_SCORE = re.compile(
@@ -94,7 +94,7 @@ def planted_values(shown: Sequence[str], of_scores: bool) -> set[int | str]:
     """
     found: set[int | str] = set()
     for text in shown:
-        plain = INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).lower()
+        plain = INVISIBLE.sub("", normalized("NFKC", text)).lower()
         for match in (PLANTED_SCORE if of_scores else PLANTED_WINNER).finditer(plain):
             value = match["value"]
             if of_scores:
