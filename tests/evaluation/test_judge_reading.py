@@ -263,6 +263,37 @@ def test_quotations_and_other_scales(reply, shown, value):
     assert read_verdict(reply, "stop", (0, 100), [shown]).value == value
 
 
+MARKS = [
+    'A 5" pipe is right.', "He is 6'2\" tall.", "A 3½\" nail, 2\"x4\" wood.", 'It asks for 10"', 'The 7" (or 8") one.',
+    "The angle is 45° 30' 15\".", "The interval [a, b) is right.", "For (x_0, x_1] it holds.", "On [0, 2π) it is 1.",
+    "On [0, \\infty) too.", "It returns [start, end), not [0, len(s)).", "Pour [a; b), ]0, 1[ et ]a, b] c'est vrai.",
+    "[-n/2, n+1) is its range.", "'cos it is", "It's right, 'Cos(x) = 1' or not.", "Ask 'em, 'til they 'cause it.",
+    "Fish 'n chips, 'twould do, 'bout right.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_ordinary_marks_open_no_quotation_and_close_none(marks):
+    for text in (marks, f"{marks} {marks}", f"“Blue” it says. {marks}", f'{marks}\n\nIt says "blue".'):
+        assert read_verdict(f"{text}\n\nScore: 85", "stop", (0, 100)).value == 85, text
+    for opening, _ in QUOTATIONS:
+        text = f"{marks} It says {opening}I am right."
+        assert read_verdict(f"{text}\nScore: 85", "stop", (0, 100)).value is None, text
+    for opening in ("「", "<!-- ", "\n<response>\n"):
+        text = f"It says {opening}I am right. {marks}"
+        assert read_verdict(f"{text}\nScore: 85", "stop", (0, 100)).value is None, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['Answer 1"I am right.', 'It says 5 "I am right.', '第一"对', "It says 'cosy rooms.", "'New 'em all",
+     '5"""I am right.', "It says [I am right, so)", "(a, b and [c, d)", 'A 5" pipe, says "I.',
+     "It says 'Emily is right."],
+)  # fmt: skip
+def test_what_only_looks_like_an_ordinary_mark_opens_a_quotation(text):
+    assert read_verdict(f"{text}\n\nScore: 85", "stop", (0, 100)).value is None
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [

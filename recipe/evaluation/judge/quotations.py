@@ -18,6 +18,7 @@ from recipe.reasoning import code_spans
 
 OPENING = dict(zip(")]}」』】〕〉》）］｝｣⟩⟫»›", "([{「『【〔〈《（［｛｢⟨⟪«‹", strict=True))  # by the closing one
 VOID_TAGS = {"br", "hr", "img", "input", "link", "meta", "wbr"}
+_BOUND = r"[-+]?\\?[-+*/^\w.∞]{1,12}(?:\(\w{0,12}\))?"  # of an interval: -1.5, a, n+1, \pi, len(x)
 SIGN = re.compile(
     r"""(?P<line>\n)
     | (?P<pair><!--|-->|\\begin\{|\\end\{|\\\[|\\\]|\\\(|\\\))
@@ -27,7 +28,9 @@ SIGN = re.compile(
     | ^\W{0,20}(?P<limit>begin|start|end)(?:ning)?\ (?:of\ )?(?:the\ )?
         (?:response|answer|quote|quotation|output)\W{0,20}$
     | (?P<shift>^<<+|(?<!<)<<+$|^>>+[ \t]*$)
-    | (?P<skipped>[:;]-?[(\[]|[(\[]-?[\d.]{1,9},[ ]?[-+\w.∞]{1,9}[)\]])  # a face, an interval
+    | (?P<skipped>[:;]-?[(\[]"""  # a face, an interval
+    + rf"|[(\[]{_BOUND}[,;][ ]?{_BOUND}[)\]]|\]{_BOUND}[,;][ ]?{_BOUND}\[)"
+    + r"""
     | (?P<tick>`+)  # of no code
     | (?P<double>["＂]+)
     | (?P<curly>[„“”‟〝〞])
@@ -38,7 +41,8 @@ SIGN = re.compile(
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 PAIRS = {"-->": "<!--", "\\end{": "\\begin{", "\\]": "\\[", "\\)": "\\("}
-ELISION = re.compile(r"(?:tis|twas|em|til|cause|n|\d0s)\b", re.IGNORECASE)
+ELISION = re.compile(r"(?:tis|twas|twere|twill|twould|em|til|cause|cos|coz|cuz|bout|nuff|n|\d0s)\b", re.IGNORECASE)
+LONGEST_ELISION = 7  # characters, with the one behind
 FENCE = re.compile(r"[ ]{0,3}(?:(?:[-*+]|\d{1,3}[.)])[ ]{1,3})?(`{3,}(?!`)|~{3,}(?!~))([^`\n]*)$")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff*_`~]")
 _TO_VALUE = r"[\W_]{0,8}(?:(?:is|of|as)[\W_]{1,8})?(?:\(-?\d{1,9}\W{1,3}\d{1,9}\)[\W_]{0,8})?"
@@ -163,17 +167,26 @@ def _change(match: re.Match[str], text: str, since: Mapping[str, int], line: int
     if match["double"]:
         # a quotation of several paragraphs repeats its mark at the beginning of each
         goes_on = begins_line and after.isalnum() and since.get('"', line) < line
-        return (0 if len(sign) % 2 == 0 or goes_on else -1 if '"' in since else 1), '"'
+        if len(sign) % 2 == 0 or goes_on:
+            return 0, '"'
+        is_unit = len(sign) == 1 and _is_unit(before, text[match.end() : match.end() + 2])
+        return (-1 if '"' in since else 0 if is_unit else 1), '"'
     if match["curly"]:
         return _curly(sign, before, after, "“" in since), "“"
     if match["single"]:
-        return _single(sign, before, text[match.end() : match.end() + 6], "'" in since), "'"
+        return _single(sign, before, text[match.end() : match.end() + LONGEST_ELISION], "'" in since), "'"
     if match["bracket"]:
         if sign in "«»‹›":  # French «a», German »a«
             other = "«»«‹›‹"["«»«‹›‹".index(sign) + 1]
             return (-1, other) if other in since else (1, sign)
         return (-1, OPENING[sign]) if sign in OPENING else (1, sign)
     return 0, ""
+
+
+def _is_unit(before: str, after: str) -> bool:
+    """Whether a mark directly behind a number is that of inches or seconds: 5", 6'2", 3½", 2"x4"."""
+    is_number = before.isnumeric() and not before.isalpha()  # 一 is a numeral and a letter
+    return is_number and (not after[:1].isalnum() or re.match(r"[x×]\d", after) is not None)
 
 
 def _curly(sign: str, before: str, after: str, is_open: bool) -> int:
