@@ -1,4 +1,4 @@
-"""Which lines of a judge's reply are its own words, and which verdicts the texts it was shown hold themselves.
+"""Which lines of a judge's reply are its own words, and which verdicts stand in the texts that it was shown.
 
 A judge quotes what it grades, and what it grades may order a score. A quotation is often left open, so that a line is
 taken for the judge's own only if nothing that could be a quotation is open before it: quotation marks, brackets, tags,
