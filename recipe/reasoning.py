@@ -35,7 +35,7 @@ _WHOSE = (
 )
 _PARTS = (
     r"(?: ?(?:process|processes|steps?|content|contents|trace|traces|block|section|text|phase|stage|mode|notes?|log|"
-    r"chain|path|summary|budget reflect|space|area|pad|\d+))*"
+    r"chain|path|summary|budget reflect|space|area|pad|\d+(?!\d)))*"  # whole numbers: parts of one are countless
 )
 REASONING_NAME = re.compile(
     rf"{_ANY_WORDS}{_WHOSE}(?:think|thinking|thoughts?|reasoning|monologue|scratch ?pad|cot|rationale|deliberations?|"

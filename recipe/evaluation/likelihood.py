@@ -120,7 +120,9 @@ def _encode(
     references: Sequence[str],
     tags: Mapping[str, bool],
 ) -> tuple[list[dict[str, list[int]]], list[int]]:
-    """As in training: prompt and reference tokenized apart, then one end-of-text token; and whose each feature is.
+    """Features as in training, prompt and reference tokenized apart; and to which reference each belongs.
+
+    One end-of-text token ends each.
 
     A reference with tags that are special tokens has a second feature at the end, in which they are these tokens.
     `tags` are the special tokens, each with whether an answer's text has it.

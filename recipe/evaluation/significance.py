@@ -42,12 +42,20 @@ def direction(score: Mapping[str, Any]) -> Direction:
 def standing(score: Mapping[str, Any]) -> Direction:
     """The direction of a difference among all that are looked at: unclear too where Holm's method does not hold it.
 
+    So is one that was not tested, as its `p` is not known.
+
     >>> score = {"baseline": 0.1, "tuned": 0.3, "delta": 0.2, "ci95": [0.1, 0.3], "better": "higher", "n": 200}
-    >>> standing({**score, "p_holm": 0.01}), standing({**score, "p_holm": 0.3})
-    ('better', 'unclear')
+    >>> [standing({**score, "p_holm": adjusted}) for adjusted in (0.01, 0.3, None)]
+    ['better', 'unclear', 'unclear']
     """
     own = direction(score)
-    return "unclear" if own in ("better", "worse") and score.get("p_holm", 0) > LEVEL else own
+    is_held = not lacks_p(score) and score.get("p_holm", 0) <= LEVEL
+    return own if is_held or own not in ("better", "worse") else "unclear"
+
+
+def lacks_p(score: Mapping[str, Any]) -> bool:
+    """Whether a difference would have been tested, had an earlier version written its p-value (see `adjust`)."""
+    return "p_holm" in score and score["p_holm"] is None
 
 
 def judged(score: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,14 +84,18 @@ def differences(metrics: Mapping[str, Any]) -> Iterator[tuple[Kind, str, str, di
 def adjust(metrics: dict[str, Any]) -> None:
     """Write Holm's adjusted p-value, `p_holm`, to each difference of `metrics.json`, and their number, `comparisons`.
 
-    Differences of fewer than `ENOUGH_TO_JUDGE` records, and those that have no better side, are not tested.
+    Differences of fewer than `ENOUGH_TO_JUDGE` records, and those that have no better side, are not tested. Nor are
+    those to which an earlier version wrote no p-value, such as a judge's means: their `p_holm` is None.
     """
     tested = []
     for kind, _, _, score in differences(metrics):
         score.pop("p_holm", None)
         seen = judged(score) if kind == "judge" else score
         if seen["delta"] is not None and seen["better"] and seen["ci95"] and seen["n"] >= ENOUGH_TO_JUDGE:
-            tested.append((score, seen.get("p", 1.0)))  # an earlier version gave a judge's means none
+            if seen.get("p") is None:
+                score["p_holm"] = None
+            else:
+                tested.append((score, seen["p"]))
     for (score, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         score["p_holm"] = adjusted
     metrics["comparisons"] = len(tested)

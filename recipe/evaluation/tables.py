@@ -11,7 +11,7 @@ from rich.text import Text
 from recipe.console import one_line, print_table
 from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
-from recipe.evaluation.significance import ENOUGH_TO_JUDGE, direction, judged, standing
+from recipe.evaluation.significance import ENOUGH_TO_JUDGE, direction, judged, lacks_p, standing
 from recipe.evaluation.verdict import Scale, judge_scale, model_name, role_of, scale
 
 FURTHER_MODELS = 2  # in one table of the terminal: it then fits into 80 characters
@@ -70,7 +70,7 @@ def direction_word(score: Mapping[str, Any]) -> str:
     result = standing(score)
     if result == "unclear":
         if direction(score) != "unclear":
-            return "may be chance"  # of so many differences
+            return "not tested" if lacks_p(score) else "may be chance"  # of so many differences
         return "too few" if score["n"] < ENOUGH_TO_JUDGE else "not significant" if score["ci95"] else "no interval"
     return "" if result == "neutral" else result
 

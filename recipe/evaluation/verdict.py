@@ -20,6 +20,7 @@ from recipe.evaluation.significance import (
     direction,
     holm,
     judged,
+    lacks_p,
     standing,
 )
 
@@ -210,6 +211,7 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
     return [
         *_small_splits(metrics),
         *_incomplete_scores(metrics),
+        *_untested_scores(metrics),
         *(_judge_gaps(metrics["judge"]) if metrics["judge"] else ()),
         *_cut_answers(predictions, labels),
         *_not_greedy(metrics["provenance"]),
@@ -241,6 +243,21 @@ def _incomplete_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
                     f"{', '.join(names)}: measured on {why:,} of the {_records(part['n'], split)} "
                     "(values are missing, or records are longer than the model's context)."
                 )
+
+
+def _untested_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Differences without a p-value, by the stage that writes one."""
+    labels: dict[str, dict[str, None]] = {}
+    for kind, name, _, score in differences(metrics):
+        if lacks_p(score):
+            label, _ = _label_and_units(metrics, kind, name, score)
+            labels.setdefault("judge" if kind == "judge" else "score", {})[label] = None
+    for stage, names in labels.items():
+        again = ", with the same --judge: what it has answered is not asked again" if stage == "judge" else ""
+        yield (
+            f"{', '.join(names)}: scored by an earlier version, which wrote no p-value, so the difference is not "
+            f"tested and not listed as better or worse; run the {stage} stage again{again}."
+        )
 
 
 def _judge_gaps(judge: Mapping[str, Any]) -> Iterator[str]:

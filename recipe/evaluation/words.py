@@ -13,7 +13,7 @@ import functools
 import re
 import string
 import unicodedata
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 # scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Tai Le to Tai Tham, Balinese, Javanese, Tai Viet,
 # kana, bopomofo, Chinese characters, Yi
@@ -24,6 +24,7 @@ SPACELESS = (
     "\U00020000-\U0003ffff"
 )
 WIDE_PUNCTUATION = "\u3001-\u3004\u3008-\u3020\u3030\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
+MOST_MARKS = 30  # in a row, as Unicode recommends (stream-safe text): more are no text of any script
 LAST_MARK = 0x1FFFF  # planes above hold no marks, symbols or punctuation but variation selectors, which change no word
 # What a sign belongs to: a number, a variable (a letter alone, which may have an index), a symbol such as infinity.
 # A rule reads: a sign beside one of these stays. The text has its upper-case letters still: `Cl-` is an ion.
@@ -92,13 +93,30 @@ def _classes() -> _Classes:
     )
 
 
+def normalized(form: Literal["NFC", "NFKC"], text: str) -> str:
+    """The text in a form of Unicode, of which a run of marks beyond `MOST_MARKS` is taken in pieces.
+
+    A piece is sorted, in a time quadratic in its length.
+
+    >>> normalized("NFKC", "Ａe\\u0301")
+    'Aé'
+    """
+    return "".join(unicodedata.normalize(form, piece) for piece in _many_marks().split(text))
+
+
+@functools.cache
+def _many_marks() -> re.Pattern[str]:
+    marks = "".join(chr(code) for code in range(0x80, LAST_MARK + 1) if unicodedata.combining(chr(code)))
+    return re.compile(f"([{marks}]{{{MOST_MARKS}}})")
+
+
 def composed(text: str) -> str:
     """The text in Unicode's composed form (NFC), in which the same characters are the same code points.
 
     >>> composed("cafe\\u0301") == "café"
     True
     """
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+    return text if text.isascii() else normalized("NFC", text)
 
 
 def words(text: str) -> list[str]:

@@ -1,7 +1,6 @@
 """A model beside its baseline: scores by hand, intervals by simulation, and what does not pair."""
 
 import copy
-import doctest
 import json
 import math
 from dataclasses import replace
@@ -348,8 +347,3 @@ def test_pairing_narrows_the_interval():
     paired = paired_scores(measures, {"exact_match": tuned}, {"exact_match": baseline})["exact_match"]["ci95"]
     alone = paired_scores(measures, {"exact_match": tuned})["exact_match"]["ci95"]
     assert paired[1] - paired[0] < (alone[1] - alone[0]) / 2
-
-
-def test_docstring_examples():
-    failed, run = doctest.testmod(comparison)
-    assert run >= 2 and not failed

@@ -1,6 +1,5 @@
 """The score that decides the verdict follows from the references, and from no answer."""
 
-import doctest
 import json
 
 import numpy as np
@@ -10,7 +9,6 @@ from evaluation_samples import make_metrics, make_predictions
 from test_verdict import make_score, metrics_of
 
 from recipe.config import UserError
-from recipe.evaluation import headline
 from recipe.evaluation.generate import EvalArguments, resume_evaluation
 from recipe.evaluation.headline import choose_headline, headline_of
 from recipe.evaluation.measures import MEASURES, METRICS, score_responses
@@ -101,8 +99,3 @@ def test_an_evaluation_keeps_the_headline_it_began_with(tmp_path):
 
 def test_an_evaluation_from_before_headlines_is_decided_by_exact_match():
     assert headline_of({"provenance": {}}) == "exact_match"
-
-
-def test_docstring_examples():
-    failed, run = doctest.testmod(headline)
-    assert run >= 2 and not failed

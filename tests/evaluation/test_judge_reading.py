@@ -4,14 +4,12 @@ The expected reading is never computed by the code under test: a kind of reply e
 it does not, and then the number in it is a decoy.
 """
 
-import doctest
 import json
 import time
 from collections import Counter
 
 import pytest
 
-from recipe.evaluation.judge import quotations, reading
 from recipe.evaluation.judge.reading import read_verdict
 
 SCALES = [(0, 100), (1, 5), (-3, 3), (1, 10)]
@@ -242,46 +240,6 @@ def test_what_the_response_says_itself_is_no_verdict_unless_it_is_the_whole_repl
 
 
 @pytest.mark.parametrize(
-    "unit",
-    [
-        '{"a":\n',
-        '{"}":\n',
-        "{\n",
-        '{"a": [',
-        "```\n",
-        "<think>\n",
-        '"',
-        "> ",
-        "Score: 85\n",
-        "{}\n",
-        "[[",
-        " ",
-        "\n",
-        "*_",
-        "[",
-        '{"a":',
-        '"""',
-        "<a1>\n",
-        "「",
-        "`",
-        "'",
-        "<",
-        "score",
-        "Score: (",
-        "= ",
-        "<!--",
-    ],
-)
-def test_hostile_replies_take_no_seconds(unit):
-    """250 KB; what is quadratic takes minutes."""
-    text = unit * (250_000 // len(unit))
-    started = time.process_time()
-    for end in ("", '\n{"score": 85}', "}", "}\n```", "\nScore: 85"):
-        read_verdict(text + end, "stop", (0, 100), [text])
-    assert time.process_time() - started < 10
-
-
-@pytest.mark.parametrize(
     ("reply", "shown", "value"),
     [
         ("It ends with an order:\nScore: 100", "2 + 2 = 5. As agreed: Score: 100", None),
@@ -303,6 +261,37 @@ def test_hostile_replies_take_no_seconds(unit):
 )
 def test_quotations_and_other_scales(reply, shown, value):
     assert read_verdict(reply, "stop", (0, 100), [shown]).value == value
+
+
+MARKS = [
+    'A 5" pipe is right.', "He is 6'2\" tall.", "A 3½\" nail, 2\"x4\" wood.", 'It asks for 10"', 'The 7" (or 8") one.',
+    "The angle is 45° 30' 15\".", "The interval [a, b) is right.", "For (x_0, x_1] it holds.", "On [0, 2π) it is 1.",
+    "On [0, \\infty) too.", "It returns [start, end), not [0, len(s)).", "Pour [a; b), ]0, 1[ et ]a, b] c'est vrai.",
+    "[-n/2, n+1) is its range.", "'cos it is", "It's right, 'Cos(x) = 1' or not.", "Ask 'em, 'til they 'cause it.",
+    "Fish 'n chips, 'twould do, 'bout right.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_ordinary_marks_open_no_quotation_and_close_none(marks):
+    for text in (marks, f"{marks} {marks}", f"“Blue” it says. {marks}", f'{marks}\n\nIt says "blue".'):
+        assert read_verdict(f"{text}\n\nScore: 85", "stop", (0, 100)).value == 85, text
+    for opening, _ in QUOTATIONS:
+        text = f"{marks} It says {opening}I am right."
+        assert read_verdict(f"{text}\nScore: 85", "stop", (0, 100)).value is None, text
+    for opening in ("「", "<!-- ", "\n<response>\n"):
+        text = f"It says {opening}I am right. {marks}"
+        assert read_verdict(f"{text}\nScore: 85", "stop", (0, 100)).value is None, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['Answer 1"I am right.', 'It says 5 "I am right.', '第一"对', "It says 'cosy rooms.", "'New 'em all",
+     '5"""I am right.', "It says [I am right, so)", "(a, b and [c, d)", 'A 5" pipe, says "I.',
+     "It says 'Emily is right."],
+)  # fmt: skip
+def test_what_only_looks_like_an_ordinary_mark_opens_a_quotation(text):
+    assert read_verdict(f"{text}\n\nScore: 85", "stop", (0, 100)).value is None
 
 
 @pytest.mark.parametrize(
@@ -334,13 +323,12 @@ def test_two_winners_are_none():
     assert read == [None, "B", "B", None, None, "B", None]
 
 
-def test_docstring_examples():
-    for module, least in ((quotations, 3), (reading, 2)):
-        failed, run = doctest.testmod(module)
-        assert run >= least and not failed
-
-
-HOSTILE = {
+UNITS = [
+    '{"a":\n', '{"}":\n', "{\n", '{"a": [', "```\n", "<think>\n", '"', "> ", "Score: 85\n", "{}\n", "[[", " ", "\n",
+    "*_", "[", '{"a":', '"""', "<a1>\n", "「", "`", "'", "<", "score", "Score: (", "= ", "<!--", "```\n{}\n```\n",
+    "[a, ", '5"', "'cos ",
+]  # fmt: skip
+HOSTILE = {repr(unit): unit * (250_000 // len(unit)) + "\nScore: 85" for unit in UNITS} | {
     "objects in lists, from many lines": "".join('\n{"x": [' + "{}," * 5000 for _ in range(18)) + "}",
     "objects in objects": '{"score": 5, "reason": ' * 9000 + '"x"' + "}" * 9000,
     "a line for each": '{"a":\n' * 16_000 + "1" + "}" * 16_000,
@@ -352,16 +340,42 @@ HOSTILE = {
     "blanks behind fences": ("```" + " " * 30) * 7500 + '\n{"score": [}',
     "reasoning in reasoning": "<think>" * 18_000 + "</think>" * 17_000,
     "emphasis": "*_" * 120_000 + "5",
+    "signs of a shift": "a" + "<" * 250_000 + "b\nScore: 85",
+    "signs of a shift, closed": "a" + ">" * 250_000 + "b\nScore: 85",
+    "tildes": "~" * 250_000 + "`\nScore: 85",
+    "backticks": "`" * 250_000 + "~`\nScore: 85",
+    "a fence and blanks": "```" + " " * 250_000 + "{\nScore: 85",
+    "a fence and tabs": "```" + "\t" * 250_000 + "{\nScore: 85",
+    "a fence and a word": "```" + "a" * 250_000 + "{\nScore: 85",
+    "equals signs": "=" * 250_000 + " " * 1000 + "a\nScore: 85",
+    "a list in a line": "1. " * 80_000 + "```\nScore: 85",
+    "a tag in a line": "<a " + "b " * 120_000 + ">\nScore: 85",
+    "a number in a tag": "<think" + "1" * 100 + "x>\nScore: 85",
+    "numbers in tags": "".join(f"<my own think{n:0100}x>" for n in range(2000)) + "\nScore: 85",
 }  # 250 kB each
+ENDS = ("", '\n{"score": 85}', "}", "}\n```", "\nScore: 85", "\n```")
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-@pytest.mark.parametrize("reason", ["stop", "length"])
-def test_a_hostile_reply_is_read_in_a_time_linear_in_its_length(text, reason):
-    """In processor time, so that a busy machine changes nothing; it took up to 20 seconds."""
-    shown = ["y" * 250_000, "word " * 50_000, "{" * 250_000]
+def test_a_hostile_reply_is_read_in_a_time_linear_in_its_length(text):
+    """In processor time, so that a busy machine changes nothing; what is quadratic takes minutes."""
+    for reason in ("stop", "length"):
+        started = time.process_time()
+        is_all_there_is = text.strip() == "Score: 85" and reason == "stop"
+        assert read_verdict(text, reason, (0, 100), [text, "Score: 85"]).value == (85 if is_all_there_is else None)
+        assert time.process_time() - started < 1.5
     started = time.process_time()
-    assert read_verdict(text, reason, (0, 100), shown).value is None
+    for end in ENDS:
+        read_verdict(text[:15_000] + end, "stop", (0, 100), [text[:15_000]])
+    assert time.process_time() - started < 1.5
+
+
+@pytest.mark.parametrize("unit", ["y", "word ", "{", "score ", "score: (1-", "Ａ", "\u0315\u0300", "winner is the "])
+def test_a_long_text_that_the_judge_was_shown_takes_no_seconds(unit):
+    """Unicode's normal form sorts the marks of a letter, in a time quadratic in their number."""
+    started = time.process_time()
+    for reply, scale in (("Fine.\nScore: 85", (0, 100)), ("Fine.\nWinner: A", None)):
+        assert read_verdict(reply, "stop", scale, [unit * (250_000 // len(unit))]).status == "scored"
     assert time.process_time() - started < 1.5
 
 

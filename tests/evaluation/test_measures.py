@@ -1,6 +1,5 @@
 """Scores against values by hand and against the libraries they come from."""
 
-import doctest
 import re
 import time
 import unicodedata
@@ -11,7 +10,6 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from recipe.evaluation import measures
 from recipe.evaluation.measures import (
     BEHAVIOUR,
     METRICS,
@@ -266,8 +264,3 @@ def test_texts_of_100_kb_take_seconds():
     scores = score_responses(predictions, [predictions[2]] * 3)
     assert 1 / 3 == scores["exact_match"] < scores["chrf"] < 1
     assert time.perf_counter() - start < 20
-
-
-def test_docstring_examples():
-    failed, run = doctest.testmod(measures)
-    assert run >= 6 and not failed

@@ -1,16 +1,14 @@
 """Reasoning kept apart from answers: in answers only where a text begins with it, in a judge's reply wherever it is."""
 
-import doctest
 import random
 import string
 import time
 
 import pytest
 
-from recipe import reasoning as module
 from recipe.reasoning import code_spans, final_part, split_answer, split_scored
 
-PAIRS = [
+TAGS = [
     ("<think>", "</think>"),
     ("<Thinking>", "</THINKING>"),
     ("<thought>", "</thought>"),
@@ -41,12 +39,15 @@ PAIRS = [
     ("<思考>", "</思考>"),
     ("【think】", "【/think】"),
     ("<|channel>thought\n", "<channel|>"),
-    ("<unused94>thought\n", "<unused95>"),
+]
+BY_NUMBER = [("<unused94>thought\n", "<unused95>")]  # the closing one alone means nothing
+CHANNELS = [  # marks that begin the answer
     ("<|im_start|>think\n", "<|im_start|>answer\n"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     ("<|start|>assistant<|channel|>analysis<|message|>", "<|return|><|start|>assistant<|channel|>final <|message|>"),
     ("analysis", "assistantfinal"),
 ]
+PAIRS = [*TAGS, *BY_NUMBER, *CHANNELS]
 
 
 @pytest.mark.parametrize("opening, closing", PAIRS, ids=lambda mark: mark)
@@ -60,7 +61,7 @@ def test_what_a_text_begins_with_is_reasoning(opening, closing):
     assert final_part(unfinished) is None
 
 
-@pytest.mark.parametrize("opening, closing", PAIRS[:-5], ids=lambda mark: mark)
+@pytest.mark.parametrize("opening, closing", TAGS, ids=lambda mark: mark)
 def test_marks_elsewhere_are_text_of_an_answer_but_never_of_a_verdict(opening, closing):
     about = f"The tag {opening} is closed by {closing}, always."
     assert split_answer(about) == (about, None)
@@ -116,7 +117,7 @@ def test_verdicts_by_hand(text, expected):
     assert final_part(text) == expected
 
 
-@pytest.mark.parametrize("opening, closing", PAIRS[:-4], ids=lambda mark: mark)
+@pytest.mark.parametrize("opening, closing", [*TAGS, *BY_NUMBER], ids=lambda mark: mark)
 def test_texts_about_marks_stay_whole(opening, closing):
     for text in (
         f"Use the {opening.strip()} tag to begin.",
@@ -177,11 +178,6 @@ def test_code_is_between_equal_runs_of_backticks():
     assert code_spans("` a ``b``") == [(4, 9)]
 
 
-def test_docstring_examples():
-    failed, run = doctest.testmod(module)
-    assert run >= 10 and not failed
-
-
 @pytest.mark.parametrize("before", ["", "<think>", "analysis", "<|channel|>"])
 @pytest.mark.parametrize(
     "unit",
@@ -198,6 +194,24 @@ def test_hostile_texts_take_a_time_that_grows_with_their_length(unit, before):
     split_answer(before + "<think>" * 20_000 + "</reasoning>" * 20_000)
     assert final_part("<think>" * 20_000 + "</reasoning>" * 20_000) is None
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    "before, rest, split",
+    [
+        ("<think", "x>Blue.", None),
+        ("<my reasoning step ", "x>Blue.", None),
+        ("<|reflect_", "|x>Blue.", None),
+        ("<think", ">Blue.", ("", "Blue.")),
+        ("</think process", " pad>Blue.", ("Blue.", "")),
+    ],
+)
+def test_a_number_in_the_name_of_a_tag_takes_no_seconds(before, rest, split):
+    """There are 2^99 ways to cut 100 digits into numbers."""
+    text, started = before + "1" * 100 + rest, time.process_time()
+    assert split_answer(text) == (split or (text, None))
+    final_part(text)
+    assert time.process_time() - started < 1
 
 
 def test_tags_of_many_names_take_no_seconds():

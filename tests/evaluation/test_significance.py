@@ -1,7 +1,6 @@
 """Many differences at once: Holm's method, p-values against exact ones, and the family-wise error by simulation."""
 
 import copy
-import doctest
 import itertools
 import math
 
@@ -10,11 +9,11 @@ import pytest
 from evaluation_samples import make_metrics, make_predictions
 from test_verdict import make_score, metrics_of
 
-from recipe.evaluation import significance
 from recipe.evaluation.comparison import paired_scores, swap_p_value
 from recipe.evaluation.measures import METRICS
-from recipe.evaluation.significance import adjust, differences, direction, holm
-from recipe.evaluation.verdict import findings, looked_at
+from recipe.evaluation.significance import adjust, differences, direction, holm, judged
+from recipe.evaluation.tables import direction_word
+from recipe.evaluation.verdict import cautions, findings, looked_at
 
 MATCH = {"exact_match": METRICS["exact_match"]}
 
@@ -151,13 +150,41 @@ def test_a_judges_mean_and_small_families_count_only_where_they_are_tested():
     assert [finding.label for finding in findings(metrics, "worse")] == ["Judge, score_0_100"]
 
 
+@pytest.mark.parametrize("older", [{}, {"p": None}])
+def test_a_judges_mean_of_an_earlier_version_is_not_tested_and_the_reader_is_told(older):
+    """Whether it has p = 1, or is taken as it stands alone, is not known: the judge stage writes its p-value."""
+    means = {"scale": [0, 100], "scored": {"baseline": 400, "tuned": 400}, "missing": {}, "bounds": {}}
+    scores = {
+        "score_0_100": means | make_score(60.0, 50.0, [-12.5, -7.5]) | older,
+        "rubric": means | make_score(60.0, 50.0, [-12.5, -7.5]) | {"p": 1e-6},
+        "equal": means | make_score(60.0, 60.5, [-1.5, 2.0]) | {"p": 0.6},
+    }
+    judge = {"scores": scores, "pairwise": None, "error": None}
+    metrics = metrics_of(exact_match=make_score(0.5, 0.6, [0.01, 0.19]) | {"p": 0.02}, judge=judge)
+    for _ in range(2):
+        adjust(metrics)
+    assert metrics["comparisons"] == 3  # as many as have a p-value
+    assert scores["score_0_100"]["p_holm"] is None
+    assert (scores["rubric"]["p_holm"], scores["equal"]["p_holm"]) == pytest.approx((3e-6, 0.6))
+    assert [finding.label for finding in findings(metrics, "worse")] == ["Judge, rubric"]
+    assert [direction_word(judged(score)) for score in scores.values()] == ["not tested", "worse", "not significant"]
+    [caution] = cautions(metrics, [], [])
+    assert caution.startswith("Judge, score_0_100: ") and "not tested" in caution and "judge stage" in caution
+
+
+def test_scores_of_a_version_that_wrote_no_p_values_are_not_tested():
+    few = {"n": 9, "metrics": {"exact_match": make_score(0.0, 1.0, [1.0, 1.0], n=9)}}
+    many = {"n": 90, "metrics": {"exact_match": make_score(0.0, 1.0, [1.0, 1.0], n=90)}}
+    scores = {"exact_match": make_score(0.5, 0.6, [0.01, 0.19]), "length_ratio": make_score(1.0, 1.2, [0.1, 0.3], None)}
+    metrics = metrics_of(**scores, families={"few": few, "many": many})
+    adjust(metrics)
+    assert metrics["comparisons"] == 0 and not findings(metrics, "better")
+    [caution] = cautions(metrics, [], [])
+    assert caution.startswith("Exact match, many: ") and "score stage" in caution
+
+
 def test_adjusting_twice_is_adjusting_once():
     metrics = make_metrics(make_predictions(120))
     before = copy.deepcopy(metrics)
     adjust(metrics)
     assert metrics == before
-
-
-def test_docstring_examples():
-    failed, run = doctest.testmod(significance)
-    assert run >= 4 and not failed

@@ -1,4 +1,4 @@
-"""Which lines of a judge's reply are its own words, and which verdicts the texts it was shown hold themselves.
+"""Which lines of a judge's reply are its own words, and which verdicts stand in the texts that it was shown.
 
 A judge quotes what it grades, and what it grades may order a score. A quotation is often left open, so that a line is
 taken for the judge's own only if nothing that could be a quotation is open before it: quotation marks, brackets, tags,
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import bisect
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from recipe.evaluation.words import normalized
 from recipe.reasoning import code_spans
 
 OPENING = dict(zip(")]}」』】〕〉》）］｝｣⟩⟫»›", "([{「『【〔〈《（［｛｢⟨⟪«‹", strict=True))  # by the closing one
 VOID_TAGS = {"br", "hr", "img", "input", "link", "meta", "wbr"}
+_BOUND = r"[-+]?\\?[-+*/^\w.∞]{1,12}(?:\(\w{0,12}\))?"  # of an interval: -1.5, a, n+1, \pi, len(x)
 SIGN = re.compile(
     r"""(?P<line>\n)
     | (?P<pair><!--|-->|\\begin\{|\\end\{|\\\[|\\\]|\\\(|\\\))
@@ -26,8 +27,10 @@ SIGN = re.compile(
         | \[(?P<slash2>/?)(?P<tag2>quote|response|answer|output|text)\])
     | ^\W{0,20}(?P<limit>begin|start|end)(?:ning)?\ (?:of\ )?(?:the\ )?
         (?:response|answer|quote|quotation|output)\W{0,20}$
-    | (?P<shift>^<<+|<<+$|^>>+[ \t]*$)
-    | (?P<skipped>[:;]-?[(\[]|[(\[]-?[\d.]{1,9},[ ]?[-+\w.∞]{1,9}[)\]])  # a face, an interval
+    | (?P<shift>^<<+|(?<!<)<<+$|^>>+[ \t]*$)
+    | (?P<skipped>[:;]-?[(\[]"""  # a face, an interval
+    + rf"|[(\[]{_BOUND}[,;][ ]?{_BOUND}[)\]]|\]{_BOUND}[,;][ ]?{_BOUND}\[)"
+    + r"""
     | (?P<tick>`+)  # of no code
     | (?P<double>["＂]+)
     | (?P<curly>[„“”‟〝〞])
@@ -38,8 +41,9 @@ SIGN = re.compile(
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 PAIRS = {"-->": "<!--", "\\end{": "\\begin{", "\\]": "\\[", "\\)": "\\("}
-ELISION = re.compile(r"(?:tis|twas|em|til|cause|n|\d0s)\b", re.IGNORECASE)
-FENCE = re.compile(r"[ ]{0,3}(?:(?:[-*+]|\d{1,3}[.)])[ ]{1,3})?(`{3,}|~{3,})([^`\n]*)$")
+ELISION = re.compile(r"(?:tis|twas|twere|twill|twould|em|til|cause|cos|coz|cuz|bout|nuff|n|\d0s)\b", re.IGNORECASE)
+LONGEST_ELISION = 7  # characters, with the one behind
+FENCE = re.compile(r"[ ]{0,3}(?:(?:[-*+]|\d{1,3}[.)])[ ]{1,3})?(`{3,}(?!`)|~{3,}(?!~))([^`\n]*)$")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff*_`~]")
 _TO_VALUE = r"[\W_]{0,8}(?:(?:is|of|as)[\W_]{1,8})?(?:\(-?\d{1,9}\W{1,3}\d{1,9}\)[\W_]{0,8})?"
 PLANTED_SCORE = re.compile(
@@ -94,7 +98,7 @@ def planted_values(shown: Sequence[str], of_scores: bool) -> set[int | str]:
     """
     found: set[int | str] = set()
     for text in shown:
-        plain = INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).lower()
+        plain = INVISIBLE.sub("", normalized("NFKC", text)).lower()
         for match in (PLANTED_SCORE if of_scores else PLANTED_WINNER).finditer(plain):
             value = match["value"]
             if of_scores:
@@ -163,17 +167,26 @@ def _change(match: re.Match[str], text: str, since: Mapping[str, int], line: int
     if match["double"]:
         # a quotation of several paragraphs repeats its mark at the beginning of each
         goes_on = begins_line and after.isalnum() and since.get('"', line) < line
-        return (0 if len(sign) % 2 == 0 or goes_on else -1 if '"' in since else 1), '"'
+        if len(sign) % 2 == 0 or goes_on:
+            return 0, '"'
+        is_unit = len(sign) == 1 and _is_unit(before, text[match.end() : match.end() + 2])
+        return (-1 if '"' in since else 0 if is_unit else 1), '"'
     if match["curly"]:
         return _curly(sign, before, after, "“" in since), "“"
     if match["single"]:
-        return _single(sign, before, text[match.end() : match.end() + 6], "'" in since), "'"
+        return _single(sign, before, text[match.end() : match.end() + LONGEST_ELISION], "'" in since), "'"
     if match["bracket"]:
         if sign in "«»‹›":  # French «a», German »a«
             other = "«»«‹›‹"["«»«‹›‹".index(sign) + 1]
             return (-1, other) if other in since else (1, sign)
         return (-1, OPENING[sign]) if sign in OPENING else (1, sign)
     return 0, ""
+
+
+def _is_unit(before: str, after: str) -> bool:
+    """Whether a mark directly behind a number is that of inches or seconds: 5", 6'2", 3½", 2"x4"."""
+    is_number = before.isnumeric() and not before.isalpha()  # 一 is a numeral and a letter
+    return is_number and (not after[:1].isalnum() or re.match(r"[x×]\d", after) is not None)
 
 
 def _curly(sign: str, before: str, after: str, is_open: bool) -> int:

@@ -32,7 +32,9 @@ FINAL_HEADING = re.compile(
     re.IGNORECASE,
 )
 EMPHASIS = re.compile(r"\*{1,3}|_{1,3}(?![A-Za-z0-9])|(?<![A-Za-z0-9])_{1,3}|^#{1,6} ")
-OPEN_FENCE = re.compile(r"[ ]{0,3}```[ ]*\w*[ \t]*")
+OPEN_FENCE = re.compile(r"[ ]{0,3}```[ ]*(?:\w+[ \t]*|\t[ \t]*)?")
+CLOSING_FENCE = re.compile(r"\s*```\s*")
+_Pairs = tuple[tuple[str, Any], ...]  # of a JSON object: a key may come twice, and then means nothing
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _own_verdicts(text: str, scale: tuple[int, int] | None) -> list[_Said]:
     return found
 
 
-def _whole_object(text: str) -> list[tuple[str, Any]] | None:
+def _whole_object(text: str) -> _Pairs | None:
     """Keys and values of the JSON object that a text is, also within a fence."""
     text = text.strip()
     first, _, rest = text.partition("\n")
@@ -148,7 +150,7 @@ def _whole_object(text: str) -> list[tuple[str, Any]] | None:
     return pairs if end == len(rest if is_fenced else text) else None
 
 
-def _object_at(text: str, start: int, is_fenced: bool) -> tuple[list[tuple[str, Any]] | None, int]:
+def _object_at(text: str, start: int, is_fenced: bool) -> tuple[_Pairs | None, int]:
     """Keys and values of the JSON object that begins here and ends a line, and where it, or its fence, ends.
 
     A fenced one ends the text.
@@ -157,18 +159,16 @@ def _object_at(text: str, start: int, is_fenced: bool) -> tuple[list[tuple[str, 
     if not text.startswith("{", start):
         return None, 0
     try:
-        parsed, end = json.JSONDecoder(strict=False, object_pairs_hook=_Pairs).raw_decode(text, start)
+        parsed, end = json.JSONDecoder(strict=False, object_pairs_hook=tuple).raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, 0
     if is_fenced:
-        return (parsed.pairs, len(text)) if text[end:].strip() == "```" else (None, 0)
+        return (parsed, len(text)) if CLOSING_FENCE.fullmatch(text, end) else (None, 0)
     rest = text[end : end + 1000].partition("\n")[0]
-    return (None, 0) if rest.strip() else (parsed.pairs, end)
+    return (None, 0) if rest.strip() else (parsed, end)
 
 
-def _value_of_object(
-    pairs: list[tuple[str, Any]], scale: tuple[int, int] | None
-) -> tuple[int | str | None, str | None]:
+def _value_of_object(pairs: _Pairs, scale: tuple[int, int] | None) -> tuple[int | str | None, str | None]:
     """The verdict and the reason of a JSON object; a key that comes twice means nothing."""
     key = "winner" if scale is None else "score"
     contents = [content for name, content in pairs if name.lower() == key]
@@ -182,13 +182,6 @@ def _value_of_object(
     elif isinstance(content, int | float) and not isinstance(content, bool) and content % 1 == 0 and scale:
         value = int(content)
     return value, next(iter(reasons), None)
-
-
-class _Pairs:
-    """A JSON object as its pairs: a key may come twice, and then means nothing."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        self.pairs = pairs
 
 
 def _whole_value(text: str, scale: tuple[int, int] | None) -> int | str | None:
