@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import processes  # noqa: E402
 
+from recipe.provenance import versions  # noqa: E402
 from recipe.training.output_dir import last_whole_checkpoint  # noqa: E402
 
 DEMO = ROOT / "recipe" / "demo"
@@ -135,6 +136,7 @@ def survive(name: str, data: Path, folder: Path, kills: int, seed: int, number: 
         flags = ["--overwrite_output_dir", "true"]
         if killed.exists() and last_whole_checkpoint(killed):
             flags = ["--resume_from_checkpoint", "true"]
+        said = log.stat().st_size
         started = start(killed, data, settings, log, *flags)
         moment = draw.choice(["any", "any", "save", "save", "final save", "reports"]) if rest else "end"
         wait_for(moment, killed, started, draw, seconds)
@@ -146,7 +148,8 @@ def survive(name: str, data: Path, folder: Path, kills: int, seed: int, number: 
             survival.stopped += codes == {75}
             # told before its first step, a run ends at once; told at its end, it ends as usual
             interrupted = codes == {1} and "interrupted: " in log.read_text(errors="replace").splitlines()[-1]
-            if number != signal.SIGKILL and not (codes <= {75} or codes == {0} or interrupted):
+            importing = codes == {-number} and log.stat().st_size == said  # the script's first line is yet to come
+            if number != signal.SIGKILL and not (codes <= {75} or codes == {0} or interrupted or importing):
                 survival.problems.append(f"told, it ended with {codes}: {log.read_text(errors='replace')[-900:]}")
                 return survival
             continue
@@ -176,7 +179,7 @@ def main() -> None:
     parser.add_argument("--signal", default="SIGKILL")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    each, found = -(-arguments.kills // len(CONFIGURATIONS)), {}
+    each, found, begun = -(-arguments.kills // len(CONFIGURATIONS)), {}, time.monotonic()
     for name in CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as folder:
             data = records(Path(folder) / "records.jsonl")
@@ -186,7 +189,11 @@ def main() -> None:
         if arguments.output:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             total = sum(sum(each["kills"].values()) for each in found.values())
-            content = {"signal": arguments.signal, "seed": arguments.seed, "kills": total, "configurations": found}
+            content = {
+                "command": f"python tests/chaos/kills.py {' '.join(sys.argv[1:])}", "versions": versions(),
+                "seconds": round(time.monotonic() - begun), "kills": total,
+                "problems": sum(len(each["problems"]) for each in found.values()), "configurations": found,
+            }  # fmt: skip
             arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sys.exit(any(each["problems"] for each in found.values()))
 
