@@ -9,6 +9,7 @@ of the interpreter, environment variables that were read during the imports, fol
 """
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -88,6 +89,8 @@ def servers() -> list[Server]:
 
 def _end(process: subprocess.Popen) -> None:
     for server in _servers:
+        with contextlib.suppress(OSError):  # it has ended
+            server.control.shutdown(socket.SHUT_RDWR)  # closing is not enough: a child of ours may hold it, too
         server.control.close()
     _servers.clear()
     process.wait()
@@ -154,7 +157,7 @@ class Forked(subprocess.Popen):
         finally:
             os.close(status)
             self._close_pipe_fds(*(given[name] for name in names))
-            self._child_created = True
+        self._child_created = True
         self.pid = self._hear("pid", None)
 
     def _hear(self, what: str, timeout: float | None) -> int | None:

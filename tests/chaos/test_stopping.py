@@ -20,15 +20,16 @@ from recipe.training.stopping import StopOnSignal
 
 
 class Tell(TrainerCallback):
-    """Sends signals to this process, or all of its group, in the middle of a step."""
+    """Sends signals to this process, or also to what the run has started, in the middle of a step."""
 
     def __init__(self, step: int, *numbers: int, group: bool = False) -> None:
         self.step, self.numbers, self.group = step, numbers, group
+        self.others = {*children()}  # of the tests: the server that forks their scripts, for one
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
             for number in self.numbers:
-                send(number, os.getpid(), *(children() if self.group else ()))
+                send(number, os.getpid(), *({*children()} - self.others if self.group else ()))
                 time.sleep(0.1)
 
 
@@ -38,7 +39,7 @@ def send(number: int, *pids: int) -> None:
 
 
 def children() -> list[int]:
-    """The processes that this one has started: the workers of its loader."""
+    """The processes that this one has started, as the workers of its loader."""
     task = Path(f"/proc/{os.getpid()}/task")
     return [int(pid) for file in task.glob("*/children") for pid in file.read_text().split()]
 
