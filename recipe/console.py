@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recipe.config import UserError
+from recipe.disk import AGAIN, disk_error, explain_disk
 from recipe.keys import clean_hub_token
 from recipe.redaction import redact, redact_message
 
@@ -68,9 +69,11 @@ def run_script(
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still in the buffer
             sys.exit(1)
-        if isinstance(error, OSError):
-            _exit(f"error: {error}{after_os_error}")
-        _exit(f"error: {error}" if isinstance(error, (UserError, *expected)) else traceback.format_exc().rstrip())
+        if isinstance(error, (UserError, *expected)):
+            _exit(f"error: {error}")
+        if found := disk_error(error):
+            _exit(f"error: {explain_disk(found, then='' if after_os_error else AGAIN)}{after_os_error}")
+        _exit(f"error: {error}{after_os_error}" if isinstance(error, OSError) else traceback.format_exc().rstrip())
     if stopped:
         sys.exit(f"interrupted: {interrupted}" if process_rank() == "0" else 1)
 

@@ -17,6 +17,7 @@ from rich.console import Console
 import recipe.console
 from recipe.config import UserError
 from recipe.console import one_line, print_table, print_token_statistics, run_script
+from recipe.disk import explain_disk
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import scale
 
@@ -198,7 +199,8 @@ def end_of(monkeypatch, error: BaseException) -> object:
     ("error", "said"),
     [
         (UserError("wrong"), "error: wrong"),
-        (OSError(28, "No space left", "a.json"), "error: [Errno 28] No space left: 'a.json'; again"),
+        (OSError(30, "Read-only", "a"), f"error: {explain_disk(OSError(30, '', 'a'), then='')}; again"),
+        (OSError(13, "Permission denied", "a.json"), "error: [Errno 13] Permission denied: 'a.json'; again"),
         (
             BrokenPipeError(32, "a server's, not the terminal's"),
             "error: [Errno 32] a server's, not the terminal's; again",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError
+from recipe.disk import disk_error
 from recipe.memory import is_out_of_memory
 
 # Which settings a function reads: they are named if an error comes out of it, the innermost function first.
@@ -102,6 +103,8 @@ def explain_error(error: Exception, settings: Settings) -> Exception:
         return error
     if is_out_of_memory(error):
         return out_of_memory(error, "the first step")
+    if disk_error(error):
+        return error
     said, frames = _said(error), traceback.extract_tb(error.__traceback__)
     if not isinstance(error, SPEAKS_FOR_ITSELF) and frames:
         place = "/".join(Path(frames[-1].filename).parts[-2:])
