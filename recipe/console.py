@@ -20,6 +20,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+import recipe
 from recipe.config import UserError
 from recipe.disk import AGAIN, disk_error, explain_disk
 from recipe.keys import clean_hub_token
@@ -27,6 +28,7 @@ from recipe.redaction import redact, redact_message
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
 SECONDS_OF_PATIENCE = 5  # of a process for the main one, which should have met the same error
+BUG = "This is a bug in the recipe"
 WIDTH = 120  # of tables that go to a file
 NARROWEST = 6  # a column of names in a narrow terminal
 HEADING = 20  # a longer heading above a column of figures is folded
@@ -47,7 +49,8 @@ def run_script(
 
     A character that the terminal's encoding lacks is shown as its escape. A `UserError`, an `OSError` and what else is
     `expected` end with one message and exit code 1; so do Ctrl-C, SIGTERM and SIGHUP, with the script's own words. Any
-    other error is a bug of ours: it shows its traceback. Nothing is shown before `redact_message` has seen it.
+    other error is a bug of ours: it shows its traceback, versions, and how to report it. Nothing is shown before
+    `redact_message` has seen it.
 
     Example::
 
@@ -73,7 +76,9 @@ def run_script(
             _exit(f"error: {error}")
         if found := disk_error(error):
             _exit(f"error: {explain_disk(found, then='' if after_os_error else AGAIN)}{after_os_error}")
-        _exit(f"error: {error}{after_os_error}" if isinstance(error, OSError) else traceback.format_exc().rstrip())
+        if isinstance(error, OSError):
+            _exit(f"error: {error}{after_os_error}")
+        _exit(f"{traceback.format_exc().rstrip()}\n{_bug()}")
     if stopped:
         sys.exit(f"interrupted: {interrupted}" if process_rank() == "0" else 1)
 
@@ -133,6 +138,17 @@ def _reader_has_left() -> bool:
     pipe = select.poll()
     pipe.register(sys.stdout.fileno(), 0)
     return bool(pipe.poll(0))
+
+
+def _bug() -> str:
+    from recipe.provenance import versions  # here: it looks for all libraries
+
+    ran = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"\n{BUG} {recipe.__version__}, not in what you gave it. It ran with {ran}.\n"
+        "Please report it as an issue of the repository that the recipe is from, with the command and the lines above "
+        "(CONTRIBUTING.md); if it endangers somebody, privately (SECURITY.md)."
+    )
 
 
 def _exit(message: str) -> NoReturn:

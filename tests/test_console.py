@@ -20,6 +20,7 @@ from recipe.console import one_line, print_table, print_token_statistics, run_sc
 from recipe.disk import explain_disk
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import scale
+from recipe.provenance import versions
 
 HOSTILE = [
     "[/b]",
@@ -214,10 +215,16 @@ def test_what_a_script_says_at_its_end(monkeypatch, capfd, error, said):
     assert end_of(monkeypatch, error) == said
 
 
-def test_an_error_of_ours_shows_its_traceback_without_secrets(monkeypatch):
+def test_an_error_of_ours_shows_its_traceback_and_how_to_report_it_without_secrets(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "s3cret-and-long")
     said = str(end_of(monkeypatch, KeyError("s3cret-and-long")))
-    assert said.startswith("Traceback") and said.endswith("KeyError: '***'")
+    *trace, bug, report = said.splitlines()
+    assert said.startswith("Traceback") and trace[-2:] == ["KeyError: '***'", ""]
+    assert bug.startswith(
+        f"This is a bug in the recipe {recipe.__version__}, not in what you gave it. It ran with python "
+    )
+    assert all(f"{name} {version}" in bug for name, version in versions().items())
+    assert "(CONTRIBUTING.md)" in report and "(SECURITY.md)" in report
     assert end_of(monkeypatch, UserError("a s3cret-and-long b")) == "error: a *** b"
 
 
