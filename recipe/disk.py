@@ -32,7 +32,9 @@ def disk_error(error: BaseException) -> OSError | None:
     from recipe.memory import is_out_of_memory  # here: torch takes seconds, and few errors are asked about
 
     cause: BaseException | None = error
-    while cause is not None:
+    seen: list[BaseException] = []
+    while cause is not None and cause not in seen:  # an error that is raised from itself is its own cause
+        seen.append(cause)
         if isinstance(cause, Exception) and is_out_of_memory(cause):
             return None
         if isinstance(cause, OSError) and cause.errno in KINDS:

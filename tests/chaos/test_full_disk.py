@@ -131,6 +131,11 @@ def caused(error: Exception, cause: Exception, explicit: bool = True) -> Excepti
         return raised
 
 
+def of_itself(error: Exception) -> Exception:
+    error.__cause__ = error
+    return error
+
+
 def of_this_system(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
@@ -148,7 +153,7 @@ def of_this_system(number: int) -> OSError:
         (OSError(errno.EFBIG, "File too large", "x"), errno.EFBIG, "x"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), None, None),
         (RuntimeError("unexpected pos 64 vs 0"), None, None),
-        (pickle.PicklingError("a bug"), None, None),
+        (of_itself(pickle.PicklingError("a bug")), None, None),
     ],
 )  # fmt: skip
 def test_the_disk_is_found_in_what_libraries_raise(error, number, path):
