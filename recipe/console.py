@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import os
 import re
 import select
@@ -24,6 +25,7 @@ import recipe
 from recipe.config import UserError
 from recipe.disk import AGAIN, disk_error, explain_disk
 from recipe.keys import clean_hub_token
+from recipe.peers import GONE, peer_error, tell_launcher
 from recipe.redaction import redact, redact_message
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
@@ -76,9 +78,11 @@ def run_script(
             _exit(f"error: {error}")
         if found := disk_error(error):
             _exit(f"error: {explain_disk(found, then='' if after_os_error else AGAIN)}{after_os_error}")
+        if said := peer_error(error):
+            _exit(f"error: {said}", is_first=said != GONE)
         if isinstance(error, OSError):
             _exit(f"error: {error}{after_os_error}")
-        _exit(f"{traceback.format_exc().rstrip()}\n{_bug()}")
+        _exit(f"{traceback.format_exc().rstrip()}\n{_bug()}", f"{BUG}: {type(error).__name__}: {error}")
     if stopped:
         sys.exit(f"interrupted: {interrupted}" if process_rank() == "0" else 1)
 
@@ -151,15 +155,27 @@ def _bug() -> str:
     )
 
 
-def _exit(message: str) -> NoReturn:
-    """Print an error and exit with 1; one process speaks for all that have met it.
+def _exit(message: str, in_short: str = "", is_first: bool = True) -> NoReturn:
+    """Print an error and exit with 1; one process speaks for all that have met it, and in the launcher's report, too.
 
     The launcher ends the others when the first ends. So who is still there after a while has met an error of its own.
+
+    Args:
+        in_short: for the launcher's report, where it is the last thing to be seen.
+        is_first: whether no other process can have told what this comes from.
     """
-    if (rank := process_rank()) != "0":
-        time.sleep(SECONDS_OF_PATIENCE)
+    message, rank = redact_message(message), process_rank()
+    if is_first:
+        tell_launcher(redact_message(in_short) or message)
+    if rank != "0" or not is_first:
+        try:
+            time.sleep(SECONDS_OF_PATIENCE)
+        except KeyboardInterrupt:  # the launcher ends this one, because another has told
+            sys.exit(1)
         message = f"process {rank}: {message}"
-    sys.exit(redact_message(message))
+    for worker in multiprocessing.active_children():  # the interpreter would wait for one that hangs
+        worker.kill()
+    sys.exit(message)
 
 
 def process_rank() -> str:

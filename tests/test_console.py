@@ -215,8 +215,9 @@ def test_what_a_script_says_at_its_end(monkeypatch, capfd, error, said):
     assert end_of(monkeypatch, error) == said
 
 
-def test_an_error_of_ours_shows_its_traceback_and_how_to_report_it_without_secrets(monkeypatch):
+def test_an_error_of_ours_shows_its_traceback_and_how_to_report_it_without_secrets(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_TOKEN", "s3cret-and-long")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "report.json"))
     said = str(end_of(monkeypatch, KeyError("s3cret-and-long")))
     *trace, bug, report = said.splitlines()
     assert said.startswith("Traceback") and trace[-2:] == ["KeyError: '***'", ""]
@@ -225,6 +226,8 @@ def test_an_error_of_ours_shows_its_traceback_and_how_to_report_it_without_secre
     )
     assert all(f"{name} {version}" in bug for name, version in versions().items())
     assert "(CONTRIBUTING.md)" in report and "(SECURITY.md)" in report
+    shown = json.loads((tmp_path / "report.json").read_text())["message"]["message"]
+    assert shown == "This is a bug in the recipe: KeyError: '***'"
     assert end_of(monkeypatch, UserError("a s3cret-and-long b")) == "error: a *** b"
 
 

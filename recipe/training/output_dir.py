@@ -163,6 +163,6 @@ def explain_full_disk(output_dir: Path, model: nn.Module) -> Iterator[None]:
         whole = last_whole_checkpoint(output_dir)
         if saves and found.filename is None:
             found.filename = str(output_dir)
-        way_out = "--resume_from_checkpoint true" if whole else "--overwrite_output_dir true"
-        then = f"run it again with {way_out}; last whole checkpoint: {whole or 'none'}"
+        flag = "resume_from_checkpoint" if whole else "overwrite_output_dir"
+        then = f"run it again with --{flag} true; last whole checkpoint: {whole or 'none'}"
         raise UserError(explain_disk(found, output_dir, then=then)) from error
