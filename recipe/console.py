@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import os
 import re
 import select
@@ -20,12 +21,16 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+import recipe
 from recipe.config import UserError
+from recipe.disk import AGAIN, disk_error, explain_disk
 from recipe.keys import clean_hub_token
+from recipe.peers import GONE, peer_error, tell_launcher
 from recipe.redaction import redact, redact_message
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
 SECONDS_OF_PATIENCE = 5  # of a process for the main one, which should have met the same error
+BUG = "This is a bug in the recipe"
 WIDTH = 120  # of tables that go to a file
 NARROWEST = 6  # a column of names in a narrow terminal
 HEADING = 20  # a longer heading above a column of figures is folded
@@ -46,7 +51,8 @@ def run_script(
 
     A character that the terminal's encoding lacks is shown as its escape. A `UserError`, an `OSError` and what else is
     `expected` end with one message and exit code 1; so do Ctrl-C, SIGTERM and SIGHUP, with the script's own words. Any
-    other error is a bug of ours: it shows its traceback. Nothing is shown before `redact_message` has seen it.
+    other error is a bug of ours: it shows its traceback, versions, and how to report it. Nothing is shown before
+    `redact_message` has seen it.
 
     Example::
 
@@ -68,9 +74,15 @@ def run_script(
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still in the buffer
             sys.exit(1)
+        if isinstance(error, (UserError, *expected)):
+            _exit(f"error: {error}")
+        if found := disk_error(error):
+            _exit(f"error: {explain_disk(found, then='' if after_os_error else AGAIN)}{after_os_error}")
+        if said := peer_error(error):
+            _exit(f"error: {said}", is_first=said != GONE)
         if isinstance(error, OSError):
             _exit(f"error: {error}{after_os_error}")
-        _exit(f"error: {error}" if isinstance(error, (UserError, *expected)) else traceback.format_exc().rstrip())
+        _exit(f"{traceback.format_exc().rstrip()}\n{_bug()}", f"{BUG}: {type(error).__name__}: {error}")
     if stopped:
         sys.exit(f"interrupted: {interrupted}" if process_rank() == "0" else 1)
 
@@ -132,15 +144,38 @@ def _reader_has_left() -> bool:
     return bool(pipe.poll(0))
 
 
-def _exit(message: str) -> NoReturn:
-    """Print an error and exit with 1; one process speaks for all that have met it.
+def _bug() -> str:
+    from recipe.provenance import versions  # here: it looks for all libraries
+
+    ran = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"\n{BUG} {recipe.__version__}, not in what you gave it. It ran with {ran}.\n"
+        "Please report it as an issue of the repository that the recipe is from, with the command and the lines above "
+        "(CONTRIBUTING.md); if it endangers somebody, privately (SECURITY.md)."
+    )
+
+
+def _exit(message: str, in_short: str = "", is_first: bool = True) -> NoReturn:
+    """Print an error and exit with 1; one process speaks for all that have met it, and in the launcher's report, too.
 
     The launcher ends the others when the first ends. So who is still there after a while has met an error of its own.
+
+    Args:
+        in_short: for the launcher's report, where it is the last thing to be seen.
+        is_first: whether no other process can have told what this comes from.
     """
-    if (rank := process_rank()) != "0":
-        time.sleep(SECONDS_OF_PATIENCE)
+    message, rank = redact_message(message), process_rank()
+    if is_first:
+        tell_launcher(redact_message(in_short) or message)
+    if rank != "0" or not is_first:
+        try:
+            time.sleep(SECONDS_OF_PATIENCE)
+        except KeyboardInterrupt:  # the launcher ends this one, because another has told
+            sys.exit(1)
         message = f"process {rank}: {message}"
-    sys.exit(redact_message(message))
+    for worker in multiprocessing.active_children():  # the interpreter would wait for one that hangs
+        worker.kill()
+    sys.exit(message)
 
 
 def process_rank() -> str:

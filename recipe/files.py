@@ -74,14 +74,22 @@ def draft_of(path: Path) -> Iterator[Path]:
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{DRAFT}")
     try:
-        yield draft
-        flush(draft)
-        draft.replace(path)
-        flush(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with naming(path):
+            yield draft
+            flush(draft)
+            draft.replace(path)
+            flush(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system name a file: those of writing to one that is open do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush(path: Path) -> None:

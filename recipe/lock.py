@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from recipe.config import UserError
-from recipe.files import LEFTOVERS, check_place
+from recipe.files import LEFTOVERS, check_place, naming
 
 try:
     import fcntl
@@ -94,8 +94,9 @@ def _take(folder: Path) -> IO[str]:
         file.close()  # the one who held it has removed the file in between
     file.truncate(0)
     start = datetime.now().astimezone().isoformat(timespec="seconds")
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start}) + "\n")
-    file.flush()
+    with naming(path):
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start}) + "\n")
+        file.flush()
     return file
 
 

@@ -13,6 +13,13 @@ from recipe.config import UserError
 
 Result = TypeVar("Result")
 
+UNKNOWN_TO_ACCELERATE = (
+    "could not create a primitive",  # all that oneDNN says when it cannot allocate its generated code
+    "error: out of memory",  # CUDA's own, outside of torch's allocator
+    "STATUS_ALLOC_FAILED",  # cuBLAS's and cuSPARSE's
+    "Cannot allocate memory",  # the system's, where torch maps a file
+)
+
 
 def halve_if_out_of_memory(
     batches: Iterable[list[int]], compute: Callable[[list[int]], Result]
@@ -50,6 +57,5 @@ def halve_if_out_of_memory(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on any device."""
-    # oneDNN's only message when it cannot allocate its generated code; accelerate does not know it
-    onednn = "could not create a primitive" in str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error) or onednn
+    says_so = isinstance(error, RuntimeError) and any(words in str(error) for words in UNKNOWN_TO_ACCELERATE)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error) or says_so

@@ -56,7 +56,9 @@ class Server:
 
     def why_not(self, environment: Mapping[str, str], first_path: str) -> str:
         """Why a script that wants this environment, with this folder first in `sys.path`, is not forked from it."""
-        names = {name for name in {*ENVIRONMENT, *environment} if ENVIRONMENT.get(name) != environment.get(name)}
+        as_it_is = ENVIRONMENT.items() | self.about["set"].items()  # an import in this process has set it, too
+        names = {name for name, value in environment.items() if (name, value) not in as_it_is}
+        names |= ENVIRONMENT.keys() - environment.keys()
         read = {name for name in names - SET_AGAIN if name in self.about["read"] or name.startswith(READ_AT_START)}
         if read:
             return f"the imports have read {', '.join(sorted(read))}"

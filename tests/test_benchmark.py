@@ -153,9 +153,12 @@ def test_docs_say_what_the_committed_results_say():
     """Each table row of the results in docs/performance.md is one that the report makes of a results file."""
     lines = set()
     for path in (ROOT / "docs" / "results").glob("*.json"):
-        text = report.tables(json.loads(path.read_text(encoding="utf-8")))
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if "measurements" not in results:  # of something else than speed
+            continue
+        text = report.tables(results)
         assert path.with_suffix(".md").read_text(encoding="utf-8") == text
         lines |= set(text.splitlines())
-    results = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").partition("## Results")[2]
-    rows = [line for line in results.splitlines() if line.startswith("| ")]
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").partition("## Results")[2]
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert rows and [row for row in rows if row not in lines] == []

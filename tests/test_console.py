@@ -17,8 +17,10 @@ from rich.console import Console
 import recipe.console
 from recipe.config import UserError
 from recipe.console import one_line, print_table, print_token_statistics, run_script
+from recipe.disk import explain_disk
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import scale
+from recipe.provenance import versions
 
 HOSTILE = [
     "[/b]",
@@ -198,7 +200,8 @@ def end_of(monkeypatch, error: BaseException) -> object:
     ("error", "said"),
     [
         (UserError("wrong"), "error: wrong"),
-        (OSError(28, "No space left", "a.json"), "error: [Errno 28] No space left: 'a.json'; again"),
+        (OSError(30, "Read-only", "a"), f"error: {explain_disk(OSError(30, '', 'a'), then='')}; again"),
+        (OSError(13, "Permission denied", "a.json"), "error: [Errno 13] Permission denied: 'a.json'; again"),
         (
             BrokenPipeError(32, "a server's, not the terminal's"),
             "error: [Errno 32] a server's, not the terminal's; again",
@@ -212,10 +215,19 @@ def test_what_a_script_says_at_its_end(monkeypatch, capfd, error, said):
     assert end_of(monkeypatch, error) == said
 
 
-def test_an_error_of_ours_shows_its_traceback_without_secrets(monkeypatch):
+def test_an_error_of_ours_shows_its_traceback_and_how_to_report_it_without_secrets(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_TOKEN", "s3cret-and-long")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "report.json"))
     said = str(end_of(monkeypatch, KeyError("s3cret-and-long")))
-    assert said.startswith("Traceback") and said.endswith("KeyError: '***'")
+    *trace, bug, report = said.splitlines()
+    assert said.startswith("Traceback") and trace[-2:] == ["KeyError: '***'", ""]
+    assert bug.startswith(
+        f"This is a bug in the recipe {recipe.__version__}, not in what you gave it. It ran with python "
+    )
+    assert all(f"{name} {version}" in bug for name, version in versions().items())
+    assert "(CONTRIBUTING.md)" in report and "(SECURITY.md)" in report
+    shown = json.loads((tmp_path / "report.json").read_text())["message"]["message"]
+    assert shown == "This is a bug in the recipe: KeyError: '***'"
     assert end_of(monkeypatch, UserError("a s3cret-and-long b")) == "error: a *** b"
 
 

@@ -229,7 +229,7 @@ def test_a_full_disk_is_named_with_what_is_left_of_the_run(tmp_path):
         folder.mkdir()
         for name in files:
             (folder / name).write_text("{}")
-    assert f"checkpoint: {tmp_path / 'checkpoint-4'};" in cut_short() and "--resume_from_checkpoint true" in cut_short()
+    assert f"checkpoint: {tmp_path / 'checkpoint-4'}" in cut_short() and "--resume_from_checkpoint true" in cut_short()
 
 
 def test_bad_records_stop_everything_before_anything_is_written(cache, tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, UserError
 from recipe.evaluation.significance import adjust
-from recipe.files import read_json, write_json_lines
+from recipe.files import naming, read_json, write_json_lines
 from recipe.redaction import redact
 
 if TYPE_CHECKING:
@@ -109,14 +110,14 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON lines without secrets in one write, so that several processes may append to one file.
 
     Raises:
-        OSError: the disk is full.
+        OSError: it cannot be written; the error names `path`.
     """
     # the newline in front ends the incomplete line that a killed run may have left
     text = "\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     content = redact(text).encode("utf-8", "replace")  # UTF-8 cannot hold half a surrogate pair
-    with open(path, "ab", buffering=0) as file:
+    with naming(path), open(path, "ab", buffering=0) as file:
         if file.write(content) != len(content):
-            raise OSError(errno.ENOSPC, "the disk is full; free some space and run the same command again", str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def merge_answers(path: Path, predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:

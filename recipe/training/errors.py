@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError
+from recipe.disk import disk_error
 from recipe.memory import is_out_of_memory
+from recipe.peers import peer_error
 
 # Which settings a function reads: they are named if an error comes out of it, the innermost function first.
 BATCHES = ("max_tokens_per_batch", "train_sampling_strategy", "accelerator_config", "data_seed", *(
@@ -98,10 +100,11 @@ def explain_error(error: Exception, settings: Settings) -> Exception:
 
     What tells its own story, or is none of the user's, is returned as it is.
     """
-    if isinstance(error, UserError | FloatingPointError | BrokenPipeError):
-        return error
     if is_out_of_memory(error):
         return out_of_memory(error, "the first step")
+    known = isinstance(error, UserError | FloatingPointError | BrokenPipeError)
+    if known or disk_error(error) or peer_error(error):
+        return error
     said, frames = _said(error), traceback.extract_tb(error.__traceback__)
     if not isinstance(error, SPEAKS_FOR_ITSELF) and frames:
         place = "/".join(Path(frames[-1].filename).parts[-2:])

@@ -105,7 +105,7 @@ def try_evaluation(trainer: Trainer) -> None:
     handler = trainer.callback_handler
     callbacks, handler.callbacks = handler.callbacks, []  # it shows no bar and is no evaluation to anyone
     try:
-        trainer.evaluation_loop(trainer.get_test_dataloader(few), "Trial", metric_key_prefix="trial")
+        trainer.evaluation_loop(trainer.get_eval_dataloader(few), "Trial", metric_key_prefix="trial")
     finally:
         handler.callbacks = callbacks
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from recipe.config import InstructionTrainingArguments, UserError
+from recipe.disk import disk_error, explain_disk, try_writing
 from recipe.files import check_place, make_folder, sweep
 from recipe.lock import contents
 from recipe.memory import is_out_of_memory
@@ -20,7 +20,6 @@ from recipe.training.checkpoints import ASIDE, clear_aside, numbered, put_back, 
 from recipe.training.resuming import check_whole, find_last_whole, find_problem, is_model_only
 
 MARGIN = 1.1  # of a checkpoint over its weights and optimizer
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # or the user's share of it
 
 
 def find_checkpoint(args: InstructionTrainingArguments) -> str | None:
@@ -128,10 +127,10 @@ def check_disk(args: InstructionTrainingArguments, model: nn.Module, checkpoint:
     files = [file for path in going for file in (path, *path.rglob("*")) if file.is_file()]
     free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in files)
     if free < needed:
-        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items())
+        listed = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items())
         raise UserError(
-            f"--output_dir {output_dir}: its disk has {free / 1e6:,.0f} MB free, and a save needs "
-            f"{needed / 1e6:,.0f} MB ({listed}); free some space, name a folder on another disk, or save less: "
+            f"--output_dir {output_dir}: its disk has {free / 1e6:,.1f} MB free, and a save needs "
+            f"{needed / 1e6:,.1f} MB ({listed}); free some space, name a folder on another disk, or save less: "
             "--save_only_model true"
         )
 
@@ -145,26 +144,25 @@ def _parts_of_a_save(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def explain_full_disk(output_dir: Path, model: nn.Module) -> Iterator[None]:
-    """Report a full disk where torch and safetensors report another error.
+    """Report a disk that is full or fails in one line, also where torch's writer does not say why a save failed.
 
     Raises:
-        UserError: a save failed, and the disk has less space left than a checkpoint may take.
+        UserError: the disk takes no more, or, when a save has failed, would not take a checkpoint.
     """
     try:
         yield
     except Exception as error:
-        says_so = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)  # tokenizers' own words
-        saves = {frame.name for frame in traceback.extract_tb(error.__traceback__)} & {"_save_checkpoint", "save_model"}
-        may_be = isinstance(error, RuntimeError | SafetensorError | OSError) and saves
-        known = isinstance(error, UserError) or is_out_of_memory(error) or not output_dir.is_dir()
-        if known or not (says_so or may_be):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        free = shutil.disk_usage(output_dir).free
-        if not says_so and free > MARGIN * sum(_parts_of_a_save(model).values()):
+        found = disk_error(error)
+        saves = {frame.name for frame in traceback.extract_tb(error.__traceback__)} & {"_save_checkpoint", "save_model"}
+        if found is None and saves and isinstance(error, RuntimeError | SafetensorError):
+            found = try_writing(output_dir, int(MARGIN * sum(_parts_of_a_save(model).values())))
+        if found is None:
             raise
         whole = last_whole_checkpoint(output_dir)
-        way_out = "--resume_from_checkpoint true" if whole else "--overwrite_output_dir"
-        raise UserError(
-            f"the disk of {output_dir} is full ({free / 1e6:.1f} MB free), and a save failed; last whole checkpoint: "
-            f"{whole or 'none'}; free some space, or keep fewer with --save_total_limit, and start again with {way_out}"
-        ) from error
+        if saves and found.filename is None:
+            found.filename = str(output_dir)
+        flag = "resume_from_checkpoint" if whole else "overwrite_output_dir"
+        then = f"run it again with --{flag} true; last whole checkpoint: {whole or 'none'}"
+        raise UserError(explain_disk(found, output_dir, then=then)) from error

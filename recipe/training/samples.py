@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from recipe.console import one_line, visible
-from recipe.files import read_json_lines, write_json_lines, write_whole
+from recipe.files import naming, read_json_lines, write_json_lines, write_whole
 from recipe.generation import generate_responses
 from recipe.redaction import redact
 from recipe.templates import Template
@@ -73,7 +73,8 @@ class SampleGenerations(TrainerCallback):
             )
             for record, response in zip(self.records, responses, strict=True)
         ]
-        with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+        path = Path(args.output_dir) / "samples.jsonl"
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             for row in rows:
                 sample = {"step": state.global_step, **dict(zip(COLUMNS, row, strict=True))}
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")

@@ -100,7 +100,8 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # asking on the device would wait for its work
+            dist.distributed_c10d._set_pg_timeout(args.ddp_timeout_delta)  # on a CPU, transformers leaves it as it was
+            self._group = dist.new_group(None, args.ddp_timeout_delta, "gloo")  # the device's would wait for its work
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = True
@@ -126,13 +127,15 @@ class StopOnSignal(TrainerCallback):
         return bool(self.signal)
 
 
-def shield_workers(loader: DataLoader) -> DataLoader:
+def shield_workers(loader: DataLoader, patience: int) -> DataLoader:
     """Let the workers of a loader live on when a signal comes to all processes, so that the step can be finished.
 
     Launchers and schedulers send it to the whole group. A worker ends when its parent says so, or has died.
+    A batch may take `patience` seconds.
     """
+    base = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+    base.timeout = patience if loader.num_workers else 0
     if loader.num_workers and hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
-        base = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
         base.worker_init_fn = functools.partial(_start_worker, base.worker_init_fn)
     return loader
 

@@ -115,13 +115,13 @@ class InstructionTrainer(WholeSaves):
         args, batches = self.args, self.train_batches()
         loader = super().get_train_dataloader()
         if batches is None:
-            return shield_workers(loader)
+            return shield_workers(loader, self.args.ddp_timeout)
         loader = self.accelerator.prepare_data_loader(loader_of(batches, loader))
         loader.set_sampler(batches)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
         self._records_per_step = (
             batches.records_per_epoch / len(batches) * args.gradient_accumulation_steps * args.world_size
         )
-        return shield_workers(loader)
+        return shield_workers(loader, self.args.ddp_timeout)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """`Trainer.get_eval_dataloader`, with all records of the dataset it is asked for.
@@ -132,7 +132,7 @@ class InstructionTrainer(WholeSaves):
         kept = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
         self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
         try:
-            return shield_workers(super().get_eval_dataloader(*args, **kwargs))
+            return shield_workers(super().get_eval_dataloader(*args, **kwargs), self.args.ddp_timeout)
         finally:
             self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = kept
 

@@ -307,7 +307,12 @@ def test_an_error_of_one_process_of_two_is_told_once(work):
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0 and content(work / "run") == before
-    assert [line for line in done.stderr.splitlines() if "only here" in line] == ["process 1: error: only here"]
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if "only here" in line] == [
+        "process 1: error: only here",
+        "  traceback : error: only here",
+    ]
+    assert "  traceback : error: only here" in lines[-15:]  # of torchrun's own report, which ends with it
 
 
 def test_a_new_run_replaces_the_earlier_one_when_it_steps(work, tmp_path):
