@@ -54,6 +54,21 @@ def plain_messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": message_text(record)}]
 
 
+def transcript(record: Mapping[str, Any], last: bool = True) -> str:
+    """The messages before a response as one text to look at; empty if there is only a question.
+
+    >>> roles = ("system", "user", "assistant")
+    >>> transcript({"messages": [{"role": role, "content": f"the-{role}"} for role in roles]})
+    'system: the-system\\n\\nuser: the-user'
+
+    Args:
+        last: with the question that is answered.
+    """
+    turns = to_messages(record) if conversation_of(record) else []
+    shown = turns if last else turns[:-1]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in shown) if len(turns) > 1 else ""
+
+
 def message_text(record: Mapping[str, Any]) -> str:
     """Instruction and input as the content of one message.
 

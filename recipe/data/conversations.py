@@ -26,9 +26,12 @@ ROLES = {
 OF_TOOLS = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
 # what a message may hold beside its content, and this recipe cannot learn from
 NOT_TEXT = {
-    **dict.fromkeys(("tool_calls", "function_call"), "calls of tools are not learned"),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "write it into the content, between <think> marks"),
-    **dict.fromkeys(("images", "image", "audio", "video"), "only text is learned"),
+    **dict.fromkeys(("tool_calls", "function_call"), "calls of tools are not learned; remove the row"),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "write it into the content, between <think> marks, or remove the row",
+    ),
+    **dict.fromkeys(("images", "image", "audio", "video"), "only text is learned; remove the row"),
 }
 FIX = "; fix it or remove the row"
 
@@ -108,7 +111,7 @@ def _message(turn: Any, where: str) -> Message | Problem:
         return Problem("an unknown role", f"{where} has the role {shown}; give one of {known}, or remove the row")
     for key, advice in NOT_TEXT.items():
         if turn.get(key) not in (None, "", []):
-            return Problem(f"a message with {key!r}", f"{where} ({role}) has {key!r}: {advice}, or remove the row")
+            return Problem(f"a message with {key!r}", f"{where} ({role}) has {key!r}: {advice}")
     text = _text(content, f"{where} ({role})")
     if isinstance(text, Problem):
         return text

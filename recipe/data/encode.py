@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments, UserError
 from recipe.data.conversations import select_texts
-from recipe.data.examples import Examples, as_rows, examples_of
+from recipe.data.examples import Examples, as_rows, example_bounds, examples_of
 from recipe.data.origin import origin, place
 from recipe.data.records import LeftOut, in_one_line, problem_report, report_lines
 from recipe.data.split import load_records
@@ -305,14 +305,19 @@ def _length_problems(
 def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:
     """Token counts of each split, one dict per split; `preamble` is its length in tokens, from `template_overhead`.
 
-    `preamble` and `supervised` are shares of the tokens. The first token of a record is never supervised.
+    `preamble` and `supervised` are shares of the tokens. The first token of an example is never supervised. Splits with
+    conversations also have `turns`, which are learned, and `turns_left_out` if some are too long.
     """
     statistics = []
     for name, split in encoded.items():
         table = split.with_format("arrow")[:]
         lengths = table["length"].to_numpy()
         supervised = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
-        supervised[lengths.cumsum() - lengths] = False
+        starts, _ = example_bounds(table)
+        supervised[starts] = False
+        turns = {
+            name: pc.sum(table[name]).as_py() for name in OF_TURNS if name in table.column_names and name != "ends"
+        }
         statistics.append(
             {
                 "split": name,
@@ -320,10 +325,11 @@ def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Datas
                 "tokens": len(supervised),
                 "mean": len(supervised) / len(split),
                 "longest": int(lengths.max()),
-                "preamble": preamble * len(split) / len(supervised),
+                "preamble": preamble * len(starts) / len(supervised),
                 "supervised": int(supervised.sum()) / len(supervised),
                 "truncated": pc.sum(table["truncated"]).as_py(),
                 "dropped": len(records[name]) - len(split),
+                **turns,
             }
         )
     return statistics

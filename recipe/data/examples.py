@@ -84,3 +84,18 @@ def _join(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
         rows.append((tokens, labels))
     ends = np.cumsum([len(tokens) for tokens, _ in rows]).tolist()
     return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows]), ends
+
+
+def example_bounds(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Where each example of encoded rows starts and ends in their flattened tokens."""
+    stops = table["length"].to_numpy().cumsum()
+    if "ends" not in table.column_names:
+        return np.concatenate([[0], stops[:-1]]), stops
+    inner = [
+        [stop] if ends is None else ends
+        for stop, ends in zip(table["length"].to_pylist(), table["ends"].to_pylist(), strict=True)
+    ]
+    ends = np.concatenate(
+        [start + np.array(each) for start, each in zip([0, *stops[:-1].tolist()], inner, strict=True)]
+    )
+    return np.concatenate([[0], ends[:-1]]), ends

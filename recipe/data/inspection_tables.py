@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recipe.console import one_line, print_table
+from recipe.templates import transcript
 
 
 def print_report(report: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
@@ -111,7 +112,7 @@ def print_examples(title: str, groups: Sequence[Sequence[Mapping[str, Any]]], no
         if note:
             console.print(Text(f"  {note}"))
         for record in group:
-            prompt = " | ".join(text for text in (record["instruction"], record["input"]) if text)
+            prompt = transcript(record) or " | ".join(filter(None, (record["instruction"], record["input"])))
             where = f"{one_line(record['split'])} row {record['row']}"
             console.print(Text(f"  {where:<20} {one_line(prompt, 100)} → {one_line(record['output'], 60)}"))
 

@@ -45,10 +45,10 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     its scores.
 
     Returns:
-        splits with the columns `instruction`, `input`, `output` (text; `input` may be empty or null), `messages` (null,
-        or JSON of a conversation, see `recipe.data.conversations`; then the others are its last question and the answer
-        to it), `family` (text or null) and `row`, the record's number in the split it was read from, counted from 0;
-        and what is left out.
+        splits with the columns `instruction`, `input`, `output` (text; `input` may be empty or null), `family` (text
+        or null) and `row`, the record's number in the split it was read from, counted from 0; and what is left out.
+        With conversations also `messages`, JSON of one (see `recipe.data.conversations`) or null; then instruction and
+        output are its last question and the answer to it.
         With `extra`, the names of other columns, also `extra`: JSON of those that the record has.
 
     Raises:
@@ -82,8 +82,10 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
             start += len(records)
         if parts:
             splits[split] = concatenate_datasets(parts)
-            if not extra:
-                splits[split] = splits[split].remove_columns("extra")
+            unused = [] if extra else ["extra"]
+            if splits[split].with_format("arrow")[:]["messages"].null_count == len(splits[split]):
+                unused.append("messages")
+            splits[split] = splits[split].remove_columns(unused)
             # not as an argument of `concatenate_datasets`: the cache of the tokens would depend on names of files
             info = splits[split].info
             info.read_as, info.files, info.first_rows = split, read_files, first_rows
