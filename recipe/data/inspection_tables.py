@@ -78,7 +78,10 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
     columns = ["split", "max_length", "too long", "prompt tokens cut", "response tokens cut", "without end"]
     title = f"Records over a length limit, and what truncate would cut (limit in training: {settings['max_length']:,})"
     lines = [[name, *map(number, cost.values())] for name, cost in costs]
-    print_table(title, columns, lines, caption="limits that are not listed cut nothing")
+    caption = "limits that are not listed cut nothing"
+    if any(split["turns"] > split["records"] for split in splits.values()):
+        caption += "; of conversations, turns are counted, each with its history"
+    print_table(title, columns, lines, caption=caption)
 
 
 def print_records(report: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
                 problems += [f"{name}{line}" for line in str(error).split("\n")]
                 continue
             if cut := pc.sum(pc.greater(records.with_format("arrow")[:]["unanswered"], 0)).as_py():
-                left_out.notes.append(f"{name}: {cut:,} conversations go on after their last answer; that is left out")
+                left_out.notes.append(f"{name}: what follows the last answer is left out ({cut:,} conversations)")
             good, bad = _good_and_bad(records, start)
             left_out.bad += [{"file": name, "split": split, **record} for record in bad]
             parts.append(good)

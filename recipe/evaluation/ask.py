@@ -41,7 +41,8 @@ def ask_weights(
 
     tokenizer = load_tokenizer(model_args)
     model, _ = load_model(model_args, tokenizer)
-    stop_at(model, tokenizer, template)
+    if not tokenizer.chat_template or tokenizer.chat_template not in template.chat_template:
+        stop_at(model, tokenizer, template)  # with its own template, it stops where `generate` does
     model.to(state.device)
     prompts = prompt_ids(template, tokenizer, predictions)
     references = [prediction["output"] for prediction in predictions]

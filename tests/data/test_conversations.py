@@ -295,7 +295,7 @@ def test_what_follows_the_last_answer_is_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": [*HI, HI[0]]}, {"messages": HI}])
     splits, left_out = load_records(settings(path))
     assert [json.loads(text) for text in splits["train"]["messages"][:]] == [HI, HI]
-    assert left_out.notes == [f"{path}: 1 conversations go on after their last answer; that is left out"]
+    assert left_out.notes == [f"{path}: what follows the last answer is left out (1 conversations)"]
 
 
 def test_turns_with_weight_0_and_those_of_a_prompt_are_history_alone(tmp_path):
