@@ -86,7 +86,7 @@ class DataArguments:
     test_ratio: float = setting(0.10, "Share of the training records for testing if the data names no split.")
     split_seed: int = setting(123, "Seed of the split, apart from the seed of training.")
     template: str = setting(
-        "alpaca", "alpaca, phi3, tokenizer (the one it brings), or the path of a Jinja chat template."
+        "alpaca", "alpaca, phi3, chatml, tokenizer (the one it brings), or the path of a Jinja chat template."
     )
     mask_prompt: bool = setting(True, "Learn from the response only, not from the prompt.")
     max_length: int | None = setting(None, "Longest record in tokens; default: what tokenizer and model allow.")

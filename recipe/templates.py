@@ -202,7 +202,9 @@ def saved_template(tokenizer: PreTrainedTokenizerBase, subject: str = "the token
         UserError: it has none, or the prompt of a sample record fails or loses its instruction or its input.
     """
     if not tokenizer.chat_template:
-        raise UserError(f"{subject} has no chat template of its own; give alpaca, phi3 or the path of a .jinja file")
+        raise UserError(
+            f"{subject} has no chat template of its own; give alpaca, phi3, chatml or the path of a .jinja file"
+        )
     try:
         source = tokenizer.get_chat_template()
     except ValueError as error:  # several, none of them the default
