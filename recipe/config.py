@@ -76,11 +76,17 @@ class DataArguments:
     instruction_column: str = setting("instruction", "Column of the instruction.")
     input_column: str = setting("input", "Column of the optional input.")
     output_column: str = setting("output", "Column of the response to learn.")
+    messages_column: str | None = setting(
+        None,
+        "Column of the turns of conversations; default: messages or conversations, where records have no instruction "
+        "and output.",
+    )
+    learn: Literal["all", "last"] = setting("all", "Which of a conversation's assistant turns to learn.")
     validation_ratio: float = setting(0.05, "Share of the training records for validation if the data names no split.")
     test_ratio: float = setting(0.10, "Share of the training records for testing if the data names no split.")
     split_seed: int = setting(123, "Seed of the split, apart from the seed of training.")
     template: str = setting(
-        "alpaca", "alpaca, phi3, tokenizer (the one it brings), or the path of a Jinja chat template."
+        "alpaca", "alpaca, phi3, chatml, tokenizer (the one it brings), or the path of a Jinja chat template."
     )
     mask_prompt: bool = setting(True, "Learn from the response only, not from the prompt.")
     max_length: int | None = setting(None, "Longest record in tokens; default: what tokenizer and model allow.")

@@ -257,11 +257,15 @@ def print_token_statistics(
     for split in statistics:
         counts = [f"{split[name]:,}" for name in ("rows", "tokens", "longest")]
         rows.append([split["split"], *counts, f"{split['preamble']:.0%}", f"{split['supervised']:.0%}"])
+    turns, left_out = (sum(split.get(name, 0) for split in statistics) for name in ("turns", "turns_left_out"))
     notes_of = {
         "cut to max_length": sum(split["truncated"] for split in statistics),
         "left out because they are too long": sum(split["dropped"] for split in statistics),
         "left out because a later split holds them too": leaked,
         **{f"left out as bad: {reason}": count for reason, count in bad.items()},
     }
-    caption = "\n".join([*(f"{count:,} records {note}" for note, count in notes_of.items() if count), *notes])
+    lines = [f"{count:,} records {note}" for note, count in notes_of.items() if count]
+    lines += [f"{turns:,} turns of the assistant are learned in conversations"] if turns else []
+    lines += [f"{left_out:,} turns left out because their history is too long"] if left_out else []
+    caption = "\n".join([*lines, *notes])
     print_table("Records in tokens", headings, rows, caption=caption)

@@ -27,6 +27,7 @@ from transformers.activations import NewGELUActivation
 
 from recipe.config import ModelArguments, UserError
 from recipe.templates import Template
+from recipe.tokens import end_id, turn_of
 
 # how weights were stored before safetensors, or are elsewhere; and files of a training run that end so too
 OTHER_WEIGHTS = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
@@ -212,7 +213,7 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     special_tokens = {key: getattr(tokenizer, key) for key in SPECIAL_TOKEN_IDS}
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model, tokenizer, template)
     model.config.update(special_tokens)
     longest = min(256, (context_length(model.config) or 512) // 2)
     model.generation_config = GenerationConfig(
@@ -220,12 +221,21 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     )
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
-    """The end of text that is learned, and further special tokens at which the model has stopped until now."""
+def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Let a model stop where the template ends a turn, too."""
+    if model.generation_config is None:
+        model.generation_config = GenerationConfig()
+    known = model.generation_config.eos_token_id
+    ends = [end_id(tokenizer, turn_of(template, tokenizer)), *(known if isinstance(known, list) else [known])]
+    model.generation_config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> int | list[int]:
+    """The ends of text and of turn, one of which is learned, and further special tokens at which the model stopped."""
     known = model.generation_config.eos_token_id if model.generation_config is not None else None
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     further = [token for token in (known if isinstance(known, list) else [known]) if token in special]
-    ends = list(dict.fromkeys([tokenizer.eos_token_id, *further]))
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, end_id(tokenizer, turn_of(template, tokenizer)), *further]))
     return ends if len(ends) > 1 else ends[0]
 
 

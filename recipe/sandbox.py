@@ -56,7 +56,12 @@ class RenderError(Exception):
 
 
 def render(
-    source: str, contexts: Sequence[Mapping[str, Any]], shared: Mapping[str, Any] | None = None, *, chat: bool = True
+    source: str,
+    contexts: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any] | None = None,
+    *,
+    chat: bool = True,
+    refused: dict[int, str] | None = None,
 ) -> list[str]:
     """One text for each context.
 
@@ -68,14 +73,19 @@ def render(
         contexts: the variables of each text; values as in JSON.
         shared: variables of all texts.
         chat: as transformers renders chat templates; else a missing variable is an error, and blank lines are kept.
+        refused: is given why a text could not be rendered, by the index of its context; that text is then empty.
 
     Raises:
-        RenderError: the template is wrong, refuses a text, or needs more than its share of time, memory or length.
+        RenderError: the template is wrong, refuses a text (without `refused`), or needs more than its share of time,
+            memory or length.
     """
     texts: list[str] = []
     while len(texts) < len(contexts):  # the helper sends fewer than it was asked for if they are long
         batch = contexts[len(texts) : len(texts) + BATCH]
-        texts += _ask(source, batch, shared or {}, chat, [])["texts"]
+        reply = _ask(source, batch, shared or {}, chat, [], refused is not None)
+        if refused is not None:
+            refused |= {len(texts) + int(index): said for index, said in reply["refused"].items()}
+        texts += reply["texts"]
     return texts
 
 
@@ -93,10 +103,15 @@ def settings_of(source: str, context: Mapping[str, Any], names: Sequence[str]) -
 
 
 def _ask(
-    source: str, contexts: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], chat: bool, names: Sequence[str]
+    source: str,
+    contexts: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    chat: bool,
+    names: Sequence[str],
+    each: bool = False,
 ) -> dict[str, Any]:
     request = {
-        "source": source, "contexts": contexts, "shared": shared, "chat": chat, "names": names,
+        "source": source, "contexts": contexts, "shared": shared, "chat": chat, "names": names, "each": each,
         "seconds": SECONDS, "longest": LONGEST,
     }  # fmt: skip
     content = json.dumps(request, default=str).encode()

@@ -76,6 +76,7 @@ def compiled(source: str, chat: bool) -> jinja2.Template:
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """The texts of a request, or what is wrong with its template."""
     texts: list[str] = []
+    refused: dict[int, str] = {}
     total = 0
     try:
         start_clock(request["seconds"])
@@ -85,14 +86,22 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             return {"settings": {name: values.get(name) for name in request["names"]}}
         for context in request["contexts"]:
             start_clock(request["seconds"])
-            texts.append(template.render(request["shared"], **context))
+            try:
+                texts.append(template.render(request["shared"], **context))
+            except (MemoryError, RecursionError):
+                raise
+            except Exception as error:
+                if not request["each"]:
+                    raise
+                refused[len(texts)] = problem(str(error) or type(error).__name__)["error"]
+                texts.append("")
             if len(texts[-1]) > request["longest"]:
                 length, longest = len(texts[-1]), request["longest"]
                 return problem(f"it makes a text of {length:,} characters; at most {longest:,} are taken")
             total += len(texts[-1])
             if total > MOST_AT_ONCE:
                 break
-        return {"texts": texts}
+        return {"texts": texts, "refused": refused}
     except MemoryError:
         texts = texts[:0]
         return problem("it takes too much memory, more than 1 GB")

@@ -2,16 +2,19 @@
 
 Training, evaluation and `apply_chat_template` of the saved tokenizer all render this one template. Templates of other
 models (ChatML, Llama, Gemma, ...) know nothing of a record's input: there it stands in the content of the message.
+A record may be a conversation, in `messages`; its last message is the response.
 A template is a program of somebody else: it is rendered in a bounded process, see `recipe.sandbox`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,20 +24,53 @@ from recipe.sandbox import RenderError, render
 OWN = "tokenizer"  # the name of the template that a tokenizer brings
 BUILT_IN = Path(__file__).with_name("chat_templates")
 SAMPLE = {"instruction": "the-instruction", "input": "the-input", "output": "the-output"}
+END_OF_TURN = "<|im_end|>"
+CHATML_END = "{%- set end_of_turn = '<|im_end|>' -%}"  # as in chatml.jinja
+EMPTY_REASONING = re.compile(r"\s*(?:<think>\s*</think>\s*)?")  # as Qwen 3 writes before an answer without reasoning
 BEGIN = "{#- This model's prompts begin with its begin-of-text token. -#}{{- bos_token }}"
 
 
-def to_messages(record: Mapping[str, str | None]) -> list[dict[str, str]]:
+def to_messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The chat messages of a record's prompt; the record's input is a key of its own beside the content.
 
     >>> to_messages({"instruction": "Make it plural.", "input": "cat", "output": "cats"})
     [{'role': 'user', 'content': 'Make it plural.', 'input': 'cat'}]
     """
+    if turns := conversation_of(record):
+        return [{"role": turn["role"], "content": turn["content"]} for turn in turns[:-1]]
     return [{"role": "user", "content": record["instruction"] or "", "input": record.get("input") or ""}]
 
 
-def message_text(record: Mapping[str, str | None]) -> str:
-    """A record as the content of one message, for servers and templates that read nothing else of a message.
+def conversation_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a record that is a conversation, from a list or JSON of it; none of another record."""
+    turns = record.get("messages") or []
+    return json.loads(turns) if isinstance(turns, str) else turns
+
+
+def plain_messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The chat messages of a record's prompt, for servers and templates that read nothing but role and content."""
+    if conversation_of(record):
+        return to_messages(record)
+    return [{"role": "user", "content": message_text(record)}]
+
+
+def transcript(record: Mapping[str, Any], last: bool = True) -> str:
+    """The messages before a response as one text to look at; empty if there is only a question.
+
+    >>> roles = ("system", "user", "assistant")
+    >>> transcript({"messages": [{"role": role, "content": f"the-{role}"} for role in roles]})
+    'system: the-system\\n\\nuser: the-user'
+
+    Args:
+        last: with the question that is answered.
+    """
+    turns = to_messages(record) if conversation_of(record) else []
+    shown = turns if last else turns[:-1]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in shown) if len(turns) > 1 else ""
+
+
+def message_text(record: Mapping[str, Any]) -> str:
+    """Instruction and input as the content of one message.
 
     The Alpaca template renders this text to the prompt of training.
 
@@ -58,34 +94,38 @@ class Template:
     input_in_content: bool = False  # because the template reads nothing of a message but its content
     source: str = field(default="", repr=False, compare=False)  # where it is from, for messages; default: its name
 
-    def messages(self, record: Mapping[str, str | None]) -> list[dict[str, str]]:
+    def messages(self, record: Mapping[str, Any]) -> list[dict[str, str]]:
         """The chat messages that this template, and `apply_chat_template` with it, renders to the record's prompt."""
-        if self.input_in_content:
-            return [{"role": "user", "content": message_text(record)}]
-        return to_messages(record)
+        return plain_messages(record) if self.input_in_content else to_messages(record)
 
-    def prompt(self, record: Mapping[str, str | None]) -> str:
+    def prompt(self, record: Mapping[str, Any]) -> str:
         """The text before the response."""
         return self.prompts([record])[0]
 
-    def prompts(self, records: Iterable[Mapping[str, str | None]]) -> list[str]:
+    def prompts(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
         """`prompt` of many records.
 
         Raises:
             UserError: the template refuses a record, or needs more than its share of time, memory or length.
         """
-        return self._render([self.messages(record) for record in records], add_generation_prompt=True)
+        return self.render([self.messages(record) for record in records], add_generation_prompt=True)
 
-    def conversation(self, record: Mapping[str, str | None]) -> str:
+    def conversation(self, record: Mapping[str, Any]) -> str:
         """The whole text: prompt, response, and what the template puts behind it."""
-        [text] = self._render([[*self.messages(record), {"role": "assistant", "content": record["output"] or ""}]])
+        [text] = self.render([[*self.messages(record), {"role": "assistant", "content": record["output"] or ""}]])
         return text
 
-    def _render(self, conversations: Sequence[list[dict[str, str]]], add_generation_prompt: bool = False) -> list[str]:
+    def render(
+        self,
+        chats: Sequence[Sequence[Mapping[str, str]]],
+        add_generation_prompt: bool = False,
+        refused: dict[int, str] | None = None,
+    ) -> list[str]:
+        """The text of each list of messages; those that the template refuses are empty, and said in `refused`."""
         variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            contexts = [{"messages": messages} for messages in conversations]
-            return render(self.chat_template, contexts, variables | dict(self.special_tokens))
+            contexts = [{"messages": messages} for messages in chats]
+            return render(self.chat_template, contexts, variables | dict(self.special_tokens), refused=refused)
         except RenderError as error:
             where = f" line {error.line}" if error.line else ""
             raise UserError(f"template {self.source or self.name}{where}: {error}") from error
@@ -96,9 +136,10 @@ class Template:
         If the tokenizer itself begins with its begin-of-text token (Llama, Gemma), so does each prompt, once. GPT-2's
         does not.
         """
-        template = replace(
-            self, chat_template=self.chat_template.removeprefix(BEGIN), special_tokens=tokenizer.special_tokens_map
-        )
+        source = self.chat_template.removeprefix(BEGIN)
+        if END_OF_TURN not in tokenizer.get_added_vocab():  # of our own chatml alone: it stops where it can
+            source = source.replace(CHATML_END, CHATML_END.replace(f"'{END_OF_TURN}'", "eos_token"))
+        template = replace(self, chat_template=source, special_tokens=tokenizer.special_tokens_map)
         if not begins_with_bos(tokenizer) or template.prompt(SAMPLE).lstrip().startswith(str(tokenizer.bos_token)):
             return template
         # Jinja removes blanks before a first block only where nothing stands before them
@@ -128,8 +169,8 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
     """A template to train with, checked on a sample record: built-in, the tokenizer's own, or a file of yours.
 
     Args:
-        name_or_path: `alpaca`, `phi3`, `tokenizer` (the chat template that the tokenizer brings), or the path of a
-            `.jinja` file.
+        name_or_path: `alpaca`, `phi3`, `chatml`, `tokenizer` (the chat template that the tokenizer brings), or the path
+            of a `.jinja` file.
         tokenizer: gives the special tokens, for templates that name them, and its rule about the beginning of a text:
             see `Template.for_tokenizer`.
 
@@ -161,7 +202,9 @@ def saved_template(tokenizer: PreTrainedTokenizerBase, subject: str = "the token
         UserError: it has none, or the prompt of a sample record fails or loses its instruction or its input.
     """
     if not tokenizer.chat_template:
-        raise UserError(f"{subject} has no chat template of its own; give alpaca, phi3 or the path of a .jinja file")
+        raise UserError(
+            f"{subject} has no chat template of its own; give alpaca, phi3, chatml or the path of a .jinja file"
+        )
     try:
         source = tokenizer.get_chat_template()
     except ValueError as error:  # several, none of them the default
@@ -201,9 +244,10 @@ def _prepare(template: Template, tokenizer: PreTrainedTokenizerBase | None) -> T
 
 def _check_response(template: Template) -> None:
     """Refuse a template that adds text between its prompt and its response, or loses the response."""
-    expected, rendered = template.prompt(SAMPLE) + SAMPLE["output"], template.conversation(SAMPLE)
-    if not rendered.startswith(expected):
+    prompt, rendered = template.prompt(SAMPLE), template.conversation(SAMPLE)
+    between = rendered.removeprefix(prompt).partition(SAMPLE["output"])[0]
+    if not rendered.startswith(prompt) or SAMPLE["output"] not in rendered or not EMPTY_REASONING.fullmatch(between):
         raise UserError(
             f"template {template.source}: a whole conversation must begin with the prompt and the response\n"
-            f"  prompt and response: {expected[:300]!r}\n  conversation:        {rendered[:300]!r}"
+            f"  prompt and response: {(prompt + SAMPLE['output'])[:300]!r}\n  conversation:        {rendered[:300]!r}"
         )

@@ -21,9 +21,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from recipe.config import UserError
-from recipe.templates import Template
+from recipe.templates import SAMPLE, Template
 
 Record = Mapping[str, Any]
+Chat = Sequence[Mapping[str, str]]
 Pieces = list[tuple[str, bool]]  # of a text that spells special tokens, each with whether it is a marker
 # a character to hide a spelling behind: of private use, or one that each normalizer keeps
 HIDING = [chr(code) for code in (*range(0xE000, 0xF900), *range(0x2580, 0x2600))]
@@ -36,16 +37,62 @@ class FlatTokens(NamedTuple):
     No lists: thousands of them keep Python's garbage collector busy.
 
     `unreadable` are the indices of texts that spell a special token which the tokenizer cannot read as text, and it:
-    their tokens are not to be used.
+    their tokens are not to be used. `refused` are those of prompts that the template refuses, and what it says.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     unreadable: Mapping[int, str] = types.MappingProxyType({})
+    refused: Mapping[int, str] = types.MappingProxyType({})
 
     def lists(self) -> list[list[int]]:
         """The tokens of each text."""
         return [row.tolist() for row in np.split(self.tokens, self.lengths.cumsum())[:-1]]
+
+
+class Turn(NamedTuple):
+    """How a template writes the response behind its prompt.
+
+    `end` is the special token at which generation stops; `lead` and `tail` are what stands before the response and
+    between it and that token; `strips` says whether blanks at the response's beginning and at its end are removed.
+    """
+
+    end: str
+    lead: str = ""
+    tail: str = ""
+    strips: tuple[bool, bool] = (False, False)
+
+    def text(self, response: str, eos_token: str) -> str:
+        """A response as it is learned, without its end; empty if it is nothing else."""
+        text = without_end(response, eos_token, self.end)
+        text = text.lstrip() if self.strips[0] else text
+        text = text.rstrip() if self.strips[1] else text
+        return f"{self.lead}{text}{self.tail}" if text else ""
+
+
+def turn_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> Turn:
+    """What the template puts around the last response, found by rendering one.
+
+    The end is the first special token behind the response; where there is none, the end-of-text token.
+    """
+    eos_token, output, blank = str(tokenizer.eos_token), SAMPLE["output"], " \n "
+    template = template.for_tokenizer(tokenizer)
+    try:
+        prompt, rendered = template.prompt(SAMPLE), template.conversation(SAMPLE)
+        padded = template.conversation({**SAMPLE, "output": f"{blank}{output}{blank}"})
+    except UserError:  # a template of others, which may take no response at all
+        return Turn(eos_token)
+    before, found, behind = rendered.rpartition(output)
+    if not found:
+        return Turn(eos_token)
+    lead = before.removeprefix(prompt)
+    end = any_of(special_tokens(tokenizer)).search(behind)
+    return Turn(
+        end[0] if end else eos_token,
+        lead if before.startswith(prompt) and lead.isspace() else "",
+        behind[: end.start()] if end else "",
+        (f"{blank}{output}" not in padded, f"{output}{blank}" not in padded),
+    )
 
 
 def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]) -> list[list[int]]:
@@ -54,21 +101,26 @@ def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, records: 
     They begin with the tokenizer's begin-of-text token if its own rule is to begin with it.
 
     Raises:
-        UserError: a record spells a special token, and this tokenizer cannot read it as text.
+        UserError: the template refuses a record, or one spells a special token that this tokenizer cannot read as text.
     """
     records = list(records)
     prompts = encode_prompts(template, tokenizer, records)
+    for index, said in prompts.refused.items():
+        name = records[index].get("id", f"row {records[index].get('row', index)}")
+        raise UserError(f"template {template.source or template.name}: {said} ({name})")
     _refuse_unreadable(prompts, [record.get("id", f"row {record.get('row', i)}") for i, record in enumerate(records)])
     return prompts.lists()
 
 
-def response_ids(tokenizer: PreTrainedTokenizerBase, responses: Iterable[str]) -> list[list[int]]:
-    """The token ids of each response and one end-of-text token, as in training.
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase, responses: Iterable[str], turn: Turn | None = None
+) -> list[list[int]]:
+    """The token ids of each response and of its end, as in training; without `turn` that is the end-of-text token.
 
     Raises:
         UserError: a response spells a special token, and this tokenizer cannot read it as text.
     """
-    encoded = encode_responses(tokenizer, list(responses))
+    encoded = encode_responses(tokenizer, list(responses), turn)
     _refuse_unreadable(encoded, [f"row {index}" for index in range(len(encoded.lengths))])
     return encoded.lists()
 
@@ -81,14 +133,14 @@ def as_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence
     return _encode(tokenizer, texts).lists()
 
 
-def without_end(response: str, eos_token: str) -> str:
+def without_end(response: str, *ends: str) -> str:
     """A response without the end-of-text tokens written at its end, as data made for another trainer has them.
 
     >>> without_end("It is </s> here.</s>\\n", "</s>")
     'It is </s> here.'
     """
-    while (end := response if response.endswith(eos_token) else response.rstrip()).endswith(eos_token):
-        response = end.removesuffix(eos_token)
+    while found := next((end for end in ends for text in (response, response.rstrip()) if text.endswith(end)), ""):
+        response = (response if response.endswith(found) else response.rstrip()).removesuffix(found)
     return response if response.strip() else ""
 
 
@@ -106,14 +158,25 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def encode_prompts(template: Template, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> FlatTokens:
-    """`prompt_ids` as flat arrays; what cannot be read as text is in `unreadable`."""
+    """`prompt_ids` as flat arrays; what is wrong with prompts is in `unreadable` and `refused`."""
+    return encode_chats(template, tokenizer, [template.messages(record) for record in records])
+
+
+def encode_chats(template: Template, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> FlatTokens:
+    """`encode_prompts` of lists of messages, each with `content` and perhaps an `input`."""
     template, special = template.for_tokenizer(tokenizer), any_of(special_tokens(tokenizer))
-    texts = [f"{record['instruction'] or ''}\n{record.get('input') or ''}" for record in records]
+    if any(message["role"] == "assistant" for chat in chats for message in chat):
+        ends = str(tokenizer.eos_token), turn_of(template, tokenizer).end
+        chats = [[_without_ends(message, ends) for message in chat] for chat in chats]
+    refused: dict[int, str] = {}
+    prompts = template.render(chats, True, refused)
+    refused |= {index: said for index, chat in enumerate(chats) if (said := _lost(chat, prompts[index]))} | refused
+    texts = ["\n".join(text for message in chat for text in _texts(message)) for chat in chats]
     touching = _fields_touch(template, special_tokens(tokenizer))
     spelling = _which_spell(texts, special, tokenizer)
     found = [*range(len(texts))] if touching else spelling
     if not found:
-        return _encode(tokenizer, template.prompts(records))
+        return _encode(tokenizer, prompts)._replace(refused=refused)
     mark = _unused_character([*texts, template.chat_template], tokenizer)
     hidden: list[str] = []
 
@@ -121,27 +184,56 @@ def encode_prompts(template: Template, tokenizer: PreTrainedTokenizerBase, recor
         hidden.append(match[0])
         return f"{mark}{len(hidden) - 1};"
 
-    shown, to_hide = [*records], WHOLE_TEXT if touching else special
-    for index in found:
-        fields = {name: records[index].get(name) or "" for name in ("instruction", "input")}
-        shown[index] = {name: to_hide.sub(hide, text) for name, text in fields.items()}
-    prompts = template.prompts(shown)
+    def render_hidden(indices: Sequence[int], pattern: re.Pattern[str]) -> list[str]:
+        shown = [
+            [
+                {**message} | {key: pattern.sub(hide, message[key]) for key in ("content", "input") if key in message}
+                for message in chats[index]
+            ]
+            for index in indices
+        ]
+        return template.render(shown, True, {})
+
+    apart = dict(zip(found, render_hidden(found, WHOLE_TEXT if touching else special), strict=True))
     if touching:  # most records need no care: their prompts have the template's markers alone
-        apart, prompts = prompts, template.prompts(records)
         others = (i for i in found if special.findall(prompts[i]) != special.findall(apart[i]))
         found = sorted({*spelling, *others})
-        prompts = [apart[index] if index in found else prompt for index, prompt in enumerate(prompts)]
-    spelled = {index: _split_at_markers(prompts[index], special, mark, hidden) for index in found}
-    return _encode(tokenizer, prompts, spelled, mark)
+    reveal = functools.partial(re.sub, f"{mark}(\\d+);", lambda match: hidden[int(match[1])])
+    # a template may look into a text, for reasoning to leave out; then only the special tokens in it are hidden
+    looked_into = [index for index in found if touching and reveal(apart[index]) != prompts[index]]
+    apart |= zip(looked_into, render_hidden(looked_into, special), strict=True)
+    spelled = {index: _split_at_markers(apart[index], special, mark, hidden) for index in found}
+    return _encode(tokenizer, prompts, spelled, mark)._replace(refused=refused)
+
+
+def _texts(message: Mapping[str, str]) -> list[str]:
+    return [message["content"], message.get("input", "")]
+
+
+def _without_ends(message: Mapping[str, str], ends: Iterable[str]) -> Mapping[str, str]:
+    if message["role"] != "assistant":
+        return message
+    return {**message, "content": without_end(message["content"], *ends)}
+
+
+def _lost(chat: Chat, prompt: str) -> str | None:
+    """What is said of a conversation of which a prompt lacks a turn; reasoning of the assistant may be left out."""
+    for index, message in enumerate(chat) if len(chat) > 1 else ():
+        if message["role"] != "assistant" and message["content"].strip() not in prompt:
+            return f"it leaves out messages[{index}] ({message['role']})"
+    return None
 
 
 def _fields_touch(template: Template, special: Iterable[str]) -> bool:
-    """Whether a special token could begin in a field and end beside it: in the other field, or in the template."""
-    fields, characters = ("\ue000", "\ue001"), set().union(*special)
+    """Whether a special token could begin in a text and end beside it: in another text, or in the template."""
+    fields, characters = ("\ue000", "\ue001", "\ue002"), set().union(*special)
     samples = [{"instruction": a, "input": b} for a in (fields[0], "") for b in (fields[1], "")]
+    chats = [template.messages(sample) for sample in samples]
+    for roles in (("user", "assistant", "user"), ("system", "user")):
+        chats.append([{"role": role, "content": text} for role, text in zip(roles, fields, strict=False)])
     return any(
         prompt[place : place + 1] in characters or prompt[place : place + 1] in fields
-        for prompt in template.prompts(samples)
+        for prompt in template.render(chats, True, {})
         for field in fields
         if (index := prompt.find(field)) >= 0
         for place in (*([index - 1] if index else []), index + 1)
@@ -149,14 +241,24 @@ def _fields_touch(template: Template, special: Iterable[str]) -> bool:
     )
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> FlatTokens:
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], turn: Turn | None = None
+) -> FlatTokens:
     """`response_ids` as flat arrays; what cannot be read as text is in `unreadable`."""
-    special = any_of(special_tokens(tokenizer))
-    texts = [without_end(response, str(tokenizer.eos_token)) for response in responses]
+    special, eos_token = any_of(special_tokens(tokenizer)), str(tokenizer.eos_token)
+    turn = turn or Turn(eos_token)
+    texts = [turn.text(response, eos_token) for response in responses]
     found = _which_spell(texts, special, tokenizer)
     mark = _unused_character(texts, tokenizer) if found else ""
-    tokens, lengths, unreadable = _encode(tokenizer, texts, {index: [(texts[index], False)] for index in found}, mark)
-    return FlatTokens(np.insert(tokens, lengths.cumsum(), tokenizer.eos_token_id), lengths + 1, unreadable)
+    tokens, lengths, unreadable, _ = _encode(
+        tokenizer, texts, {index: [(texts[index], False)] for index in found}, mark
+    )
+    return FlatTokens(np.insert(tokens, lengths.cumsum(), end_id(tokenizer, turn)), lengths + 1, unreadable)
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> int:
+    """The token that ends a response."""
+    return special_tokens(tokenizer)[turn.end]
 
 
 def _which_spell(texts: Sequence[str], special: re.Pattern[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -72,11 +72,12 @@ def main(argv: list[str]) -> None:
     loaded, dropped = drop_cross_split_duplicates(given)
 
     # inspect
-    records, lengths = measure_lengths(loaded, tokenizer, data_args, left_out)
+    records, lengths, examples = measure_lengths(loaded, tokenizer, data_args, left_out)
     repetition, pairs = inspect_duplicates(given, records, args.near_duplicates, args.show)
     limits = sorted({*args.limits, data_args.max_length})
     overhead = template_overhead(load_template(data_args.template, tokenizer), tokenizer)
-    settings = ("data", "template", "mask_prompt", "max_length", "overflow")
+    settings = ("data", "template", "learn", "mask_prompt", "max_length", "overflow")
+    batch_size = args.per_device_train_batch_size
     report = {
         "command": command_line(),
         "versions": versions(),
@@ -84,11 +85,11 @@ def main(argv: list[str]) -> None:
         "settings": {
             "tokenizer": tokenizer.name_or_path,
             **{name: getattr(data_args, name) for name in settings},
-            "batch_size": args.per_device_train_batch_size,
+            "batch_size": batch_size,
         },
         "left_out_of_train_as_duplicates": dropped,
         "bad_records": left_out.reasons,
-        "splits": inspect_lengths(lengths, data_args, limits, args.per_device_train_batch_size, overhead),
+        "splits": inspect_lengths(lengths, data_args, limits, batch_size, overhead, examples),
         "repetition": repetition,
         **inspect_records(records, lengths, find_special_text(records, tokenizer), args.show),
     }

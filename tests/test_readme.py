@@ -42,6 +42,17 @@ def test_the_example_records_are_valid(tmp_path):
     assert len(load_records(data)[0]["train"]) == 2
 
 
+def test_the_example_of_conversations_is_learned_whole(tmp_path, demo_tokenizer):
+    from recipe.config import DataArguments
+    from recipe.data import load_splits
+
+    [block] = [block for block in blocks("bash") if "chats.jsonl" in block]
+    (tmp_path / "chats.jsonl").write_text(re.search(r"<<'END'\n(.*?)END\n", block, re.DOTALL)[1], encoding="utf-8")
+    data = DataArguments(data=str(tmp_path / "chats.jsonl"), template="chatml", validation_ratio=0, test_ratio=0)
+    rows = load_splits(data, demo_tokenizer)["train"]
+    assert rows["turns"][:] == [2, 2] and "ends" not in rows.column_names
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"(?:configs|scripts|recipe)/[\w./]+\.(?:yaml|py)", README))))
 def test_files_it_names_exist(name):
     assert (ROOT / name).is_file()

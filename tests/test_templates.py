@@ -131,7 +131,7 @@ def test_the_tokenizers_own_template_can_be_trained_with():
 
 
 def test_an_unknown_template_names_those_there_are():
-    with pytest.raises(UserError, match=r"unknown template 'alpacca': give one of alpaca, phi3, tokenizer"):
+    with pytest.raises(UserError, match=r"unknown template 'alpacca': give one of alpaca, chatml, phi3, tokenizer"):
         load_template("alpacca")
 
 

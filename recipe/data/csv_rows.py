@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from recipe.console import one_line
-from recipe.data.columns import Columns, UnreadableFileError, missing_columns, refuse_repeated
+from recipe.data.columns import Columns, UnreadableFileError, has_shape, missing_columns, refuse_repeated
 from recipe.data.file_kinds import not_text
 from recipe.data.values import Problem, Row
 
@@ -91,7 +91,7 @@ def _check_header(header: list[str], columns: Columns) -> None:
     if sign := re.fullmatch(r"sep=(.+)", header[0], re.IGNORECASE):
         name = DELIMITERS.get(sign[1], "another sign than commas")
         raise UnreadableFileError(f" separates its columns by {name} ({header[0]!r}); save it with commas")
-    if columns.fields["instruction"] not in header:
+    if columns.fields["instruction"] not in header and not has_shape(header, columns):
         for delimiter, name in DELIMITERS.items():
             if columns.fields["instruction"] in (part.strip('"') for part in ",".join(header).split(delimiter)):
                 raise UnreadableFileError(f" separates its columns by {name} ({delimiter!r}); save it with commas")

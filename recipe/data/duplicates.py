@@ -12,14 +12,14 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
-from recipe.data.columns import FIELDS
+from recipe.data.conversations import select_texts, text_of, texts_of
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 128  # hash functions of a MinHash
 WEIGHTS = (0.02, 0.98)  # penalties for false candidates and for missed pairs; finds 98 % of the pairs at 0.8
 MOST_CANDIDATES = 50  # a record is compared with at most 50 others in each split
 
-Record = dict[str, Any]  # split, row, instruction, input, output
+Record = dict[str, Any]  # split, row, instruction, input, output, and the messages of a conversation
 
 
 class Match(NamedTuple):
@@ -33,9 +33,9 @@ class Match(NamedTuple):
 def flatten(splits: Mapping[str, Dataset]) -> list[Record]:
     """The records of all splits, one after another; a null input becomes an empty one."""
     return [
-        {"split": name, **record, "input": record["input"] or ""}
+        {"split": name, **{k: v for k, v in record.items() if v or k != "messages"}, "input": record["input"] or ""}
         for name, split in splits.items()
-        for record in split.select_columns(["row", *FIELDS])
+        for record in select_texts(split, "row")
     ]
 
 
@@ -57,9 +57,9 @@ def inspect_duplicates(
     records = {name: flatten({name: split}) for name, split in given.items()}
     report = []
     for earlier, later in [*itertools.combinations(given, 2), *zip(given, given, strict=True)]:
-        same_prompt = _equal_records(records[later], records[earlier], FIELDS[:2])
+        same_prompt = _equal_records(records[later], records[earlier], 2)
         by_kind = {
-            "exact": _equal_records(records[later], records[earlier], FIELDS),
+            "exact": _equal_records(records[later], records[earlier], 3),
             "same_prompt": [match for match in same_prompt if match.record["output"] != match.other["output"]],
         }
         if threshold:
@@ -78,12 +78,12 @@ def inspect_duplicates(
     return {"threshold": threshold or None, "complete": complete, "splits": report}, pairs
 
 
-def _equal_records(records: Sequence[Record], others: Sequence[Record], fields: Sequence[str]) -> list[Match]:
-    """Each record with the first of `others` that has the same fields and is not the record itself."""
+def _equal_records(records: Sequence[Record], others: Sequence[Record], fields: int) -> list[Match]:
+    """Each record with the first of `others` that has the same first texts and is not the record itself."""
     first: dict[tuple[str, ...], Record] = {}
     for other in others:
-        first.setdefault(tuple(other[field] for field in fields), other)
-    pairs = [(record, first.get(tuple(record[field] for field in fields))) for record in records]
+        first.setdefault(texts_of(other)[:fields], other)
+    pairs = [(record, first.get(texts_of(record)[:fields])) for record in records]
     return [Match(record, other) for record, other in pairs if other is not None and other is not record]
 
 
@@ -124,7 +124,7 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[list[M
         ) from error
     different: dict[tuple[str, str], Record] = {}  # by split and text
     for record in records:
-        different.setdefault((record["split"], "\n".join(record[field] for field in FIELDS)), record)
+        different.setdefault((record["split"], text_of(record)), record)
     indexes = {
         name: MinHashLSH(min(threshold, 0.9), PERMUTATIONS, WEIGHTS)  # close to 1, MinHashLSH finds no settings
         for name in dict.fromkeys(split for split, _ in different)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,26 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments, UserError
-from recipe.data.columns import FIELDS
+from recipe.data.conversations import select_texts
+from recipe.data.examples import Examples, as_rows, example_bounds, examples_of
 from recipe.data.origin import origin, place
 from recipe.data.records import LeftOut, in_one_line, problem_report, report_lines
 from recipe.data.split import load_records
 from recipe.templates import Template, common_prefix, load_template
-from recipe.tokens import FlatTokens, encode_prompts, encode_responses, not_as_text, prompt_ids
+from recipe.tokens import FlatTokens, Turn, encode_chats, encode_responses, not_as_text, prompt_ids, turn_of
 
 # what decides an encoding beside tokenizer, template and settings
 PARTS = ("templates.py", "sandbox_process.py", "tokens.py")
-CODE = [Path(__file__), *(Path(__file__).parents[1] / name for name in PARTS)]
+CODE = [Path(__file__), Path(__file__).with_name("examples.py"), *(Path(__file__).parents[1] / name for name in PARTS)]
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 TOKENS = List(Value("int32"))
 ENCODED_FEATURES = Features(
     {"input_ids": TOKENS, "labels": TOKENS, "length": Value("int32"), "row": Value("int64"), "truncated": Value("bool")}
 )
+# of conversations: `ends`, where each example of a row ends; `turns`, how many are learned; and how many are too long
+OF_TURNS = Features({"ends": TOKENS, "turns": Value("int32"), "turns_left_out": Value("int32")})
 ABOUT = ("reason", "problem")  # of a bad record: why it is one, in few words and in full; null for a good one
-ALL_FEATURES = Features({**ENCODED_FEATURES, **dict.fromkeys(ABOUT, Value("string"))})
+ALL_FEATURES = Features({**ENCODED_FEATURES, **OF_TURNS, **dict.fromkeys(ABOUT, Value("string"))})
 
 
 def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
@@ -42,7 +45,8 @@ def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Da
     Returns:
         a `DatasetDict` of `train`, `validation`, `test` and whatever other splits the data names, with the columns
         `input_ids` and `labels` (T,), aligned, not yet shifted, -100 over the prompt with `mask_prompt`; `length` in
-        tokens; `row`, the record's number in the split it was read from, counted from 0; `truncated`.
+        tokens; `row`, the record's number in the split it was read from, counted from 0; `truncated`. Of conversations
+        also what `encode_records` says.
 
     Raises:
         UserError: see `load_records` and `encode_records`.
@@ -66,6 +70,12 @@ def encode_records(
     is text: it becomes no special token. A record longer than `max_length` is cut (`overflow="truncate"`, see
     `cut_lengths`) or left out (`"drop"`). A bad record spells a special token that the tokenizer cannot read as text,
     or its response is nothing but the end-of-text token; with `bad_records="drop"` it is left out.
+
+    Of a conversation each assistant turn that `learn` chooses is an example: what the template renders of its history,
+    and the turn with the template's own end. `max_length` holds for each. Where an example begins with all of the one
+    before it, both are one. The examples of a row that are left stand one after another in `input_ids`, and `ends` (k,)
+    says where each ends; `turns` counts what is learned, `turns_left_out` what is too long with `overflow="drop"`.
+    Splits that need none of these three columns do not have them.
 
     Raises:
         UserError: the tokenizer has no end-of-text token, `max_length` is too small, all records of a split are bad or
@@ -97,7 +107,7 @@ def encode_good_records(
             continue
         rows = split.with_format("numpy")["row"][:]
         is_bad = np.isin(rows, [one["row"] for one in bad])
-        texts = split.select(np.flatnonzero(is_bad)).select_columns(list(FIELDS))
+        texts = select_texts(split.select(np.flatnonzero(is_bad)))
         bad = [one | origin(split, one["row"], name) | {"record": t} for one, t in zip(bad, texts, strict=True)]
         good[name] = split.select(np.flatnonzero(~is_bad))
         if config.bad_records == "error":
@@ -114,7 +124,10 @@ def encode_good_records(
 def _without_bad(mapped: Dataset) -> tuple[Dataset, list[dict[str, Any]]]:
     """Encoded records without the bad ones, and for each of these its row and what is `ABOUT` it."""
     about = mapped.select_columns(["row", *ABOUT])
-    good = mapped.remove_columns(list(ABOUT))
+    table = mapped.select_columns(list(OF_TURNS)).with_format("arrow")[:]
+    nothing = {"ends": table["ends"].null_count == len(mapped), "turns": pc.max(table["turns"]).as_py() == 1}
+    nothing["turns_left_out"] = not pc.sum(table["turns_left_out"]).as_py()
+    good = mapped.remove_columns([*ABOUT, *(name for name, is_so in nothing.items() if is_so)])
     reasons = about.with_format("arrow")[:]["reason"]
     if reasons.null_count == len(mapped):
         return good, []
@@ -138,13 +151,16 @@ def _encoding_arguments(tokenizer: PreTrainedTokenizerBase, config: DataArgument
             f"tokens; give at least {2 * (header_length + 1)}"
         )
     arguments: dict[str, Any] = {"template": template, "max_length": max_length, "header_length": header_length}
-    return arguments | {"mask_prompt": config.mask_prompt, "overflow": config.overflow}
+    arguments |= {"mask_prompt": config.mask_prompt, "overflow": config.overflow, "learn": config.learn}
+    return arguments | {"turn": turn_of(template, tokenizer)}
 
 
 def encode_batch(
     batch: Mapping[str, list],
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
+    turn: Turn,
+    learn: str,
     mask_prompt: bool,
     max_length: int,
     overflow: str,
@@ -156,56 +172,58 @@ def encode_batch(
     end, and with it the end-of-text token. `overflow="error"` leaves out what `"drop"` does; the caller reports it. A
     bad record has no tokens, and what is `ABOUT` it.
     """
-    fields = zip(batch["instruction"], batch["input"], strict=True)
-    records = [{"instruction": instruction, "input": text} for instruction, text in fields]
+    chats, texts, owners = examples_of(batch, template, learn)
     # separately, so that training sees the boundary between prompt and response that generation will see
-    prompts = encode_prompts(template, tokenizer, records)
-    responses = encode_responses(tokenizer, batch["output"])
-    about = _about_bad(prompts, responses, str(tokenizer.eos_token))
-    good = np.array([index not in about for index in range(len(records))])
-    lengths = np.stack([prompts.lengths, responses.lengths], axis=1)  # (records, 2)
+    prompts, responses = encode_chats(template, tokenizer, chats), encode_responses(tokenizer, texts, turn)
+    about = _about_bad(prompts, responses, turn.end, owners.tolist())
+    good = ~np.isin(owners, [*about])
+    lengths = np.stack([prompts.lengths, responses.lengths], axis=1)  # (examples, 2)
     in_prompt = np.repeat(np.tile([True, False], len(lengths)), lengths.ravel())  # (tokens,)
     tokens = np.empty(len(in_prompt), dtype=np.int32)
     tokens[in_prompt], tokens[~in_prompt] = prompts.tokens, responses.tokens
     labels = np.where(in_prompt, IGNORE_INDEX, tokens).astype(np.int32) if mask_prompt else tokens
 
     totals = lengths.sum(axis=1)
-    too_long = totals > max_length
-    kept = np.ones(len(totals), dtype=bool) if overflow == "truncate" else ~(too_long & good)
+    too_long = (totals > max_length) & good
+    if overflow == "error":
+        too_long = np.isin(owners, owners[too_long])
+    kept = np.ones(len(totals), dtype=bool) if overflow == "truncate" else ~too_long
     keep = np.repeat(kept & good, totals)  # (tokens,)
     cut = cut_lengths(lengths, max_length) * good[:, None]
     ends = totals.cumsum()
-    for index in np.flatnonzero(too_long & kept & good):
+    for index in np.flatnonzero(too_long & kept):
         prompt_end = ends[index] - lengths[index, 1]
         removed_prompt, removed_response = lengths[index] - cut[index]
         keep[prompt_end - header_length - removed_prompt : prompt_end - header_length] = False
         keep[ends[index] - removed_response : ends[index]] = False
-    offsets = np.concatenate([[0], cut[kept].sum(axis=1).cumsum()]).astype(np.int32)
-    columns = {
-        "input_ids": pa.ListArray.from_arrays(offsets, tokens[keep]),
-        "labels": pa.ListArray.from_arrays(offsets, labels[keep]),
-        "length": np.diff(offsets),
-        "row": np.array(batch["row"])[kept],
-        "truncated": too_long[kept],
-    }
-    indices = np.flatnonzero(kept).tolist()
+    examples = Examples(owners[kept], cut[kept].sum(axis=1), tokens[keep], labels[keep])
+    rows, columns = as_rows(examples)
+    columns["row"] = np.array(batch["row"])[rows]
+    columns["truncated"] = np.isin(rows, owners[too_long & kept])
+    columns["turns_left_out"] = np.bincount(owners[~kept], minlength=len(batch["row"]))[rows].astype(np.int32)
     for part, name in enumerate(ABOUT):
-        texts = [about[index][part] if index in about else None for index in indices] if about else None
-        columns[name] = pa.nulls(len(indices), pa.string()) if texts is None else pa.array(texts, pa.string())
+        said = [about[index][part] if index in about else None for index in rows.tolist()] if about else None
+        columns[name] = pa.nulls(len(rows), pa.string()) if said is None else pa.array(said, pa.string())
     return pa.table(columns, schema=ALL_FEATURES.arrow_schema)
 
 
-def _about_bad(prompts: FlatTokens, responses: FlatTokens, end: str) -> dict[int, tuple[str, str]]:
+def _about_bad(
+    prompts: FlatTokens, responses: FlatTokens, end: str, owners: Sequence[int]
+) -> dict[int, tuple[str, str]]:
     """Why records of a batch are bad, in few words and in full, by their indices."""
     about: dict[int, tuple[str, str]] = {}
+    for index, said in sorted(prompts.refused.items()):
+        text = f": the template refuses it: {said}; fix it, remove the row, or choose another --template"
+        about.setdefault(owners[index], ("the template refuses it", text))
     for index in sorted({*prompts.unreadable, *responses.unreadable}):
         token = prompts.unreadable.get(index) or responses.unreadable[index]
         reason = "spells a special token that the tokenizer cannot read as text"
-        about[index] = reason, f": {not_as_text(token)}, remove the row, or choose another tokenizer"
+        text = f": {not_as_text(token)}, remove the row, or choose another tokenizer"
+        about.setdefault(owners[index], (reason, text))
     for index in np.flatnonzero(responses.lengths == 1).tolist():
-        reason, text = "'output' is nothing but the end-of-text token", about[index][1] + "\n" if index in about else ""
-        text += f": 'output' is nothing but {end!r}, the end-of-text token; write a response or remove the row"
-        about[index] = reason, text
+        reason, before = "'output' is nothing but the end-of-text token", about.get(owners[index])
+        text = f": 'output' is nothing but {end!r}, the end-of-text token; write a response or remove the row"
+        about[owners[index]] = reason, f"{before[1]}\n{text}" if before else text
     return about
 
 
@@ -287,14 +305,19 @@ def _length_problems(
 def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Dataset], preamble: int) -> list[dict]:
     """Token counts of each split, one dict per split; `preamble` is its length in tokens, from `template_overhead`.
 
-    `preamble` and `supervised` are shares of the tokens. The first token of a record is never supervised.
+    `preamble` and `supervised` are shares of the tokens. The first token of an example is never supervised. Splits with
+    conversations also have `turns`, which are learned, and `turns_left_out` if some are too long.
     """
     statistics = []
     for name, split in encoded.items():
         table = split.with_format("arrow")[:]
         lengths = table["length"].to_numpy()
         supervised = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
-        supervised[lengths.cumsum() - lengths] = False
+        starts, _ = example_bounds(table)
+        supervised[starts] = False
+        turns = {
+            name: pc.sum(table[name]).as_py() for name in OF_TURNS if name in table.column_names and name != "ends"
+        }
         statistics.append(
             {
                 "split": name,
@@ -302,10 +325,11 @@ def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Datas
                 "tokens": len(supervised),
                 "mean": len(supervised) / len(split),
                 "longest": int(lengths.max()),
-                "preamble": preamble * len(split) / len(supervised),
+                "preamble": preamble * len(starts) / len(supervised),
                 "supervised": int(supervised.sum()) / len(supervised),
                 "truncated": pc.sum(table["truncated"]).as_py(),
                 "dropped": len(records[name]) - len(split),
+                **turns,
             }
         )
     return statistics

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments
 from recipe.console import UNSEEN
-from recipe.data.columns import FIELDS
+from recipe.data.conversations import text_of
 from recipe.data.duplicates import Record, flatten
 from recipe.data.encode import cut_lengths, encode_good_records
+from recipe.data.examples import example_bounds
 from recipe.data.records import LeftOut
 from recipe.figures import STYLE, TEXT, paint, save_png
 
@@ -36,15 +37,17 @@ SHUFFLES = 20  # orders of the records over which the cost of padding is average
 
 def measure_lengths(
     records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments, left_out: LeftOut
-) -> tuple[DatasetDict, dict[str, np.ndarray]]:
-    """Tokens of each record's uncut prompt, and of its response with the end-of-text token: (records, 2).
+) -> tuple[DatasetDict, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Tokens of each record's uncut prompt, and of its response with the token that ends it: (records, 2).
+
+    Of a conversation, the response is all that is learned, and the prompt all else in its row.
 
     Returns:
         the records without bad ones, which are added to `left_out`: see `recipe.data.encode.encode_good_records`;
-        and the lengths of each split.
+        the lengths of each split; and those of its examples, (examples, 2), one for each turn that is learned.
     """
     config = replace(config, max_length=UNCUT, overflow="truncate", mask_prompt=True)
-    lengths = {}
+    lengths, examples = {}, {}
     good, encoded = encode_good_records(records, tokenizer, config, left_out)
     for name, split in encoded.items():
         table = split.with_format("arrow")[:]
@@ -52,7 +55,11 @@ def measure_lengths(
         supervised = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
         response = np.add.reduceat(supervised, whole.cumsum() - whole, dtype=np.int64)
         lengths[name] = np.stack([whole - response, response], axis=1)
-    return good, lengths
+        starts, _ = example_bounds(table)
+        edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False)).reshape(-1, 2)  # of each turn
+        before = starts[np.searchsorted(starts, edges[:, 0], side="right") - 1]
+        examples[name] = np.stack([edges[:, 0] - before, edges[:, 1] - edges[:, 0]], axis=1)
+    return good, lengths, examples
 
 
 def inspect_lengths(
@@ -61,19 +68,25 @@ def inspect_lengths(
     limits: Sequence[int],
     batch_size: int,
     overhead: tuple[int, int],
+    examples: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Lengths of each split, the tokens that training sees, and what each limit would cut; see docs/data.md.
 
     Args:
         lengths: from `measure_lengths`.
         overhead: the lengths of preamble and response header, from `recipe.data.template_overhead`.
+        examples: from `measure_lengths`; a limit holds for each turn of a conversation that is learned, with its
+            history. Conversations are counted as they are without a limit.
     """
     report = {}
     preamble, header_length = overhead
     max_length = config.max_length or UNCUT
     for name, split in lengths.items():
+        turns = examples[name] if examples else split
         kept = cut_lengths(split, max_length)
-        if config.overflow != "truncate":  # `error` would stop the run; show what `drop` would give
+        if len(turns) > len(split):
+            kept = split
+        elif config.overflow != "truncate":  # `error` would stop the run; show what `drop` would give
             kept = split[split.sum(axis=1) <= max_length]
         preambles = np.clip(kept[:, 0] - header_length, 0, preamble)  # a cut prompt may lose tokens of its preamble
         in_preamble, (prompt, response) = int(preambles.sum()), kept.sum(axis=0).tolist()
@@ -82,16 +95,17 @@ def inspect_lengths(
         report[name] = {
             "records": len(split),
             "trained_records": len(kept),
+            "turns": len(turns),
             "tokens": {"preamble": in_preamble, "prompt": prompt - in_preamble, "response": response},
             "batches": batch_costs(kept.sum(axis=1), batch_size, shared),
-            "overflow": [overflow_at(split, limit) for limit in limits],
+            "overflow": [overflow_at(turns, limit) for limit in limits],
             "lengths": {part: _describe(values) for part, values in _parts(split).items()},
         }
     return report
 
 
 def overflow_at(lengths: np.ndarray, limit: int) -> dict[str, int]:
-    """How many records of a split are longer than `limit` tokens, and what `truncate` would cut off them.
+    """How many examples of a split are longer than `limit` tokens, and what `truncate` would cut off them.
     `without_end` counts the responses that would lose their end-of-text token."""
     removed = lengths - cut_lengths(lengths, limit)
     return {
@@ -158,8 +172,8 @@ def inspect_records(
     for record, tokens in zip(records, np.concatenate([*lengths.values()]).sum(axis=1).tolist(), strict=True):
         record["tokens"] = tokens
     by_length = sorted(records, key=lambda record: record["tokens"])
-    no_input = [record for record in records if not record["input"].strip()]
-    odd = [record for record in records if any(ODD.search(record[field]) for field in FIELDS)]
+    no_input = [record for record in records if not record["input"].strip() and "messages" not in record]
+    odd = [record for record in records if ODD.search(text_of(record))]
     findings = {}
     for finding, rows in special_text.items():
         wanted = {(name, row) for name in rows for row in rows[name]}

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recipe.console import one_line, print_table
+from recipe.templates import transcript
 
 
 def print_report(report: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
@@ -77,7 +78,10 @@ def print_costs(splits: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
     columns = ["split", "max_length", "too long", "prompt tokens cut", "response tokens cut", "without end"]
     title = f"Records over a length limit, and what truncate would cut (limit in training: {settings['max_length']:,})"
     lines = [[name, *map(number, cost.values())] for name, cost in costs]
-    print_table(title, columns, lines, caption="limits that are not listed cut nothing")
+    caption = "limits that are not listed cut nothing"
+    if any(split["turns"] > split["records"] for split in splits.values()):
+        caption += "; of conversations, turns are counted, each with its history"
+    print_table(title, columns, lines, caption=caption)
 
 
 def print_records(report: Mapping[str, Any]) -> None:
@@ -111,7 +115,7 @@ def print_examples(title: str, groups: Sequence[Sequence[Mapping[str, Any]]], no
         if note:
             console.print(Text(f"  {note}"))
         for record in group:
-            prompt = " | ".join(text for text in (record["instruction"], record["input"]) if text)
+            prompt = transcript(record) or " | ".join(filter(None, (record["instruction"], record["input"])))
             where = f"{one_line(record['split'])} row {record['row']}"
             console.print(Text(f"  {where:<20} {one_line(prompt, 100)} → {one_line(record['output'], 60)}"))
 

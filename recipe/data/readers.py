@@ -30,13 +30,15 @@ from recipe.console import shorten
 from recipe.data.columns import (
     FIELDS,
     OPTIONAL,
+    TEXTS,
     Columns,
     UnreadableFileError,
     missing_columns,
     misspelt,
-    refuse_conversations,
     wanted_columns,
+    with_shape,
 )
+from recipe.data.conversations import another_shape, fields_of, read_conversation
 from recipe.data.csv_rows import csv_rows
 from recipe.data.json_values import BrokenJSONError, json_values
 from recipe.data.origin import RecordsInfo
@@ -45,14 +47,15 @@ from recipe.data.values import Problem, Row, Unheld, arrow_texts, as_json, pytho
 BATCH = 10_000  # records in memory at a time
 NO_RECORDS = "holds no records; give it at least one"
 SCHEMA = pa.schema(
-    [pa.field(name, pa.string()) for name in (*FIELDS, "family")]
+    [pa.field(name, pa.string()) for name in (*TEXTS, "family")]
     + [pa.field("row", pa.int64())]
     + [pa.field("extra", pa.string())]
+    + [pa.field("unanswered", pa.int64())]  # turns at the end of a conversation that nothing is learned from
     # null for a good record: why it is bad in few words, the whole message, and the values of its fields as JSON
     + [pa.field(name, pa.string()) for name in ("reason", "problem", "record")]
 )
 # what decides which records a file holds, beside its content
-CODE = ("columns.py", "csv_rows.py", "file_kinds.py", "json_values.py", "readers.py", "values.py")
+CODE = ("columns.py", "conversations.py", "csv_rows.py", "file_kinds.py", "json_values.py", "readers.py", "values.py")
 
 
 def read_file(path: str, kind: str, columns: Columns) -> Dataset:
@@ -132,15 +135,15 @@ def _batches(parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> I
     """The lines of the Arrow file.
 
     Raises:
-        UnreadableFileError: there are no records, they are conversations, or a column is in none of them.
+        UnreadableFileError: there are no records, their shape is not known, or a column is in none of them.
     """
     start, seen = 0, set[str]()  # fields that a record has
     names: dict[str, None] = {}  # of columns, in order
     for part in parts:
+        records = [row for row in part if isinstance(row, dict)] if isinstance(part, list) else []
+        if start == 0:
+            columns = with_shape(columns, records[:100] if isinstance(part, list) else _rows(part[:100]))
         if isinstance(part, list):
-            records = [row for row in part if isinstance(row, dict)]
-            if start == 0:
-                refuse_conversations(records[:100], columns)
             for record in records[:100] if len(names) < 100 else []:
                 names |= dict.fromkeys(record)
             absent = [field for field in columns.fields if field not in seen]
@@ -160,16 +163,42 @@ def _checked(start: int, part: list[Row] | pa.RecordBatch, columns: Columns) -> 
     """
     unread = {} if isinstance(part, pa.RecordBatch) else {i: row for i, row in enumerate(part) if type(row) is Problem}
     rows: Any = [{} if type(row) is Problem else row for row in part] if unread else part
-    fields = {
-        field: _column(rows, column, "" if field == "input" else None) for field, column in columns.fields.items()
-    }
+    fields: dict[str, Any] = {}
+    unanswered: list[int] | None = None
+    if columns.turns:
+        fields, unanswered, problems = _conversations(rows, columns, unread)
+    else:
+        problems = _field_problems(rows, columns, unread, fields)
+    bad = {index: _about_bad(found, values, index in unread) for index, (found, values) in problems.items()}
+    nothing = [None] * len(part)
+    about = (
+        list(zip(*(bad.get(index, (None,) * 3) for index in range(len(part))), strict=True)) if bad else [nothing] * 3
+    )
+    arrays = [_without(fields.get(field, nothing), bad) for field in TEXTS]
+    arrays += [_families(_column(rows, columns.fields["family"], None))]
+    arrays += [pa.array(range(start, start + len(part)), pa.int64())]
+    arrays += [pa.array(_extra(rows, columns) if columns.extra else nothing, pa.string())]
+    arrays += [pa.array(unanswered or nothing, pa.int64()), *(pa.array(texts, pa.string()) for texts in about)]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+Problems = dict[int, tuple[list[Problem], dict[str, Any]]]  # of each bad row, with what it holds
+
+
+def _about_bad(found: list[Problem], values: dict[str, Any], unread: bool) -> tuple[str, str, str]:
+    """Why a record is bad, in few words and in full, and what it holds; a row that was not read tells its place."""
+    text = "\n".join(problem.text if unread else f": {problem.text}" for problem in found)
+    return found[0].reason, text.encode("utf-8", "backslashreplace").decode(), as_json(values)  # bytes may be shown
+
+
+def _field_problems(
+    rows: Any, columns: Columns, unread: Mapping[int, Problem], fields: dict[str, list[Any] | pa.Array]
+) -> Problems:
+    """What is wrong with records of instruction, input and output, whose values are put into `fields`."""
+    fields |= {field: _column(rows, columns.fields[field], "" if field == "input" else None) for field in FIELDS}
     misnamed = _misnamed(rows, columns) if isinstance(rows, list) else {}
     suspects = set(misnamed).union(*(_suspects(field, fields[field]) for field in FIELDS)) - unread.keys()
-    bad = {
-        # the text may show bytes that are not UTF-8
-        index: (row.reason, row.text.encode("utf-8", "backslashreplace").decode(), as_json(row.values or {}))
-        for index, row in unread.items()
-    }
+    found: Problems = {index: ([problem], problem.values or {}) for index, problem in unread.items()}
     for index in sorted(suspects):
         values = {field: _python_value(fields[field][index]) for field in FIELDS}
         problems = [
@@ -177,18 +206,39 @@ def _checked(start: int, part: list[Row] | pa.RecordBatch, columns: Columns) -> 
             for field in FIELDS
             if (problem := misnamed.get(index, {}).get(field) or value_problem(field, values[field])) is not None
         ]
+        if problems and (other := another_shape(columns, _rows(rows[index : index + 1])[0])):
+            problems = [other]
         if problems:
-            text = "\n".join(f": {problem.text}" for problem in problems)
             others = {name: value for problem in problems for name, value in (problem.values or {}).items()}
-            bad[index] = (problems[0].reason, text, as_json(values | others))
-    nothing = [None] * len(part)
-    about = (
-        list(zip(*(bad.get(index, (None,) * 3) for index in range(len(part))), strict=True)) if bad else [nothing] * 3
-    )
-    arrays = [_without(fields[field], bad) for field in FIELDS]
-    arrays += [_families(fields["family"]), pa.array(range(start, start + len(part)), pa.int64())]
-    arrays += [pa.array(texts, pa.string()) for texts in (_extra(rows, columns) if columns.extra else nothing, *about)]
-    return pa.record_batch(arrays, schema=SCHEMA)
+            found[index] = (problems, values | others)
+    return found
+
+
+def _conversations(
+    rows: Any, columns: Columns, unread: Mapping[int, Problem]
+) -> tuple[dict[str, list[Any]], list[int], Problems]:
+    """Conversations as the fields of records, the turns left out at the end of each, and what is wrong."""
+    assert columns.turns
+    found: Problems = {index: ([problem], problem.values or {}) for index, problem in unread.items()}
+    records: list[dict[str, str]] = []
+    unanswered = []
+    for index, row in enumerate(_rows(rows)):
+        other = another_shape(columns, row)
+        read = [other] if other else read_conversation(columns.turns, row)
+        if isinstance(read, list):
+            values = {name: row.get(name) for name in columns.turns}
+            found.setdefault(index, (read, values | (read[0].values or {})))
+        messages, left_out = read if isinstance(read, tuple) else ([], 0)
+        records.append(fields_of(messages) if messages else dict.fromkeys(TEXTS, ""))
+        unanswered.append(left_out)
+    return {field: [record[field] for record in records] for field in TEXTS}, unanswered, found
+
+
+def _rows(rows: list[dict[str, Any]] | pa.RecordBatch) -> list[dict[str, Any]]:
+    if isinstance(rows, list):
+        return rows
+    values = {name: python_values(column) for name, column in zip(rows.schema.names, rows.columns, strict=True)}
+    return [{name: values[name][index] for name in values} for index in range(len(rows))]
 
 
 def _misnamed(rows: list[dict[str, Any]], columns: Columns) -> dict[int, dict[str, Problem]]:
@@ -273,7 +323,7 @@ def json_rows(path: str, columns: Columns) -> Iterator[Row]:
     """The objects of a JSON array, or of JSON lines."""
     with open(path, "rb") as file:
         try:
-            for place, value in json_values(file, columns.fields.values()):
+            for place, value in json_values(file, columns.candidates):
                 if isinstance(value, BrokenJSONError):
                     yield Problem("broken JSON", f"{place}: {value}; fix the line or remove it", {"text": value.text})
                 elif isinstance(value, dict):

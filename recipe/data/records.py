@@ -30,7 +30,7 @@ class LeftOut:
 
     duplicates: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)  # file, split, row, reason, problem, record
-    notes: list[str] = field(default_factory=list)  # of whole files, in words
+    notes: list[str] = field(default_factory=list)  # of files, in words
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -41,11 +41,14 @@ class LeftOut:
 def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[DatasetDict, LeftOut]:
     """The records of `config.data` in the splits it names (a plain file is `train`).
 
-    Only the columns of instruction, input and output are read, and `family`, by which evaluation groups its scores.
+    Only the columns of one shape are read (see `recipe.data.columns.Columns`), and `family`, by which evaluation groups
+    its scores.
 
     Returns:
         splits with the columns `instruction`, `input`, `output` (text; `input` may be empty or null), `family` (text
         or null) and `row`, the record's number in the split it was read from, counted from 0; and what is left out.
+        With conversations also `messages`, JSON of one (see `recipe.data.conversations`) or null; then instruction and
+        output are its last question and the answer to it.
         With `extra`, the names of other columns, also `extra`: JSON of those that the record has.
 
     Raises:
@@ -56,7 +59,8 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     named = {name: getattr(config, f"{name}_column") for name in FIELDS}
     if len(set(named.values())) < len(named):
         raise UserError(f"two fields are mapped to one column ({named}); give each its own")
-    columns = Columns({**named, "family": "family"}, extra)
+    turns = (config.messages_column,) if config.messages_column else None
+    columns = Columns({**named, "family": "family"}, extra, turns)
     left_out = LeftOut()
     splits, problems = DatasetDict(), []
     for split, files in _files_by_split(config.data, left_out.notes).items():
@@ -68,6 +72,8 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
             except UnreadableFileError as error:
                 problems += [f"{name}{line}" for line in str(error).split("\n")]
                 continue
+            if cut := pc.sum(pc.greater(records.with_format("arrow")[:]["unanswered"], 0)).as_py():
+                left_out.notes.append(f"{name}: what follows the last answer is left out ({cut:,} conversations)")
             good, bad = _good_and_bad(records, start)
             left_out.bad += [{"file": name, "split": split, **record} for record in bad]
             parts.append(good)
@@ -76,8 +82,10 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
             start += len(records)
         if parts:
             splits[split] = concatenate_datasets(parts)
-            if not extra:
-                splits[split] = splits[split].remove_columns("extra")
+            unused = [] if extra else ["extra"]
+            if splits[split].with_format("arrow")[:]["messages"].null_count == len(splits[split]):
+                unused.append("messages")
+            splits[split] = splits[split].remove_columns(unused)
             # not as an argument of `concatenate_datasets`: the cache of the tokens would depend on names of files
             info = splits[split].info
             info.read_as, info.files, info.first_rows = split, read_files, first_rows
@@ -141,7 +149,7 @@ def _good_and_bad(records: Dataset, start: int) -> tuple[Dataset, list[dict[str,
     """The good records of a file, with their numbers in the split, and the bad ones."""
     reasons = records.with_format("arrow")[:]["reason"]
     bad = []
-    good = records.remove_columns(["reason", "problem", "record"])
+    good = records.remove_columns(["reason", "problem", "record", "unanswered"])
     if reasons.null_count < len(records):
         is_bad = pc.is_valid(reasons).to_numpy()
         for record in records.select(np.flatnonzero(is_bad)):

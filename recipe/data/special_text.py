@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from recipe.data.columns import FIELDS
+from recipe.data.conversations import select_texts, text_of
 from recipe.tokens import any_of, special_tokens, without_end
 
 BATCH = 1000  # records
@@ -26,10 +26,8 @@ def find_special_text(
     for name, split in records.items():
         spelling: list[int] = []
         ended: list[int] = []
-        for batch in split.select_columns(["row", *FIELDS]).iter(BATCH):
-            texts = [
-                "\n".join(filter(None, fields)) for fields in zip(*(batch[field] for field in FIELDS), strict=True)
-            ]
+        for batch in select_texts(split, "row").iter(BATCH):
+            texts = [text_of(dict(zip(batch, fields, strict=True))) for fields in zip(*batch.values(), strict=True)]
             if not special.search("\n".join(texts)):
                 continue
             for index, (row, output) in enumerate(zip(batch["row"], batch["output"], strict=True)):

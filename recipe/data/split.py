@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from recipe.config import DataArguments, UserError
-from recipe.data.columns import FIELDS
+from recipe.data.conversations import select_texts, texts_of
 from recipe.data.records import LeftOut, read_records
 
 
@@ -87,11 +87,11 @@ def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
 
 
 def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:
-    """A 64-bit hash of each record's instruction, input and output, (records,) uint64; the same on every machine."""
+    """A 64-bit hash of all that each record says, (records,) uint64; the same on every machine."""
     hashes = bytearray()
-    for batch in dataset.select_columns(list(FIELDS)).iter(batch_size=10_000):
-        for fields in zip(*(batch[field] for field in FIELDS), strict=True):
-            text = json.dumps([field or "" for field in fields])
+    for batch in select_texts(dataset).iter(batch_size=10_000):
+        for fields in zip(*batch.values(), strict=True):
+            text = json.dumps(texts_of(dict(zip(batch, fields, strict=True))))
             hashes += hashlib.blake2b(text.encode(), digest_size=8, key=key.encode()).digest()
     return np.frombuffer(hashes, dtype=">u8").astype(np.uint64)
 

@@ -122,14 +122,14 @@ def value_problem(field: str, value: Any) -> Problem | None:
             return None
         reason = f"{field!r} is null or missing"
         return Problem(reason, f"{reason}; {fix} or remove the row")
-    kind, shown = _kind_and_words(value)
+    kind, shown = kind_and_words(value)
     return Problem(
         f"{field!r} is not text ({kind})",
         f"{field!r} is {shorten(shown)} ({kind}), not text; write it as text or remove the row",
     )
 
 
-def _kind_and_words(value: Any) -> tuple[str, str]:
+def kind_and_words(value: Any) -> tuple[str, str]:
     if isinstance(value, Unheld):
         return value.kind, value.shown
     if isinstance(value, Decimal):  # an integer of thousands of digits, or a decimal number of Parquet

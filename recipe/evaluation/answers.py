@@ -5,6 +5,8 @@ While models answer, each new line holds a record's id and one answer, so that a
 
     {"id": "test/0", "split": "test", "instruction": "Make it plural.", "input": "cat", "output": "cats",
      "tuned": {"text": "cats", "tokens": 2, "stop_reason": "eos", "seconds": 0.01}}
+
+A conversation also has its `messages`; instruction and output are its last question and the answer to it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from recipe.config import DataArguments, UserError
 from recipe.evaluation.significance import adjust
 from recipe.files import naming, read_json, write_json_lines
 from recipe.redaction import redact
+from recipe.templates import conversation_of, to_messages
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -167,7 +170,8 @@ def read_answer_file(
     from recipe.data.records import read_records
     from recipe.data.values import half_character  # here: datasets takes a second, and --help needs none of it
 
-    splits, _ = read_records(_answer_arguments(path, data_args), extra=("model_response", "tuned", "id", "split"))
+    arguments = _answer_arguments(path, data_args)
+    splits, _ = read_records(arguments, extra=("model_response", "tuned", "id", "split", "messages"))
     if len(splits) != 1:
         raise UserError(f"--model {path}: {len(splits)} splits; name one file")
     [dataset] = splits.values()
@@ -190,7 +194,8 @@ def read_answer_file(
             raise UserError(f"{where}: the answer {half[0]}{half[1]}")
         if names["id"] in predictions:
             raise UserError(f"{where}: the id {names['id']!r} is in a row above, too; remove one")
-        predictions[names["id"]] = {**names, **_record_fields(row)}
+        turns = {"messages": other["messages"]} if has_ids and other.get("messages") else {}  # as we wrote them
+        predictions[names["id"]] = {**names, **_record_fields({**row, **turns})}
         answers.append(answer)
     return splits, list(predictions.values()), answers
 
@@ -206,7 +211,7 @@ def _answer_arguments(path: str, data_args: DataArguments | None) -> DataArgumen
             first = next((value for _, value in json_values(file)), None)
         if isinstance(first, dict) and {"id", "split", *TEXT_FIELDS} <= first.keys():
             return DataArguments(data=path)
-    named = ("instruction_column", "input_column", "output_column", "bad_records")
+    named = ("instruction_column", "input_column", "output_column", "messages_column", "bad_records")
     return DataArguments(data=path, **{name: getattr(data_args, name) for name in named if data_args})
 
 
@@ -243,9 +248,11 @@ def echoes(predictions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _texts(prediction: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(prediction[name] for name in TEXT_FIELDS)
+    return (*(prediction[name] for name in TEXT_FIELDS), json.dumps(to_messages(prediction)))
 
 
-def _record_fields(record: Mapping[str, Any]) -> dict[str, str]:
-    fields = {name: record.get(name) or "" for name in TEXT_FIELDS}
+def _record_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: record.get(name) or "" for name in TEXT_FIELDS}
+    if turns := conversation_of(record):
+        fields["messages"] = turns
     return fields if record.get("family") is None else {**fields, "family": str(record["family"])}

@@ -14,7 +14,7 @@ from recipe.config import ModelArguments, UserError
 from recipe.evaluation import answers, endpoints
 from recipe.evaluation.failures import OF_PROMPT, Failure, may_be_of_prompt, may_pass
 from recipe.reasoning import opened_by, split_scored
-from recipe.templates import message_text
+from recipe.templates import plain_messages
 
 if TYPE_CHECKING:
     from recipe.generation import Decoding, Response
@@ -36,16 +36,18 @@ def ask_weights(
     """Append a model's answers batch by batch, each with how likely the model finds the reference."""
     from recipe.evaluation.likelihood import reference_losses  # here, as below: models take seconds
     from recipe.generation import iter_responses
-    from recipe.model import load_model, load_tokenizer
+    from recipe.model import load_model, load_tokenizer, stop_at
     from recipe.tokens import prompt_ids
 
     tokenizer = load_tokenizer(model_args)
     model, _ = load_model(model_args, tokenizer)
+    if not tokenizer.chat_template or tokenizer.chat_template not in template.chat_template:
+        stop_at(model, tokenizer, template)  # with its own template, it stops where `generate` does
     model.to(state.device)
     prompts = prompt_ids(template, tokenizer, predictions)
     references = [prediction["output"] for prediction in predictions]
     bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
-    losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0])
+    losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0], template)
     opened = [opened_by(tokenizer, prompt) for prompt in prompts]
     for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
         rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
@@ -81,7 +83,7 @@ def ask_endpoint(
         elif outcome.status in OF_PROMPT or may_be_of_prompt(outcome) or allow_missing:
             refused[index] = outcome
 
-    requests = [terms.fit(endpoints.chat_request(message_text(prediction), decoding)) for prediction in predictions]
+    requests = [terms.fit(endpoints.chat_request(plain_messages(prediction), decoding)) for prediction in predictions]
     outcomes = endpoints.ask(endpoint, requests, keep, concurrency, timeout, description=f"Asking {endpoint} ({label})")
     unexplained = [index for index, outcome in refused.items() if outcome.status not in OF_PROMPT]
     if 2 * len(unexplained) > len(predictions) and not allow_missing:

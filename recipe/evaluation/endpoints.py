@@ -250,10 +250,11 @@ def ask(
         return asyncio.run(ask_all())
 
 
-def chat_request(text: str, decoding: Decoding) -> dict[str, Any]:
-    """The request for the response to one message."""
+def chat_request(messages: str | Sequence[Mapping[str, str]], decoding: Decoding) -> dict[str, Any]:
+    """The request for the response to messages, or to one message of the user."""
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     return {
-        "messages": [{"role": "user", "content": writable(text)}],
+        "messages": [{**message, "content": writable(message["content"])} for message in messages],
         "temperature": decoding.temperature,
         **({"top_p": decoding.top_p} if decoding.top_p < 1 else {}),  # 1 changes nothing, and some servers refuse it
         "seed": decoding.seed,

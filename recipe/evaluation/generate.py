@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 STAGES = ("generate", "score", "judge", "report")
 # no further model gets such a label: roles, and fields of a record
-RESERVED = ("baseline", "tuned", "base", "id", "split", "family", *answers.TEXT_FIELDS)
+RESERVED = ("baseline", "tuned", "base", "id", "split", "family", "messages", *answers.TEXT_FIELDS)
 WRITTEN = (  # by an evaluation, without judge_cache.jsonl: its replies are valid in any
     "predictions.jsonl", "evaluation.json", "metrics.json", "judge.jsonl", "report.html",
     "deltas.png", "outcomes.png", "loss.png",

@@ -18,7 +18,8 @@ from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning
 from recipe.generation import ends_of
 from recipe.memory import halve_if_out_of_memory
 from recipe.model import context_length, virtual_tokens
-from recipe.tokens import any_of, as_ids, response_ids, special_tokens, without_end
+from recipe.templates import Template
+from recipe.tokens import Turn, any_of, as_ids, end_id, response_ids, special_tokens, turn_of
 
 
 @torch.inference_mode()
@@ -29,6 +30,7 @@ def reference_losses(
     references: Sequence[str],
     batch_size: int = 16,
     description: str | None = None,
+    template: Template | None = None,
 ) -> list[tuple[float, int] | None]:
     """The summed cross-entropy in nats of each reference's tokens and of its end, and how many these are.
 
@@ -44,6 +46,7 @@ def reference_losses(
         references: the response to each; an end-of-text token written at its end is taken for the one that is added.
         batch_size: pairs computed together; changes the result by rounding only.
         description: label of a progress bar; None for no bar.
+        template: of the prompts; each reference ends as it ends a response, without it with the end-of-text token.
 
     Returns:
         a pair (nats, targets) for each prompt, in their order; None if prompt and reference have more tokens than the
@@ -58,8 +61,9 @@ def reference_losses(
     losses: list[tuple[float, int] | None] = [None] * len(prompts)
     if not prompts:
         return losses
-    ends, tags = _ends_and_tags(model, tokenizer)
-    features, owners = _encode(tokenizer, prompts, references, tags)
+    turn = turn_of(template, tokenizer) if template else Turn(str(tokenizer.eos_token))
+    ends, tags = _ends_and_tags(model, tokenizer, turn)
+    features, owners = _encode(tokenizer, prompts, references, tags, turn)
     positions = (context_length(model.config) or math.inf) - virtual_tokens(model)
     lengths = [len(feature["input_ids"]) - 1 for feature in features]  # nothing is predicted from the last token
     fitting = [index for index, length in enumerate(lengths) if length <= positions]
@@ -105,11 +109,15 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def _ends_and_tags(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[str, bool]]:
+def _ends_and_tags(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: Turn
+) -> tuple[list[int], dict[str, bool]]:
     """The ids of the tokens that end a response; and the special tokens, each with whether an answer's text has it."""
     special = special_tokens(tokenizer)
     known = {tokenizer.eos_token_id, *special.values()}  # a config without its tokenizer may name any token as its end
-    ends = [end for end in ends_of(model, tokenizer).token_ids if end in known]
+    ends = [
+        end for end in dict.fromkeys([end_id(tokenizer, turn), *ends_of(model, tokenizer).token_ids]) if end in known
+    ]
     hidden = {tokenizer.bos_token_id, tokenizer.pad_token_id, *ends}  # others are part of an answer, such as <answer>
     return ends, {text: index not in hidden for text, index in special.items()}
 
@@ -119,23 +127,24 @@ def _encode(
     prompts: Sequence[str] | Sequence[list[int]],
     references: Sequence[str],
     tags: Mapping[str, bool],
+    turn: Turn,
 ) -> tuple[list[dict[str, list[int]]], list[int]]:
     """Features as in training, prompt and reference tokenized apart; and to which reference each belongs.
 
-    One end-of-text token ends each.
+    One token ends each.
 
     A reference with tags that are special tokens has a second feature at the end, in which they are these tokens.
     `tags` are the special tokens, each with whether an answer's text has it.
     """
-    prompt_ids, targets = as_ids(tokenizer, prompts), response_ids(tokenizer, references)
+    prompt_ids, targets = as_ids(tokenizer, prompts), response_ids(tokenizer, references, turn)
     pairs, owners = list(zip(prompt_ids, targets, strict=True)), list(range(len(targets)))
     pattern = any_of(tags)
     for index, reference in enumerate(references):
-        text = without_end(reference, str(tokenizer.eos_token))
+        text = turn.text(reference, str(tokenizer.eos_token))
         found = pattern.findall(text)
         if found and all(tags[token] for token in found):
             [read] = as_ids(tokenizer, [text])
-            pairs.append((prompt_ids[index], [*read, tokenizer.eos_token_id]))
+            pairs.append((prompt_ids[index], [*read, end_id(tokenizer, turn)]))
             owners.append(index)
     features = [
         {"input_ids": prompt + target, "labels": [IGNORE_INDEX] * len(prompt) + target} for prompt, target in pairs

@@ -13,6 +13,7 @@ from recipe.evaluation.headline import headline_of
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.significance import ENOUGH_TO_JUDGE, direction, judged, lacks_p, standing
 from recipe.evaluation.verdict import Scale, judge_scale, model_name, role_of, scale
+from recipe.templates import transcript
 
 FURTHER_MODELS = 2  # in one table of the terminal: it then fits into 80 characters
 
@@ -132,7 +133,7 @@ def print_examples(predictions: Sequence[Mapping], count: int = 3) -> None:
     """Print a few prompts with the reference and what base and tuned answered, evenly spaced over the list."""
     console = Console(soft_wrap=True, highlight=False)
     for line in predictions[:: max(1, len(predictions) // count)][:count]:
-        question = " | ".join(text for text in (line["instruction"], line["input"]) if text)
+        question = " | ".join(filter(None, (transcript(line, last=False), line["instruction"], line["input"])))
         console.print()
         console.print(Text(one_line(question), style="bold"))
         answers = {"reference": line["output"]}

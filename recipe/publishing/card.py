@@ -270,6 +270,7 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
     """
     from recipe.evaluation.comparison import example_scores, labels_of
     from recipe.evaluation.verdict import PERCENT, role_of
+    from recipe.templates import transcript
 
     labels = [label for label in ("baseline", "tuned") if label in labels_of(rows)]
     scores = {label: example_scores(rows, label)[RANKED_BY].round(9) for label in labels}
@@ -279,7 +280,8 @@ def examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]
 
     def example(index: int) -> dict[str, str]:
         row = rows[index]
-        texts = {"instruction": row["instruction"], "input": row.get("input") or None, "reference": row["output"]}
+        asked = transcript(row) or row["instruction"]
+        texts = {"instruction": asked, "input": row.get("input") or None, "reference": row["output"]}
         texts |= {role_of(label): row[label]["text"] for label in labels}
         lines = [
             f"{name:<13}{one_line(text, LONGEST) or '(empty)'}" for name, text in texts.items() if text is not None

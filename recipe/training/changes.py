@@ -141,12 +141,12 @@ def apply_changed(trainer: Trainer, given: Sequence[Mapping[str, Any]], allowed:
 
 def _about_records(split: Dataset) -> dict[str, Any]:
     digest = hashlib.sha256()
-    columns = [name for name in ("input_ids", "labels") if name in split.column_names]
+    columns = [name for name in ("input_ids", "labels", "ends") if name in split.column_names]
     for start in range(0, len(split), RECORDS_AT_ONCE):
         table = split.select_columns(columns).with_format("arrow")[start : start + RECORDS_AT_ONCE]
         for name in columns:
             lists = table[name].combine_chunks()
-            lengths = np.asarray(lists.value_lengths()).astype(np.int64)
+            lengths = np.asarray(lists.value_lengths().fill_null(0)).astype(np.int64)
             digest.update(lengths.tobytes() + np.asarray(lists.flatten()).astype(np.int64).tobytes())
     return {"rows": len(split), "hash": f"sha256:{digest.hexdigest()[:16]}"}
 

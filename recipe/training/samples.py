@@ -17,7 +17,7 @@ from recipe.console import one_line, visible
 from recipe.files import naming, read_json_lines, write_json_lines, write_whole
 from recipe.generation import generate_responses
 from recipe.redaction import redact
-from recipe.templates import Template
+from recipe.templates import Template, transcript
 from recipe.tokens import prompt_ids
 
 COLUMNS = ("instruction", "input", "output", "response", "stop_reason")  # `output` is the reference
@@ -28,7 +28,8 @@ class SampleGenerations(TrainerCallback):
     """At each evaluation, answers a few prompts, shows the answers and appends them to `output_dir/samples.jsonl`.
 
     Args:
-        records: what to answer: `instruction`, `input`, `output` (the reference) of each.
+        records: what to answer: `instruction`, `input`, `output` (the reference) of each; of a conversation, whose
+            prompt is its `messages` but the last, the samples have all of these as the instruction.
         template: of the prompts.
         max_new_tokens: longest answer, in tokens.
         trackers: the trainer's callbacks; those of TensorBoard, W&B and trackio among them get the samples too, as the
@@ -68,7 +69,8 @@ class SampleGenerations(TrainerCallback):
             return
         rows = [
             (
-                *map(redact, (record["instruction"], record["input"], record["output"], response.text)),
+                redact(transcript(record) or record["instruction"]),
+                *map(redact, (record["input"], record["output"], response.text)),
                 response.stop_reason,
             )
             for record, response in zip(self.records, responses, strict=True)

@@ -252,7 +252,13 @@ def test_all_that_decides_an_encoding_is_in_the_key_of_the_cache(tmp_path, monke
         with monkeypatch.context() as patch:
             patch.setattr("recipe.data.encode.CODE", [tmp_path / path.name if p == path else p for p in CODE])
             keys.append(key())
-    assert {path.name for path in CODE} == {"encode.py", "sandbox_process.py", "templates.py", "tokens.py"}
+    assert {path.name for path in CODE} == {
+        "encode.py",
+        "examples.py",
+        "sandbox_process.py",
+        "templates.py",
+        "tokens.py",
+    }
     assert len(set(keys)) == len(keys)
 
 

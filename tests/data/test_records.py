@@ -36,12 +36,12 @@ def test_all_bad_rows_are_in_one_report(tmp_path, suffix):
     ]
     path = write(tmp_path / f"a.{suffix}", rows)
     assert refuse(path).splitlines() == [
-        "5 problems in the data; nothing was trained or written:",
+        "4 problems in the data; nothing was trained or written:",
         f"{path} row 1: 'output' is empty (''); write a response or remove the row",
         f"{path} row 2: 'instruction' is blank ('  \\n'); write the instruction or remove the row",
         f"{path} row 3: 'output' is null or missing; write a response or remove the row",
-        f"{path} row 5: 'instruction' is null or missing; write the instruction or remove the row",
-        f"{path} row 5: 'output' is null or missing; write a response or remove the row",
+        f"{path} row 5: has 'prompt' and 'completion' where the file's first record has 'instruction' and 'output'; "
+        "put records of each shape into a file of their own",
     ]
 
 

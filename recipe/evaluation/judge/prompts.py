@@ -1,9 +1,9 @@
 """A judge's prompts: Jinja text files in `prompt_templates/` or of the user's own, and how the replies are read.
 
 A scoring prompt sets its own scale, `{% set low = 0 %}{% set high = 100 %}`, and `{% set reason = true %}` if it asks
-for a reason. It is given `instruction`, `input` ("" if none), `reference`, `response` and `fence`, a line that
-no text contains; `pairwise.jinja` is given `response_a` and `response_b` instead of `response`. They are rendered in a
-bounded process, see `recipe.sandbox`.
+for a reason. It is given `instruction` (of a conversation, all messages before the response), `input` ("" if none),
+`reference`, `response` and `fence`, a line that no text contains; `pairwise.jinja` is given `response_a` and
+`response_b` instead of `response`. They are rendered in a bounded process, see `recipe.sandbox`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from recipe.config import UserError
 from recipe.evaluation.endpoints import writable
 from recipe.evaluation.judge.reading import Verdict, read_verdict
 from recipe.sandbox import RenderError, render, settings_of
+from recipe.templates import transcript
 
 BUILT_IN = Path(__file__).with_name("prompt_templates")
 PAIRWISE = "pairwise"
@@ -40,7 +41,8 @@ class JudgePrompt:
         Raises:
             UserError: a prompt of the user's cannot be rendered for this record.
         """
-        texts = {"instruction": record["instruction"] or "", "input": record.get("input") or "", **responses}
+        instruction = transcript(record) or record["instruction"] or ""  # of a conversation all that was said
+        texts = {"instruction": instruction, "input": record.get("input") or "", **responses}
         texts["reference"] = record["output"] or ""
         try:
             [content] = render(self.template, [{**texts, "fence": fence(texts.values())}], chat=False)

@@ -26,6 +26,7 @@ from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
 from recipe.evaluation.judge.reading import Verdict
 from recipe.evaluation.judge.summary import WITH_VALUE, missing_advice, summarize_pairs, summarize_scores
 from recipe.files import write_json_lines
+from recipe.templates import transcript
 
 MORE_TOKENS = (4, 16)  # times as many for what was cut off: reasoning takes some thousands
 SAMPLING = {"temperature": 0.0, "seed": 123, "max_tokens": 512}
@@ -159,6 +160,7 @@ def answers_hash(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
     """A hash of what is judged: the records of the first split and the responses of these models."""
     texts = [
         [*map(p.get, ("id", "instruction", "input", "output")), *(p.get(label, {}).get("text") for label in labels)]
+        + ([p["messages"]] if "messages" in p else [])
         for p in _first_split(predictions)
     ]
     return hashlib.sha256(json.dumps([*labels, texts]).encode()).hexdigest()[:16]
@@ -182,6 +184,7 @@ def _questions(prompt: JudgePrompt, prediction: Mapping[str, Any]) -> list[Quest
         responses = {part: prediction[label]["text"] for part, label in label_by_part.items()}
         verdict = _verdict_without_judge(prompt, *responses.values())
         shown = (*responses.values(), *(prediction.get(name) or "" for name in ("instruction", "input", "output")))
+        shown += (transcript(prediction),)
         questions.append(Question(prompt, row, prompt.messages(prediction, **responses), verdict, shown))
     return questions
 

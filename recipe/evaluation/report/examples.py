@@ -12,6 +12,7 @@ from markupsafe import Markup
 from recipe.evaluation.comparison import PER_EXAMPLE, example_scores
 from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.verdict import model_name
+from recipe.templates import transcript
 
 SHOWN = ("text", "tokens", "stop_reason", "reasoning", "error")  # fields of an answer
 
@@ -44,6 +45,7 @@ def example_columns(
             key: [prediction.get(key) or "" for prediction in predictions]
             for key in ("id", "split", "instruction", "input", "output")
         },
+        "history": [transcript(prediction, last=False) for prediction in predictions],
         "answers": {
             label: {
                 **{key: [line[label].get(key) for line in predictions] for key in SHOWN},

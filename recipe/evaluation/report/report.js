@@ -289,7 +289,7 @@ function startBrowser(data) {
     const query = state.q.trim().toLowerCase();
     if (query && !haystacks) {
       haystacks = data.id.map((id, row) => [
-        id, data.split[row], data.family[row], data.instruction[row], data.input[row], data.output[row],
+        id, data.split[row], data.family[row], data.history[row], data.instruction[row], data.input[row], data.output[row],
         ...labels.map(label => text(label, row)),
         ...labels.flatMap(label => Object.values(data.answers[label].judge).map(column => column[row]?.[2])),
         ...(data.pairwise?.[row] ?? []).map(([, , , reason]) => reason),
@@ -352,7 +352,9 @@ function startBrowser(data) {
       const points = Math.abs(unit * difference).toFixed(unit === 1 ? 0 : 1).replace(/\.0$/, "");
       tags.append(make("span", `change ${difference > 0 ? "better" : "worse"}`, `${sign}${points} ${title}`));
     }
-    asked.append(tags, block(data.instruction[row], "text instruction"));
+    asked.append(tags);
+    if (data.history[row]) asked.append(block(data.history[row], "text input history"));
+    asked.append(block(data.instruction[row], "text instruction"));
     if (data.input[row]) asked.append(block(data.input[row], "text input"));
     const answers = make("div", "answers");
     const reference = make("section", "answer reference");
