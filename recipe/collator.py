@@ -273,7 +273,7 @@ def depth_first(rows: Sequence[np.ndarray]) -> list[tuple[int, int]]:
         if isinstance(item, int):
             order.append((item, shared))
             continue
-        items = [*sorted(item.children, key=lambda child: -child.longest), *item.ending]
+        items: list[_Branch | int] = [*sorted(item.children, key=lambda child: -child.longest), *item.ending]
         visits += [(each, item.depth if place else shared) for place, each in enumerate(items)][::-1]
     return order
 
