@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,14 +28,16 @@ class DataCollatorForInstructionTuning:
         pad_to_multiple_of: round the width of the batch up to a multiple of this many tokens.
 
     Features: mappings with `input_ids` (T,) and `labels` (T,), aligned, not shifted, -100 where nothing is learned;
-    without `labels`, all of `input_ids` is learned. Other keys are dropped, except `row`, the number of a record.
+    without `labels`, all of `input_ids` is learned. A record of several examples, one after another, has their `ends`
+    too: (examples,), rising to T. Other keys are dropped, except `row`, the number of a record.
 
-    Returns a dict of int64 tensors, (batch, time) each: `input_ids`, `attention_mask`, `labels`, `shift_labels`. If the
-    features have a `row`: also `row` (batch,); `lengths` (batch,), the tokens that predict one; and `supervised`
-    (targets,), the indices of the targets in the flattened labels, computed here to avoid a GPU sync.
+    Returns a dict of int64 tensors, (batch, time) each, an example in a row: `input_ids`, `attention_mask`, `labels`,
+    `shift_labels`. If the features have a `row`: also `row` (batch,); `lengths` (batch,), the tokens that predict one;
+    `supervised` (targets,), the indices of the targets in the flattened labels, computed here to avoid a GPU sync; and
+    `examples` (records,), how many each record has, if one has several.
 
     Raises:
-        ValueError: no features, or `labels` and `input_ids` of different lengths.
+        ValueError: no features, `labels` and `input_ids` of different lengths, or wrong `ends`.
 
     Example: two rows; 50256 ends each response and pads the shorter row.
 
@@ -61,17 +63,17 @@ class DataCollatorForInstructionTuning:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        tokens, labels = _tokens_and_labels(features)
-        lengths = np.array([len(row) for row in tokens])
+        examples = _examples(features)
+        lengths = np.array([len(row) for row in examples.tokens])
         width = lengths.max()
         if self.pad_to_multiple_of:
             width += (self.shift - width) % self.pad_to_multiple_of  # the shift takes one column
         real = np.arange(width) < lengths[:, None]  # (batch, time)
 
         padded_tokens = np.full(real.shape, self.pad_token_id, dtype=np.int64)
-        padded_tokens[real] = np.concatenate(tokens)
+        padded_tokens[real] = np.concatenate(examples.tokens)
         padded_labels = np.full(real.shape, IGNORE_INDEX, dtype=np.int64)
-        padded_labels[real] = np.concatenate(labels)
+        padded_labels[real] = np.concatenate(examples.labels)
 
         if self.shift:  # position t predicts token t + 1
             padded_tokens, real, padded_labels = padded_tokens[:, :-1], real[:, :-1], padded_labels[:, 1:]
@@ -80,29 +82,21 @@ class DataCollatorForInstructionTuning:
         if self.shift:
             batch["shift_labels"] = batch["labels"]
         if "row" in features[0]:
-            batch["row"] = torch.tensor([feature["row"] for feature in features])
-            batch["lengths"] = torch.from_numpy(lengths - 1)
+            batch |= examples.described(features)
             if self.shift:
                 batch["supervised"] = (batch["labels"].flatten() != IGNORE_INDEX).nonzero().flatten()
         return batch
 
 
-class Group(NamedTuple):
-    """Examples of a batch that share a prefix: their indices, and the length of the prefix in tokens."""
-
-    examples: list[int]
-    prefix: int
-
-
 class DataCollatorWithSharedPrefix:
-    """Lays a batch out as one row that holds a prefix shared by examples once: no padding, no repetition.
+    """Lays a batch out as one row in which every start that examples have in common stands once: no padding.
 
-    `[prefix | rest of example 1 | rest of example 2 | ...]`, or several such groups one after another where a batch
-    mixes prompts. A token attends to its group's prefix and to its own example, causally, and to nothing else; its
-    position is the one it has in its example. So losses and gradients are those of the padded batch.
+    Examples form a tree: a preamble, under it the requests that begin alike, under these what each has alone. The row
+    holds it depth first. A token attends to what its own example has up to there, and to nothing else; its position is
+    the one it has in its example. So losses and gradients are those of the padded batch.
 
-    A group's prefix is the longest common start in which all inputs and all targets are equal; groups are chosen to
-    make the row short. A supervised target inside a prefix counts once for each example of the group.
+    Inputs alone decide what is shared. Targets belong to the examples: a position stands in `logits_to_keep` once for
+    each example that learns something there.
 
     Works with the stock `transformers.Trainer` and any causal language model of transformers whose `forward` takes
     `logits_to_keep`, by which the vocabulary head is computed at supervised positions only. Features are those of
@@ -113,17 +107,18 @@ class DataCollatorWithSharedPrefix:
         attention: "mask" gives a boolean mask, for any model with SDPA attention; "segments" gives lengths instead,
             which is faster, for models loaded with `attn_implementation="shared_prefix"` (import `recipe.attention`).
         pad_to_multiple_of: round the length of the row and the number of targets up to multiples of this, so that
-            shapes repeat for `torch.compile`. Padding tokens form a group of their own; padding targets are -100 and
+            shapes repeat for `torch.compile`. Padding tokens are an example of their own; padding targets are -100 and
             point at position 0 of example 0.
 
     Returns a dict: `input_ids`, `position_ids` (1, time); `labels` and `shift_labels`, the same tensor of targets
-    (1, targets), -100 only as padding; `logits_to_keep` (targets,), the position of each; and `attention_mask`
-    (1, 1, time, time) bool, or `segments`: for each group `(prefix length, (suffix lengths))`.
-    If the features have a `row`: also `row` (examples,), `example` (targets,), the index of each target's example, and
-    `lengths` (examples,) in tokens.
+    (1, targets), example by example, -100 only as padding; `logits_to_keep` (targets,), the position of each; and
+    `attention_mask` (1, 1, time, time) bool, or `segments`: for each example that adds tokens to the row `(shared,
+    length)`, how many it shares with the one before it in the row and how many it adds.
+    If the features have a `row`: also `row` (examples,), `example` (targets,), the index of each target's example,
+    `lengths` (examples,) in tokens; and `examples` (records,), how many each record has, if one has several.
 
     Raises:
-        ValueError: no features, `labels` and `input_ids` of different lengths, or no target in the batch.
+        ValueError: no features, `labels` and `input_ids` of different lengths, wrong `ends`, or no target in the batch.
 
     Example: two rows that share their first two tokens.
 
@@ -135,7 +130,7 @@ class DataCollatorWithSharedPrefix:
     >>> batch["input_ids"], batch["position_ids"]
     (tensor([[21, 22, 23, 24, 31]]), tensor([[0, 1, 2, 3, 2]]))
     >>> batch["labels"], batch["logits_to_keep"], batch["segments"]
-    (tensor([[   24, 50256, 50256]]), tensor([2, 3, 4]), ((2, (2, 1)),))
+    (tensor([[   24, 50256, 50256]]), tensor([2, 3, 4]), ((0, 4), (2, 1)))
     """
 
     def __init__(
@@ -148,119 +143,161 @@ class DataCollatorWithSharedPrefix:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows = zip(*_tokens_and_labels(features), strict=True)
-        pairs = [np.array([tokens[:-1], labels[1:]], dtype=np.int32).T for tokens, labels in rows]  # (length, 2) each
-        groups = shared_prefixes(pairs)
+        examples = _examples(features)
+        inputs = [np.asarray(tokens[:-1], dtype=np.int64) for tokens in examples.tokens]
+        targets = [np.asarray(labels[1:], dtype=np.int64) for labels in examples.labels]
 
-        # the segments of the row: each group's prefix, then its examples' suffixes. A segment has pairs (length, 2),
-        # the position of its first token, and the examples whose targets it holds.
-        segments: list[tuple[np.ndarray, int, list[int]]] = []
-        for examples, prefix in groups:
-            segments.append((pairs[examples[0]][:prefix], 0, examples))
-            segments += [(pairs[example][prefix:], prefix, [example]) for example in examples]
-        multiple = self.pad_to_multiple_of or 1
-        padding = -sum(len(segment) for segment, _, _ in segments) % multiple
-        if padding:
-            groups.append(Group([], padding))
-            segments.append((np.array([[self.pad_token_id, IGNORE_INDEX]] * padding, dtype=np.int32), 0, []))
-        lengths = np.array([len(segment) for segment, _, _ in segments])
-        tokens, targets = np.concatenate([segment for segment, _, _ in segments]).T
-        offsets = np.cumsum(lengths) - lengths
-        starts = np.array([start for _, start, _ in segments])
-        positions = np.arange(len(tokens)) + np.repeat(starts - offsets, lengths)
-
-        kept, example_of_kept = [], []
-        for offset, (segment, _, owner) in zip(offsets, segments, strict=True):
-            supervised = offset + np.flatnonzero(segment[:, 1] != IGNORE_INDEX)
-            kept += [supervised] * len(owner)
-            example_of_kept += [np.full(len(supervised), index) for index in owner]
+        runs: list[tuple[int, int]] = []
+        added, kept, time = [], targets.copy(), 0
+        places = np.empty(0, dtype=np.int64)  # of an example's tokens in the row
+        for example, shared in depth_first(inputs):
+            length = len(inputs[example]) - shared
+            places = np.concatenate([places[:shared], np.arange(time, time + length)])
+            kept[example] = places[targets[example] != IGNORE_INDEX]
+            if length:
+                runs.append((shared, length))
+                added.append(inputs[example][shared:])
+                time += length
         keep = np.concatenate(kept)
         if len(keep) == 0:
             raise ValueError("no target in the whole batch: all labels are -100, so there is nothing to learn")
+        multiple = self.pad_to_multiple_of or 1
+        if padding := -time % multiple:
+            runs.append((0, padding))
+            added.append(np.full(padding, self.pad_token_id))
         filling = (0, -len(keep) % multiple)
+        learned = np.concatenate(targets)
+        learned = np.pad(learned[learned != IGNORE_INDEX], filling, constant_values=IGNORE_INDEX)
 
-        kept_targets = np.pad(targets[keep].astype(np.int64), filling, constant_values=IGNORE_INDEX)
-        labels = torch.from_numpy(kept_targets)[None]
+        labels = torch.from_numpy(learned)[None]
+        positions = [np.arange(shared, shared + length) for shared, length in runs]
         batch: dict[str, Any] = {
-            "input_ids": torch.from_numpy(tokens.astype(np.int64))[None],
-            "position_ids": torch.from_numpy(positions)[None],
+            "input_ids": torch.from_numpy(np.concatenate(added))[None],
+            "position_ids": torch.from_numpy(np.concatenate(positions))[None],
             "labels": labels,
             "shift_labels": labels,
             "logits_to_keep": torch.from_numpy(np.pad(keep, filling)),
         }
         if self.attention == "mask":
-            batch["attention_mask"] = torch.from_numpy(_mask(groups, lengths))[None, None]
+            batch["attention_mask"] = torch.from_numpy(_mask(runs))[None, None]
         else:
-            length = iter(lengths.tolist()).__next__
-            batch["segments"] = tuple((length(), tuple(length() for _ in group.examples)) for group in groups)
+            batch["segments"] = tuple(runs)
         if "row" in features[0]:
-            batch["row"] = torch.tensor([feature["row"] for feature in features])
-            batch["example"] = torch.from_numpy(np.pad(np.concatenate(example_of_kept), filling))
-            batch["lengths"] = torch.tensor([len(pair) for pair in pairs])
+            owners = np.repeat(np.arange(len(kept)), [len(each) for each in kept])
+            batch |= examples.described(features) | {"example": torch.from_numpy(np.pad(owners, filling))}
         return batch
 
 
-def _tokens_and_labels(features: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
-    """`input_ids` and `labels` of each feature, aligned."""
+class _Examples(NamedTuple):
+    """The examples of a batch, those of a record one after another."""
+
+    tokens: list[Any]
+    labels: list[Any]  # aligned with the tokens
+    counts: list[int]  # examples of each record
+
+    def described(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """What the trainer counts by: `row` and `lengths` of each example; `examples`, if a record has several."""
+        rows, counts = torch.tensor([feature["row"] for feature in features]), torch.tensor(self.counts)
+        described = {
+            "row": rows.repeat_interleave(counts),
+            "lengths": torch.tensor([len(tokens) - 1 for tokens in self.tokens]),
+        }
+        return described if len(self.tokens) == len(rows) else described | {"examples": counts}
+
+
+def _examples(features: Sequence[Mapping[str, Any]]) -> _Examples:
+    """The records of a batch, cut at their `ends`."""
     if len(features) == 0:
         raise ValueError("a batch needs at least one feature")
-    tokens = [feature["input_ids"] for feature in features]
-    labels = [feature.get("labels", feature["input_ids"]) for feature in features]
-    for index, (row, targets) in enumerate(zip(tokens, labels, strict=True)):
+    tokens, labels, counts = [], [], []
+    for index, feature in enumerate(features):
+        row, targets = feature["input_ids"], feature.get("labels", feature["input_ids"])
         if len(row) != len(targets):
             raise ValueError(f"feature {index}: {len(row)} input_ids but {len(targets)} labels; they must be aligned")
-    return tokens, labels
+        ends = [len(row)] if feature.get("ends") is None else [int(end) for end in feature["ends"]]
+        starts = [0, *ends[:-1]]
+        if ends[-1:] != [len(row)] or (len(ends) > 1 and min(np.diff([0, *ends])) < 1):
+            raise ValueError(f"feature {index}: its ends {ends} must rise to the number of its input_ids, {len(row)}")
+        tokens += [row[start:end] for start, end in zip(starts, ends, strict=True)]
+        labels += [targets[start:end] for start, end in zip(starts, ends, strict=True)]
+        counts.append(len(ends))
+    return _Examples(tokens, labels, counts)
 
 
-def shared_prefixes(pairs: Sequence[np.ndarray]) -> list[Group]:
-    """Groups of examples, each with its shared prefix, that make the row short.
+@dataclass
+class _Branch:
+    """Examples that have their first `depth` tokens in common: those that end there, and those that go on."""
 
-    In lexicographic order, examples with a long common prefix are neighbours, and a group is a run of neighbours. The
-    cut into runs that saves most tokens is found by dynamic programming over the end of the last run.
+    depth: int
+    longest: int  # the length of its longest example
+    ending: list[int] = field(default_factory=list)
+    children: list[_Branch] = field(default_factory=list)
+
+
+def depth_first(rows: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """The examples in the order of their tree; each shares all that it has in common with earlier ones with the last.
+
+    Sorted by their bytes, rows that begin alike are neighbours, and how much neighbours share gives the tree. Longer
+    children come first, so that a conversation stands in one piece, and what branches off from it comes later.
 
     Args:
-        pairs: the inputs and targets of each example, (length, 2).
+        rows: the inputs of each example, all of one type.
 
-    >>> rows = [[1, 2, 3], [7], [1, 2]]
-    >>> [tuple(group) for group in shared_prefixes([np.array([row, row]).T for row in rows])]
-    [([2, 0], 2), ([1], 0)]
+    Returns:
+        For each example its index, and how many tokens it shares with the one before.
+
+    >>> depth_first([np.array(row) for row in ([1, 2], [7], [1, 2, 3, 4], [1, 2, 5], [1, 2])])
+    [(2, 0), (3, 2), (0, 2), (4, 2), (1, 0)]
     """
-    order = sorted(range(len(pairs)), key=lambda index: pairs[index].tobytes())
-    common = [_common_prefix(pairs[index], pairs[following]) for index, following in itertools.pairwise(order)]
-    saved, cuts = [0], [0]  # for the first n examples: most tokens saved, and the start of the last group
-    for end in range(1, len(order) + 1):
-        best, cut, shortest = saved[end - 1], end - 1, len(pairs[order[end - 1]])  # the last example alone
-        for start in range(end - 2, -1, -1):
-            shortest = min(shortest, common[start])
-            if shortest == 0:
-                break
-            gain = saved[start] + (end - start - 1) * shortest
-            if gain > best:
-                best, cut = gain, start
-        saved.append(best)
-        cuts.append(cut)
-    groups, end = [], len(order)
-    while end:
-        start = cuts[end]
-        groups.append(Group(order[start:end], min(common[start : end - 1], default=0)))
-        end = start
-    return groups[::-1]
+    path = [_Branch(0, 0)]  # from the root to the example before
+    root, before = path[0], np.empty(0)
+    for example in sorted(range(len(rows)), key=lambda index: rows[index].tobytes()):
+        row = rows[example]
+        shared = _common_prefix(before, row)
+        _end(path, shared)
+        if path[-1].depth < shared:  # what has just ended branches off between two depths
+            last = path[-1].children.pop()
+            path[-1].children.append(_Branch(shared, last.longest, children=[last]))
+            path.append(path[-1].children[-1])
+        if path[-1].depth < len(row):
+            path[-1].children.append(_Branch(len(row), len(row)))
+            path.append(path[-1].children[-1])
+        path[-1].ending.append(example)
+        before = row
+    _end(path, 0)
+
+    order: list[tuple[int, int]] = []
+    visits: list[tuple[_Branch | int, int]] = [(root, 0)]
+    while visits:
+        item, shared = visits.pop()
+        if isinstance(item, int):
+            order.append((item, shared))
+            continue
+        items: list[_Branch | int] = [*sorted(item.children, key=lambda child: -child.longest), *item.ending]
+        visits += [(each, item.depth if place else shared) for place, each in enumerate(items)][::-1]
+    return order
+
+
+def _end(path: list[_Branch], depth: int) -> None:
+    """Leave the branches that go deeper than `depth`."""
+    while path[-1].depth > depth:
+        ended = path.pop()
+        path[-1].longest = max(path[-1].longest, ended.longest)
 
 
 def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
     length = min(len(first), len(second))
-    different = (first[:length] != second[:length]).any(axis=1)
+    different = first[:length] != second[:length]
     return int(different.argmax()) if different.any() else length
 
 
-def _mask(groups: Sequence[Group], lengths: np.ndarray) -> np.ndarray:
-    """Which tokens each token attends to, (time, time) bool."""
-    segment = np.repeat(np.arange(len(lengths)), lengths)  # (time,)
-    prefixes, first = [], 0  # for each segment, the segment of its group's prefix
-    for group in groups:
-        prefixes += [first] * (1 + len(group.examples))
-        first = len(prefixes)
-    prefix = np.array(prefixes)[segment]
-    time = np.arange(len(segment))
-    visible = (segment == segment[:, None]) | (segment == prefix[:, None])
-    return visible & (time <= time[:, None])
+def _mask(runs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens each token attends to, (time, time) bool: earlier ones that its example has too."""
+    time = np.arange(sum(length for _, length in runs))
+    unseen = np.full(len(time), len(time))  # from which token on each is not seen
+    places, start = time[:0], 0
+    for shared, length in runs:
+        unseen[places[shared:]] = start
+        places = np.concatenate([places[:shared], np.arange(start, start + length)])
+        start += length
+    return (time <= time[:, None]) & (time[:, None] < unseen)

@@ -1,4 +1,4 @@
-"""The one variable-length call of a GPU against attention group by group: outputs and gradients."""
+"""Attention over a tree of runs, by each kernel, against attention by definition: outputs and gradients."""
 
 import itertools
 
@@ -7,103 +7,199 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recipe import attention
+from recipe import attention, attention_kernels
+from recipe.attention_kernels import FLASH, PRODUCTS, packed_kernel
 
 LAYERS = ["full_attention", "sliding_attention"]
 
 SEGMENTS = {
-    "one group": ((5, (3, 1, 7)),),
-    "several groups": ((5, (3, 4)), (2, (6, 1, 1)), (1, (1,))),
-    "no prefix": ((0, (4, 2)), (3, (2, 2))),
-    "empty rests": ((4, (0, 3, 0)), (6, (0, 0)), (0, (5,))),
-    "one example": ((0, (9,)),),
-    "copies": ((6, (0, 0)),),
-    "padding at the end": ((3, (2, 4)), (6, ())),
+    "a preamble": ((0, 8), (5, 1), (5, 7)),
+    "several roots": ((0, 8), (5, 4), (0, 8), (2, 1), (2, 1), (0, 2)),
+    "nothing in common": ((0, 4), (0, 2), (0, 9)),
+    "one example": ((0, 9),),
+    "deep": ((0, 12), (9, 4), (11, 2), (9, 1), (3, 20), (13, 5), (14, 2), (3, 1)),
+    "a chain of branches": ((0, 30), (25, 3), (20, 3), (12, 6), (5, 2)),
+    "longer than a piece": ((0, 40), (33, 21), (10, 35), (44, 2)),
+    "one token each": ((0, 1), (0, 1)),
 }
 HEADS = {"gpt2": (4, 4, 16), "grouped queries": (6, 2, 8)}  # of queries, of keys, size
 
 
-def varlen_by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """`torch.nn.attention.varlen.varlen_attn`, sequence by sequence; causality is aligned at the ends."""
-    assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q[0] == cu_seq_k[0] == 0
-    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and len(cu_seq_q) == len(cu_seq_k)
-    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max()) and cu_seq_q.diff().min() > 0
-    outputs = []
-    for sequence in range(len(cu_seq_q) - 1):
-        queries = query[cu_seq_q[sequence] : cu_seq_q[sequence + 1]]
-        keys, values = (states[cu_seq_k[sequence] : cu_seq_k[sequence + 1]] for states in (key, value))
-        each = []
-        for position in range(len(queries)):
-            visible = len(keys) - len(queries) + position + 1
-            for head in range(query.shape[1]):
-                shared = head // (query.shape[1] // key.shape[1])
-                scores = keys[:visible, shared] @ queries[position, head] * scale
-                each.append(scores.softmax(0) @ values[:visible, shared])
-        outputs.append(torch.stack(each).view(queries.shape))
-    return torch.cat(outputs)
+def visible(segments) -> torch.Tensor:
+    """Which tokens each token sees, (time, time), example by example."""
+    time, example, start = sum(length for _, length in segments), [], 0
+    seen = torch.zeros(time, time, dtype=torch.bool)
+    for shared, length in segments:
+        example = example[:shared] + list(range(start, start + length))
+        for place in range(shared, len(example)):
+            seen[example[place], example[: place + 1]] = True
+        start += length
+    return seen
 
 
-def random_states(segments, heads, device="cpu", dtype=torch.float32):
+def by_definition(query, key, value, segments, scale) -> torch.Tensor:
+    key, value = (each.repeat_interleave(len(query) // len(key), dim=0) for each in (key, value))
+    scores = (query @ key.mT * scale).masked_fill(~visible(segments).to(query.device), float("-inf"))
+    return scores.softmax(-1) @ value
+
+
+def sequences(query, key, value, query_starts, key_starts, most_queries, most_keys, causal, scale):
+    """Of a packed call, one after another: slices of queries and keys; states by head; and the scores."""
+    assert query_starts.dtype == key_starts.dtype == torch.int32 and len(query_starts) == len(key_starts)
+    assert (query_starts[-1], key_starts[-1]) == (len(query), len(key)) and query_starts[0] == key_starts[0] == 0
+    assert (most_queries, most_keys) == (query_starts.diff().max(), key_starts.diff().max())
+    repeats = query.shape[1] // key.shape[1]
+    for bounds in zip(*(pair for each in (query_starts, key_starts) for pair in (each[:-1], each[1:])), strict=True):
+        queries, keys = slice(*bounds[:2]), slice(*bounds[2:])
+        asking, seen, values = query[queries].transpose(0, 1), *(
+            each[keys].transpose(0, 1).repeat_interleave(repeats, dim=0) for each in (key, value)
+        )  # fmt: skip
+        scores = asking @ seen.mT * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+        yield queries, keys, asking, seen, values, scores
+
+
+def packed_forward(query, key, value, *arguments, scale):
+    """`torch.ops.aten._flash_attention_forward` by definition."""
+    *starts, dropout, causal, debug = arguments
+    assert dropout == 0 and debug is False
+    found = [
+        ((scores.softmax(-1) @ values).transpose(0, 1), scores.logsumexp(-1))
+        for *_, values, scores in sequences(query, key, value, *starts, causal, scale)
+    ]
+    outputs, sums = zip(*found, strict=True)
+    return torch.cat(outputs), torch.cat(sums, dim=1), None, None, None
+
+
+def packed_backward(gradient, query, key, value, output, lse, *arguments, scale):
+    """`torch.ops.aten._flash_attention_backward` by definition: weights from the log-sum-exps that it is given."""
+    *starts, dropout, causal, _, _ = arguments
+    assert dropout == 0 and gradient.is_contiguous() and output.is_contiguous()
+    results = [torch.zeros_like(each) for each in (query, key, value)]
+    for queries, keys, asking, seen, values, scores in sequences(query, key, value, *starts, causal, scale):
+        weights = (scores - lse[:, queries, None]).exp()
+        given, merged = gradient[queries].transpose(0, 1), output[queries].transpose(0, 1)
+        of_scores = weights * (given @ values.mT - (given * merged).sum(-1, keepdim=True)) * scale
+        results[0][queries] = (of_scores @ seen).transpose(0, 1)
+        for result, repeated in ((results[1], of_scores.mT @ asking), (results[2], weights.mT @ given)):
+            result[keys] = repeated.unflatten(0, (key.shape[1], -1)).sum(1).transpose(0, 1)
+    return results
+
+
+KERNELS = {"products": PRODUCTS, "packed": packed_kernel(packed_forward, packed_backward)}
+
+
+def random_states(segments, heads, device="cpu", dtype=torch.float64):
     """query, key, value (1, heads, time, head size), which require gradients, and a gradient of the output."""
     queries, keys, size = heads
-    time = sum(prefix + sum(rests) for prefix, rests in segments)
+    time = sum(length for _, length in segments)
     torch.manual_seed(0)
     states = [torch.randn(1, each, time, size) for each in (queries, keys, keys)]
     return [each.to(device, dtype).requires_grad_() for each in states], torch.randn(1, time, queries, size).to(device)
 
 
-@pytest.fixture(params=[0, attention.BUNDLE_COST], ids=["many bundles", "few bundles"])
-def bundles(request, monkeypatch):
-    monkeypatch.setattr(attention, "BUNDLE_COST", request.param)
-    attention._padding.cache_clear()
+@pytest.fixture(params=[(0, 8), (2**20, 2**20)], ids=["small pieces", "large pieces"])
+def pieces(request, monkeypatch):
+    cost, most = request.param
+    for name, value in (("BUNDLE_COST", cost), ("MOST_PAIRS", most), ("LONGEST", 7 if cost == 0 else 256)):
+        monkeypatch.setattr(attention_kernels, name, value)
+    attention_kernels._product_parts.cache_clear()
     yield
-    attention._padding.cache_clear()
+    attention_kernels._product_parts.cache_clear()
 
 
-def test_bundles_are_the_cheapest_of_all():
-    def cost(lengths, sizes, prefix):
-        ends = [*itertools.accumulate(sizes)]
-        pairs = sum(
-            size * lengths[end - 1] * (prefix + lengths[end - 1]) for size, end in zip(sizes, ends, strict=True)
-        )
-        return pairs + attention.BUNDLE_COST * len(sizes)
-
-    for lengths, prefix in (([1, 2, 100, 200, 210, 400], 24), ([50] * 6, 0), ([3, 300, 301, 302], 512), ([7], 5)):
-        cuts = itertools.product([False, True], repeat=len(lengths) - 1)
-        every = [[len([*each]) for _, each in itertools.groupby(itertools.accumulate(cut, initial=0))] for cut in cuts]
-        best = min(cost(lengths, sizes, prefix) for sizes in every)
-        assert cost(lengths, attention.bundle_sizes(lengths, prefix), prefix) == best
-    assert attention.bundle_sizes([10, 12, 14, 400, 410], 24) == [3, 2]
-
-
-@pytest.mark.usefixtures("bundles")
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
-def test_one_variable_length_call_equals_group_by_group(segments, heads, monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", varlen_by_definition)
+def test_each_kernel_is_attention_by_definition(segments, heads, kernel):
     states, gradient = random_states(segments, heads)
-    expected, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, scaling=0.3, segments=segments)
-    gradients = torch.autograd.grad(expected, states, gradient)
+    gradient = gradient[0].transpose(0, 1).double()
+    expected = by_definition(*(each[0] for each in states), segments, 0.3)
+    output = attention.TreeAttention.apply(*(each[0] for each in states), segments, 0.3, 0.0, kernel)
+    results = [output, *torch.autograd.grad(output, states, gradient)]
+    torch.testing.assert_close(results, [expected, *torch.autograd.grad(expected, states, gradient)])
 
-    rows = [each[0].transpose(0, 1) for each in states]
-    output = attention._attend_varlen(rows, segments, 0.3)[None]
-    torch.testing.assert_close([output, *torch.autograd.grad(output, states, gradient)], [expected, *gradients])
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_the_registered_attention_is_attention_by_definition(segments, dtype):
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for heads in HEADS.values():
+        states, gradient = random_states(segments, heads, dtype=dtype)
+        output, weights = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
+        assert output.dtype == dtype and weights is None
+        results = [output, *torch.autograd.grad(output, states, gradient.to(dtype))]
+        exact = [each.detach().double().requires_grad_() for each in states]
+        expected = by_definition(*(each[0] for each in exact), segments, heads[2] ** -0.5).transpose(0, 1)[None]
+        references = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
+        for result, reference in zip(results, references, strict=True):
+            # where a query sees one key alone, its gradient is zero but for rounding
+            assert (result.double() - reference).norm() <= tolerance * max(reference.norm(), gradient.norm()), heads
 
 
-def test_gradients_of_a_prefix_are_summed_in_float32():
-    """512 ones and a 256 sum to 768; bfloat16 would stay at 256, because 256 + 1 rounds to 256."""
-    rows = torch.zeros(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    repeated = attention._Repeat.apply(rows, torch.zeros(513, dtype=torch.long))
-    gradient = torch.ones_like(repeated)
-    gradient[0] = 256
-    assert torch.autograd.grad(repeated, rows, gradient)[0].item() == 768
+@pytest.mark.parametrize("size", [1, 1000])
+def test_scores_of_any_size_stay_finite(size):
+    """In one run the first key is far from the second's query, in the other what stands above is."""
+    segments = ((0, 3), (2, 2))
+    states, gradient = random_states(segments, HEADS["gpt2"], dtype=torch.float32)
+    query, key, value = (each[0].detach() * size for each in states)
+    query, key, value = query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+    for kernel in KERNELS.values():
+        output = attention.TreeAttention.apply(query, key, value, segments, 1.0, 0.0, kernel)
+        gradients = torch.autograd.grad(output, (query, key, value), gradient[0].transpose(0, 1))
+        expected = by_definition(query, key, value, segments, 1.0)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4 * size)
+        assert all(each.isfinite().all() for each in gradients)
+
+
+def test_dropped_weights_are_the_same_in_both_passes():
+    """With the weights dropped that the forward pass dropped, the gradient is that of finite differences."""
+    segments = SEGMENTS["deep"]
+    states, _ = random_states(segments, HEADS["grouped queries"])
+    rows = [each[0].detach().requires_grad_() for each in states]
+
+    def attend(*states):
+        torch.manual_seed(5)
+        return attention.TreeAttention.apply(*states, segments, 0.3, 0.5, PRODUCTS)
+
+    assert torch.autograd.gradcheck(attend, rows, fast_mode=True)
+    assert not torch.equal(attend(*rows), attention.TreeAttention.apply(*rows, segments, 0.3, 0.5, PRODUCTS))
+    kept = by_definition(*rows, segments, 0.3)
+    torch.manual_seed(0)
+    mean = sum(attention.TreeAttention.apply(*rows, segments, 0.3, 0.5, PRODUCTS) for _ in range(400)) / 400
+    assert (mean - kept).norm() < 0.1 * kept.norm()
+
+
+def test_gradients_of_what_is_shared_are_summed_in_float32():
+    """513 examples give a shared value gradients of which bfloat16 would lose most: 256 + 1 rounds to 256."""
+    segments = ((0, 2), *((1, 1) for _ in range(512)))
+    states, _ = random_states(segments, (1, 1, 8), dtype=torch.bfloat16)
+    query, key, value = (each[0].detach().zero_().requires_grad_() for each in states)
+    for kernel in KERNELS.values():
+        output = attention.TreeAttention.apply(query, key, value, segments, 1.0, 0.0, kernel)
+        gradient = torch.autograd.grad(output, value, torch.full_like(output, 2.0))[0]
+        # each of 513 examples gives its half to the shared value, which also keeps all of its own
+        assert gradient[0, 0, 0].item() == pytest.approx(2 + 513, rel=0.01)
+
+
+def test_runs_are_bundled_without_much_padding():
+    assert attention_kernels.bundle_sizes([410, 400, 14, 12, 10]) == [1, 1, 3]
+    generator = torch.Generator().manual_seed(0)
+    lengths = sorted(torch.randint(1, 256, (500,), generator=generator).tolist(), reverse=True)
+    sizes = attention_kernels.bundle_sizes(lengths)
+    assert sum(sizes) == len(lengths)
+    for start, end in itertools.pairwise([0, *itertools.accumulate(sizes)]):
+        pairs = (end - start) * lengths[start] ** 2
+        assert end - start == 1 or pairs <= attention_kernels.MOST_PAIRS
+        assert pairs - sum(length**2 for length in lengths[start:end]) <= attention_kernels.BUNDLE_COST
 
 
 def test_rotary_embeddings_in_float32_under_autocast():
     """Autocast leaves query and key of rotary models in float32; SDPA casts them, and so does this."""
-    segments = SEGMENTS["several groups"]
-    (query, key, value), _ = random_states(segments, HEADS["grouped queries"])
+    segments = SEGMENTS["several roots"]
+    (query, key, value), _ = random_states(segments, HEADS["grouped queries"], dtype=torch.float32)
     value = value.detach().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = attention.shared_prefix_attention(torch.nn.Module(), query, key, value, None, segments=segments)
@@ -116,46 +212,56 @@ def test_rotary_embeddings_in_float32_under_autocast():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_gpu_equals_the_cpu(dtype):
-    """In bfloat16 by FlashAttention, in float32 group by group; against float32 of the same numbers."""
+def test_on_a_gpu_equals_the_definition_and_repeats(dtype):
+    """In bfloat16 by FlashAttention, in float32 by matrix products; against float64 of the same numbers."""
     flash = torch.cuda.get_device_capability() >= (8, 0) and dtype == torch.bfloat16
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3  # TF32 where it is on
-    shapes = [*SEGMENTS.values(), ((24, (30,) * 32), (300, (0, 200)))]
+    shapes = [*SEGMENTS.values(), ((0, 54), *((24, 30) for _ in range(31)), (0, 500), (300, 200))]
     for segments, heads in itertools.product(shapes, [(12, 12, 64), (8, 2, 128)]):
         states, gradient = random_states(segments, heads, "cuda", dtype)
         assert attention._flash_runs(*states) == flash
         output, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
         results = [output, *torch.autograd.grad(output, states, gradient.to(dtype))]
-
-        exact = [each.detach().cpu().float().requires_grad_() for each in states]
-        expected, _ = attention.shared_prefix_attention(torch.nn.Module(), *exact, None, segments=segments)
-        references = [expected, *torch.autograd.grad(expected, exact, gradient.cpu())]
+        exact = [each.detach().double().requires_grad_() for each in states]
+        expected = by_definition(*(each[0] for each in exact), segments, heads[2] ** -0.5).transpose(0, 1)[None]
+        references = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
         for result, reference in zip(results, references, strict=True):
-            assert (result.cpu().float() - reference).norm() <= tolerance * reference.norm(), (segments, heads)
+            assert (result.double() - reference).norm() <= tolerance * reference.norm(), (segments, heads)
+        again, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
+        keys = torch.autograd.grad(again, states[1:], gradient.to(dtype))
+        assert all(torch.equal(*pair) for pair in zip(keys, results[2:], strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu_nothing_waits_for_the_device(dtype):
     """Indices come from pinned memory; `set_sync_debug_mode` raises where the host waits."""
-    segments = ((7, (3, 4)), (5, (2, 6)))
-    states, gradient = random_states(segments, (12, 12, 64), "cuda", dtype)
+    states, gradient = random_states(SEGMENTS["deep"], (12, 12, 64), "cuda", dtype)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
+        output, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=SEGMENTS["deep"])
         output.backward(gradient.to(dtype))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert output.isfinite().all() and all(state.grad.isfinite().all() for state in states)
 
 
+def test_flash_attention_has_the_arguments_that_are_given():
+    """On a CPU the call is refused for its device alone, after its arguments were matched."""
+    segments = SEGMENTS["deep"]
+    states, _ = random_states(segments, (2, 2, 8), dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+        attention.TreeAttention.apply(*(each[0] for each in states), segments, 1.0, 0.0, FLASH)
+    part = FLASH.parts(segments, torch.device("cpu"))[1]
+    rows = [each[0].detach() for each in states]
+    with pytest.raises(NotImplementedError, match="_flash_attention_backward"):
+        FLASH.backward(rows[0], *rows, rows[0], torch.zeros(2, 47), None, part, 1.0, None, rows[1:])
+
+
 def test_the_definition_equals_sdpa_on_one_sequence():
-    (query, key, value), _ = random_states(((0, (9,)),), HEADS["gpt2"])
-    starts = torch.tensor([0, 9], dtype=torch.int32)
-    rows = [each[0].transpose(0, 1) for each in (query, key, value)]
-    output = varlen_by_definition(*rows, starts, starts, 9, 9, scale=0.25, window_size=(-1, 0))
+    (query, key, value), _ = random_states(((0, 9),), HEADS["gpt2"])
     expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
-    torch.testing.assert_close(output, expected[0].transpose(0, 1))
+    torch.testing.assert_close(by_definition(query[0], key[0], value[0], ((0, 9),), 0.25), expected[0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}, {"sliding_window": 3, "layer_types": LAYERS}])

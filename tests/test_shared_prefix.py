@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from recipe import attention
@@ -13,7 +15,7 @@ from recipe.collator import (
     IGNORE_INDEX,
     DataCollatorForInstructionTuning,
     DataCollatorWithSharedPrefix,
-    shared_prefixes,
+    depth_first,
 )
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
@@ -26,6 +28,8 @@ ARCHITECTURES = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
              "attn_pdrop": 0.0},
     "llama": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 128},
+    "qwen2": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "max_position_embeddings": 128},
 }  # fmt: skip
 
@@ -112,7 +116,7 @@ def test_padding_to_a_multiple_by_eye():
         [0, 0, 0, 0, 0, 1, 1, 1],
     ]
     segments = DataCollatorWithSharedPrefix(0, "segments", pad_to_multiple_of=4)(features)["segments"]
-    assert segments == ((2, (2, 1)), (3, ()))
+    assert segments == ((0, 4), (2, 1), (0, 3))
 
 
 @pytest.mark.parametrize("kind", ["mask", "segments"])
@@ -143,7 +147,7 @@ def mixed_features(demo_tokenizer) -> list[dict]:
 def test_templates_mixed_in_a_batch_form_groups(demo_tokenizer, kind):
     features = mixed_features(demo_tokenizer)
     batch = DataCollatorWithSharedPrefix(0, "segments")(features)
-    assert sum(prefix > 0 for prefix, _ in batch["segments"]) >= 2
+    assert sum(shared == 0 for shared, _ in batch["segments"]) == 2 < len(batch["segments"])
     models = [
         AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32, attn_implementation=implementation)
         for implementation in ("sdpa", attention.NAME if kind == "segments" else "sdpa")
@@ -177,58 +181,128 @@ def test_no_example_influences_another(kind):
     assert {row: after[row] for row in (0, 2, 3)} == {row: before[row] for row in (0, 2, 3)}
 
 
-def pairs(*rows: list[int]) -> list[np.ndarray]:
-    return [np.array([row, row], dtype=np.int32).T for row in rows]
+# --- the tree -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ([[1, 2, 3]], {((0,), 0)}),
-        ([[1, 2, 3], [1, 2, 4]], {((0, 1), 2)}),
-        ([[1, 2, 3], [9, 2, 4]], {((0,), 0), ((1,), 0)}),
-        ([[1, 2, 3], [1, 2, 3]], {((0, 1), 3)}),
-        ([[1, 2], [1, 2, 3]], {((0, 1), 2)}),
-        # one token shared by four saves 3; three tokens shared by two pairs save 6
-        ([[1, 2, 3, 4], [1, 2, 3, 5], [1, 6, 7, 8], [1, 6, 7, 9]], {((0, 1), 3), ((2, 3), 3)}),
-        # a third example with a short common run stays outside if the others lose more
-        ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 9]], {((0, 1), 5), ((2,), 0)}),
-    ],
-)
-def test_groups_make_the_row_shortest(rows, expected):
-    groups = {(tuple(sorted(group.examples)), group.prefix) for group in shared_prefixes(pairs(*rows))}
-    assert groups == expected
+def grow(generator: np.random.Generator, depth: int, branching: int, before: list[int]) -> list[list[int]]:
+    """The examples of a random tree: some end where others go on, and some runs are empty, so that examples repeat."""
+    examples = [before] if before and generator.random() < 0.3 else []
+    for _ in range(generator.integers(1, branching + 1)):
+        ids = before + generator.integers(0, VOCABULARY, generator.integers(0, 9)).tolist()
+        examples += grow(generator, depth - 1, branching, ids) if depth and len(ids) < 100 else [ids]
+    return examples
 
 
-def test_groups_are_the_best_cut_into_runs():
-    """Against every cut of the sorted rows, of small random batches."""
+@st.composite
+def trees(draw) -> list[dict]:
+    """Records of one or several examples each, in any order; targets anywhere, also in what is shared."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    examples = grow(generator, draw(st.integers(0, 4)), draw(st.integers(1, 3)), [])
+    examples = [ids if ids else [1] for ids in examples[: draw(st.integers(1, 12))]]
+    generator.shuffle(examples)
+    share, features = draw(st.sampled_from([0.1, 0.5, 1.0])), []
+    while examples:
+        together, examples = examples[: (count := generator.integers(1, 4))], examples[count:]
+        ids = [token for each in together for token in each]
+        learned = generator.random(len(ids)) < share
+        # some learn another token than the one that stands there: examples may share inputs but not targets
+        targets = np.where(generator.random(len(ids)) < 0.1, generator.integers(0, VOCABULARY, len(ids)), ids)
+        record = {"input_ids": ids, "labels": np.where(learned, targets, IGNORE_INDEX).tolist(), "row": len(features)}
+        ends = np.cumsum([len(each) for each in together]).tolist()
+        features.append(record | ({"ends": ends} if len(ends) > 1 or draw(st.booleans()) else {}))
+    assume(any(label != IGNORE_INDEX for _, labels in one_by_one(features) for label in labels[1:]))
+    return features
 
-    def saved(part: list[list[int]]) -> int:
-        common = 0
-        while all(len(row) > common and row[common] == part[0][common] for row in part):
-            common += 1
-        return (len(part) - 1) * common
 
-    generator = np.random.default_rng(0)
-    for _ in range(60):
-        rows = [generator.integers(0, 2, size=generator.integers(1, 6)).tolist() for _ in range(6)]
-        ranked = sorted(rows)
-        cuts = itertools.product([False, True], repeat=5)
-        bounds = ([0, *(i for i, cut in enumerate(choice, start=1) if cut), 6] for choice in cuts)
-        best = max(sum(saved(ranked[a:b]) for a, b in itertools.pairwise(bound)) for bound in bounds)
-        groups = shared_prefixes(pairs(*rows))
-        assert sorted(example for group in groups for example in group.examples) == list(range(6))
-        assert sum((len(group.examples) - 1) * group.prefix for group in groups) == best
+def one_by_one(features: list[dict]) -> list[tuple[list[int], list[int]]]:
+    found = []
+    for feature in features:
+        for start, end in itertools.pairwise([0, *feature.get("ends", [len(feature["input_ids"])])]):
+            found.append((feature["input_ids"][start:end], feature["labels"][start:end]))
+    return found
 
 
-def test_the_prefix_ends_where_targets_differ():
-    """With the prompt supervised, targets of a prefix are equal up to its last token, whose next token differs."""
+def loop_over_examples(model: PreTrainedModel, features: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by the stock model, an example at a time, without any collator of ours."""
+    model.zero_grad()
+    examples = one_by_one(features)
+    count = sum(label != IGNORE_INDEX for _, labels in examples for label in labels[1:])
+    total = 0.0
+    for ids, labels in examples:
+        if len(ids) > 1:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+    return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+MODELS = {(architecture, kind): make_model(architecture, kind) for architecture in ARCHITECTURES
+          for kind in ("padded", "mask", "segments")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mask", "segments", "padded"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(trees())
+def test_random_trees_learn_what_single_examples_do(architecture, kind, features):
+    reference, model = MODELS[architecture, "padded"], MODELS[architecture, kind]
+    expected_loss, expected = loop_over_examples(reference, features)
+    collate = DataCollatorForInstructionTuning(0) if kind == "padded" else DataCollatorWithSharedPrefix(0, kind)
+    batch = collate(features)
+    lengths, rows = batch.pop("lengths"), batch.pop("row")
+    examples = one_by_one(features)
+    assert lengths.tolist() == [len(ids) - 1 for ids, _ in examples]
+    counts = [len(feature.get("ends", [0])) for feature in features]
+    assert rows.tolist() == np.repeat(np.arange(len(features)), counts).tolist()
+    assert batch.pop("examples", torch.ones(len(features))).tolist() == counts
+    if kind != "padded":
+        assert batch["input_ids"].numel() == len({tuple(ids[:n]) for ids, _ in examples for n in range(1, len(ids))})
+        learned = [(index, label) for index, (_, labels) in enumerate(examples) for label in labels[1:]]
+        targets = zip(batch.pop("example").tolist(), batch["labels"][0].tolist(), strict=True)
+        assert [*targets] == [pair for pair in learned if pair[1] != IGNORE_INDEX]
+    batch.pop("supervised", None)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+    rounding = 1e-7 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()  # where one is zero
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + rounding, name
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(trees(), st.randoms(use_true_random=False))
+def test_the_row_does_not_depend_on_the_order_of_records(features, random):
+    collate = DataCollatorWithSharedPrefix(0, "segments")
+    batch, again = collate(features), collate(features)
+    shuffled = collate(random.sample(features, len(features)))
+    for name in ("input_ids", "position_ids", "segments", "logits_to_keep", "labels"):
+        assert str(again[name]) == str(batch[name])
+    assert batch["segments"] == again["segments"]
+    assert sorted(length for _, length in batch["segments"]) == sorted(length for _, length in shuffled["segments"])
+    assert batch["input_ids"].numel() == shuffled["input_ids"].numel()
+
+
+def test_a_conversation_stands_in_one_piece_and_its_branches_come_after():
+    """What a template drops of earlier turns (here 90 and 91) makes each turn a branch of the last one's history."""
+    turns = [[1, 2, 90, 3], [1, 2, 3, 4, 5, 91, 6], [1, 2, 3, 4, 5, 6, 7, 8]]
+    rows = [np.array(row) for row in turns]
+    assert depth_first(rows) == [(2, 0), (1, 5), (0, 2)]
+    assert depth_first(rows[::-1]) == [(0, 0), (1, 5), (2, 2)]
+
+
+def test_targets_of_a_shared_position_stand_once_for_each_example():
     features = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [1, 2, 3, 5]}]
     batch = DataCollatorWithSharedPrefix(0, "segments")(features)
-    assert batch["segments"] == ((2, (1, 1)),)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 3]]
-    assert batch["labels"].tolist() == [[2, 3, 2, 3, 4, 5]]  # a prefix target once for each example
-    assert batch["logits_to_keep"].tolist() == [0, 1, 0, 1, 2, 3]
+    assert batch["segments"] == ((0, 3),) and batch["input_ids"].tolist() == [[1, 2, 3]]
+    assert batch["labels"].tolist() == [[2, 3, 4, 2, 3, 5]]
+    assert batch["logits_to_keep"].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_wrong_ends_are_refused():
+    for collate in (DataCollatorForInstructionTuning(0), DataCollatorWithSharedPrefix(0)):
+        for ends in ([2, 2, 3], [2], [2, 4], [3, 2], [0, 3], []):
+            with pytest.raises(ValueError, match=r"feature 1: its ends .* must rise to .* 3"):
+                collate([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3], "ends": ends}])
 
 
 @pytest.mark.parametrize("kind", ["mask", "segments"])

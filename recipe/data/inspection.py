@@ -90,14 +90,12 @@ def inspect_lengths(
             kept = split[split.sum(axis=1) <= max_length]
         preambles = np.clip(kept[:, 0] - header_length, 0, preamble)  # a cut prompt may lose tokens of its preamble
         in_preamble, (prompt, response) = int(preambles.sum()), kept.sum(axis=0).tolist()
-        # if prompts are supervised too, different tokens follow the last common one, so it is not shared
-        shared = max(0, int(preambles.min(initial=preamble)) - (not config.mask_prompt))
         report[name] = {
             "records": len(split),
             "trained_records": len(kept),
             "turns": len(turns),
             "tokens": {"preamble": in_preamble, "prompt": prompt - in_preamble, "response": response},
-            "batches": batch_costs(kept.sum(axis=1), batch_size, shared),
+            "batches": batch_costs(kept.sum(axis=1), batch_size, int(preambles.min(initial=preamble))),
             "overflow": [overflow_at(turns, limit) for limit in limits],
             "lengths": {part: _describe(values) for part, values in _parts(split).items()},
         }

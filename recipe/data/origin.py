@@ -42,9 +42,9 @@ def place(dataset: Dataset, row: int, split: str = "train") -> str:
 def rows_in_words(dataset: Any, rows: Iterable[int]) -> str:
     """Many records, by file: `a.jsonl rows 3, 5; b.jsonl row 0`."""
     if not isinstance(dataset, Dataset) or not isinstance(dataset.info, RecordsInfo):
-        return f"training rows {', '.join(map(str, rows))}"
+        return f"training rows {', '.join(map(str, dict.fromkeys(rows)))}"
     by_file: dict[str, list[str]] = {}
-    for row in rows:
+    for row in dict.fromkeys(rows):  # a record with several examples stands there for each
         found = origin(dataset, row)
         by_file.setdefault(found["file"], []).append(str(found["row"]))
     return "; ".join(f"{file} row{'s' * (len(each) > 1)} {', '.join(each)}" for file, each in by_file.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import PartialState
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe import attention
@@ -28,6 +27,8 @@ def make_collator(
 ) -> DataCollatorForInstructionTuning | DataCollatorWithSharedPrefix:
     """The collator of `--batching`; under `torch.compile` it pads 2 to 5 % more, so that few shapes occur.
 
+    A shared row is not tried here, but by the trainer, where the model trains: see `fitting_collator`.
+
     Raises:
         UserError: a model or settings that do not fit `--batching`: see `why_not`.
     """
@@ -40,15 +41,8 @@ def make_collator(
     if reason := why_never_one_row(model) or _why_not_these_settings(model, training_args):
         raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
     # a compiled row with a mask is one graph for all lengths; segments are Python values and break the graph
-    if not compiled and attention_of(model) == attention.NAME:
-        reason = why_not(model, "segments")
-        if reason is None:
-            return DataCollatorWithSharedPrefix(pad_id, "segments")
-    if why := why_not(model, "mask"):
-        raise UserError(f"--batching shared_prefix: {why}; use --batching padded")
-    if reason is not None:
-        PartialState().print(f"Shared prefixes are separated by a mask, because without one {reason}")
-    return DataCollatorWithSharedPrefix(pad_id, "mask", pad_to_multiple_of=32 if compiled else None)
+    segments = not compiled and attention_of(model) == attention.NAME
+    return DataCollatorWithSharedPrefix(pad_id, "segments" if segments else "mask", 32 if compiled else None)
 
 
 def _why_not_these_settings(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:

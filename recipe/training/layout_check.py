@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -27,9 +27,11 @@ OTHER_THAN_FULL = re.compile(
     "compress|ngram|alibi|prefix_lm|rel_extent|cca_time|state_size"
 )
 HARMLESS = {"chunk_size_feed_forward", "max_window_layers", "use_sliding_window"}
-NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "supervised")
-PREFIXES, SUFFIXES = (11, 0, 6), ((5, 9, 14), (7,), (4, 12))  # of the examples tried, in tokens
+NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "examples", "supervised")
+# the examples tried, as a tree: tokens of a run, and the runs below it; one may be empty, where an example ends
+TREE = ((11, ((5, ((4, ()), (0, ()), (7, ()))), (9, ()), (14, ((3, ()), (6, ()))))), (7, ()), (6, ((4, ()), (12, ()))))
 NOISE = 8  # times as much as a padded batch may a row differ from single examples, or 32 times the type's rounding
+GRADIENT_NOISE = 1e-5  # of gradients, at least so much counts as that of a padded batch: they are sums over tokens
 # by how much padding itself may change logits, relative to their size: models that see later tokens are far above
 PADDING_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
 
@@ -110,7 +112,7 @@ def why_logits_differ(model: nn.Module, layout: Layout) -> str | None:
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in model.parameters()):
         return None
     try:
-        in_batch, padded = differences(model, layout)
+        logits, gradients = differences(model, layout)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises when it is given such a batch
@@ -118,39 +120,104 @@ def why_logits_differ(model: nn.Module, layout: Layout) -> str | None:
             return None  # the first step fails too, and names the settings that it comes from
         text = str(error).strip().partition("\n")[0]
         return f"{kind} fails on such a batch ({type(error).__name__}: {text[:120]})"
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if padded > PADDING_LIMIT.get(dtype, 0.25):
+    dtype = _computing_type(model)
+    if logits.padded > PADDING_LIMIT.get(dtype, 0.25):
         return (
             f"the logits of {kind} depend on later tokens or on the other examples of a batch "
-            f"(by {padded:.0e} of their size), so it would not learn to predict"
+            f"(by {logits.padded:.0e} of their size), so it would not learn to predict"
         )
-    if layout != "padded" and in_batch > NOISE * max(padded, 4 * torch.finfo(dtype).eps):
-        return f"{kind} does not keep the examples of a row apart: its logits are off by {in_batch:.0e} of their size"
+    rounding = 4 * torch.finfo(dtype).eps
+    if logits.row > NOISE * max(logits.padded, rounding):
+        return f"{kind} does not keep the examples of a row apart: its logits are off by {logits.row:.0e} of their size"
+    if gradients.row > NOISE * max(gradients.padded, rounding, GRADIENT_NOISE):
+        return f"{kind} learns something else from such a row: gradients are off by {gradients.row:.0e} of their size"
     return None
 
 
-@torch.no_grad()
-def differences(model: nn.Module, layout: Layout) -> tuple[float, float]:
-    """How far logits in a batch of this layout, and in a padded one, are from those of each example alone.
+class Difference(NamedTuple):
+    """How far a row, and a padded batch, are from single examples; relative, of the example where it is largest."""
 
-    Relative to the deviation of the logits from their mean; of the example where the difference is largest.
+    row: float
+    padded: float
+
+
+def _computing_type(model: nn.Module) -> torch.dtype:
+    weights = next(p for p in model.parameters() if p.is_floating_point())
+    device = weights.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.dtype
+
+
+def fitting_collator(
+    model: nn.Module, collator: DataCollatorWithSharedPrefix
+) -> tuple[DataCollatorWithSharedPrefix | DataCollatorForInstructionTuning, str | None]:
+    """The collator, or the next simpler one with which the model learns the same as from single examples; and why.
+
+    Call it where the model will train, in its precision. Segments fall back to a mask, a mask to padding.
+
+    Raises:
+        ValueError: the config of the model says that a row does not fit it, or padding does not fit it either.
+    """
+    if reason := why_never_one_row(model):
+        raise ValueError(f"DataCollatorWithSharedPrefix: {reason}; use DataCollatorForInstructionTuning")
+    pad, reasons = collator.pad_token_id, []
+    fitting: list[Any] = [collator]
+    if collator.attention == "segments":
+        fitting.append(DataCollatorWithSharedPrefix(pad, "mask", collator.pad_to_multiple_of))
+    fitting.append(DataCollatorForInstructionTuning(pad))
+    for each in fitting:
+        layout: Layout = getattr(each, "attention", "padded")
+        if (reason := why_not(model, layout)) is None:
+            break
+        reasons.append(reason)
+    else:
+        raise ValueError(f"{reasons[-1]}; give another model or another attention")
+    if not reasons:
+        return collator, None
+    name = {"mask": "one row with a mask", "padded": "padded batches"}[layout]
+    note = f"The batches of this run are {name}, because {'; '.join(dict.fromkeys(reasons))}"
+    PartialState().print(note)
+    return each, note
+
+
+def differences(model: nn.Module, layout: Layout) -> tuple[Difference, Difference]:
+    """How far logits and gradients in a batch of this layout, and in a padded one, are from those of single examples.
+
+    Logits relative to their deviation from their mean; gradients are those of the first of the smallest weights, which
+    all layers have a part in.
     """
     features = example_features(base_model(model))
     padded = DataCollatorForInstructionTuning(0)(features)
     row = None if layout == "padded" else DataCollatorWithSharedPrefix(0, layout)(features)
-    with _evaluating(model):
+    trained = [each for each in model.parameters() if each.requires_grad and each.is_floating_point()]
+    with _evaluating(model), torch.set_grad_enabled(bool(trained)):
         # an example alone has its last token too, which the batches leave out: no earlier logits may depend on it
         alone = [_logits(model, {"input_ids": torch.tensor([each["input_ids"]])})[0] for each in features]
         in_padded = _logits(model, padded)
         in_row = None if row is None else _logits(model, row)[0]
-    of_row, of_padding = [0.0], []
-    for index, logits in enumerate(alone):
-        targets = (padded["labels"][index] != IGNORE_INDEX).to(logits.device)
-        wanted = logits[:-1][targets[: len(logits) - 1]]  # (targets, vocab)
-        of_padding.append(_difference(in_padded[index][targets], wanted))
-        if row is not None and in_row is not None:
-            of_row.append(_difference(in_row[(row["example"] == index).to(logits.device)], wanted))
-    return max(of_row), max(of_padding)
+        wanted, of_padding, of_row = [], [], []  # logits of the targets of each example
+        for index, logits in enumerate(alone):
+            targets = (padded["labels"][index] != IGNORE_INDEX).to(logits.device)
+            wanted.append(logits[:-1][targets[: len(logits) - 1]])  # (targets, vocab)
+            of_padding.append(in_padded[index][targets])
+            if row is not None and in_row is not None:
+                of_row.append(in_row[(row["example"] == index).to(logits.device)])
+        found = [of_row, of_padding]
+        off = Difference(*(max(map(_difference, each, wanted), default=0.0) for each in found))
+        if not trained:
+            return off, Difference(0.0, 0.0)
+        learned = padded["labels"][padded["labels"] != IGNORE_INDEX]
+        weights = min(trained, key=torch.numel)
+        expected, *gradients = (_gradient(each or wanted, learned, weights) for each in (wanted, *found))
+        distances = ((each - expected).norm() / expected.norm().clamp_min(1e-30) for each in gradients)
+    return off, Difference(*(float(each.nan_to_num(nan=float("inf"))) for each in distances))
+
+
+def _gradient(logits: list[torch.Tensor], targets: torch.Tensor, weights: nn.Parameter) -> torch.Tensor:
+    """Of the summed loss, as float64."""
+    together = torch.cat(logits)
+    loss = nn.functional.cross_entropy(together, targets.to(together.device), reduction="sum")
+    gradient = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)[0]
+    return (torch.zeros_like(weights) if gradient is None else gradient).double()
 
 
 def example_features(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -166,13 +233,17 @@ def example_features(model: PreTrainedModel) -> list[dict[str, Any]]:
     def draw(count: int) -> list[int]:
         return [tokens[i] for i in torch.randint(len(tokens), (count,), generator=generator).tolist()]
 
-    for length, suffixes in zip(PREFIXES, SUFFIXES, strict=True):
-        prefix = draw(length)
-        for suffix in suffixes:
-            ids = prefix + draw(suffix)
-            first = max(1, length)  # the token after the prefix is predicted from the prefix's last
-            labels = [IGNORE_INDEX] * first + ids[first:]
-            features.append({"input_ids": ids, "labels": labels, "row": len(features)})
+    def grow(before: list[int], tree: tuple) -> None:
+        for length, below in tree:
+            ids = before + draw(length)
+            if below:
+                grow(ids, below)
+            else:  # the token after what it shares is predicted from the last that it shares
+                first = max(1, min(len(before), len(ids) - 1))
+                labels = [IGNORE_INDEX] * first + ids[first:]
+                features.append({"input_ids": ids, "labels": labels, "row": len(features)})
+
+    grow([], TREE)
     return features
 
 
@@ -183,6 +254,7 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return logits.float()
 
 
+@torch.no_grad()
 def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Median over the targets of |found - wanted| / |wanted - mean|; infinite where one of them is not finite."""
     scale = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,26 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -
     return functional.cross_entropy(
         precise.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
     )
+
+
+def sums_of_records(each: torch.Tensor, inputs: Mapping[str, Any], shape: Sequence[int]) -> torch.Tensor:
+    """What belongs to the targets (targets, numbers), summed for each record of a batch: (records, numbers).
+
+    Args:
+        inputs: the batch. shape: of its labels; the targets are all of these, or those in `supervised`.
+    """
+    if "example" in inputs:  # a shared row
+        rows, example = len(inputs["row"]), inputs["example"]
+    else:
+        rows, width = shape
+        example = torch.arange(rows * width, device=each.device) // width
+        if len(each) < len(example):
+            example = example[inputs["supervised"]]
+    if "examples" in inputs:  # of records that have several
+        counts = inputs["examples"]
+        record = torch.arange(len(counts), device=each.device).repeat_interleave(counts, output_size=rows)
+        rows, example = len(counts), record[example]
+    return each.new_zeros(rows, each.shape[1]).index_add(0, example, each)
 
 
 def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:

@@ -83,6 +83,8 @@ class RunRecord(TrainerCallback):
         """Add a leg for this start."""
         trainer = self.trainer
         self.run = describe_run(self.settings.model, self.settings.data, trainer, attention_of(trainer.model))
+        if trainer.layout_note:
+            self.run["ran"]["batch_layout"] = trainer.layout_note
         self.run["config"]["training"]["push_to_hub"] = self.pushes  # the Trainer's own push is off
         for leg in self.legs:
             if leg["state"] == "running":  # it could not say how it ended

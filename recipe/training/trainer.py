@@ -29,8 +29,14 @@ from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
 from recipe.training.changes import apply_changed
 from recipe.training.counts import NO_TOTALS, Counts
-from recipe.training.layout_check import why_not
-from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
+from recipe.training.layout_check import NOT_FOR_THE_MODEL, fitting_collator
+from recipe.training.loss import (
+    cross_entropy,
+    linear_cross_entropy,
+    sums_of_records,
+    token_losses,
+    token_weighted_metrics,
+)
 from recipe.training.manifest import about
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 from recipe.training.saving import WholeSaves
@@ -38,7 +44,6 @@ from recipe.training.stopping import shield_workers
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
-NOT_FOR_THE_MODEL = ("labels", "shift_labels", "row", "example", "lengths", "supervised")
 # Keeps the last hidden states alone. transformers documents only true and false: 5.23 also takes the index of a layer,
 # 5.17 reads it as true and keeps the hidden states of all layers.
 LAST_HIDDEN_STATES = {"output_hidden_states": -1}
@@ -92,10 +97,10 @@ class InstructionTrainer(WholeSaves):
         check_accelerator_config(args.accelerator_config)
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # the default dispatches streams
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        self.layout_note: str | None = None  # why batches have another layout than was asked for
         if isinstance(self.data_collator, DataCollatorWithSharedPrefix):
-            assert self.model is not None
-            if reason := why_not(self.model, self.data_collator.attention):
-                raise ValueError(f"DataCollatorWithSharedPrefix: {reason}; use DataCollatorForInstructionTuning")
+            with self.accelerator.autocast():
+                self.data_collator, self.layout_note = fitting_collator(self.model, self.data_collator)  # type: ignore
         records = list(generation_records)
         tokenizer: Any = self.processing_class
         self._generation_prompts = prompt_ids(template, tokenizer, records) if template else []
@@ -261,13 +266,7 @@ class InstructionTrainer(WholeSaves):
                 supervised = targets.flatten()
                 correct = logits.argmax(-1).flatten() == supervised  # never at -100, which is no token
         sums = torch.stack([losses, correct, supervised != IGNORE_INDEX], dim=1)  # (targets, 3)
-        if "example" in inputs:  # a shared row: to which each target belongs
-            rows, example = len(inputs["row"]), inputs["example"]
-        else:
-            rows, example = len(targets), torch.arange(targets.numel(), device=targets.device) // targets.shape[1]
-            if states is not None and "supervised" in inputs:
-                example = example[inputs["supervised"]]
-        sums = sums.new_zeros(rows, 3).index_add(0, example, sums)
+        sums = sums_of_records(sums, inputs, targets.shape)
         return None, sums[:, :2], sums[:, 2:].long()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -11,9 +11,10 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from recipe import attention
-from recipe.collator import DataCollatorWithSharedPrefix
+from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.trainer import InstructionTrainer
+from recipe.training import layout_check
 from recipe.training.collator_choice import default_attention, make_collator
 from recipe.training.layout_check import why_logits_differ, why_never_one_row, why_not
 
@@ -84,13 +85,57 @@ def test_a_window_longer_than_any_example_is_found_in_the_config():
         assert why_never_one_row(model) is not None
 
 
+def trainer_for(model, layout, tmp_path) -> InstructionTrainer:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2)
+    return InstructionTrainer(
+        model, arguments, data_collator=DataCollatorWithSharedPrefix(0, layout), train_dataset=rows
+    )
+
+
 @pytest.mark.parametrize("architecture", ["stablelm", "nemotron"])
 def test_a_model_that_drops_segments_trains_with_a_mask_and_the_run_says_so(architecture, tmp_path, capsys):
-    collator = collator_for(small_model(architecture, attention.NAME), "shared_prefix", tmp_path)
-    assert collator.attention == "mask"
-    assert "separated by a mask, because without one" in capsys.readouterr().out
-    assert collator_for(small_model("llama", attention.NAME), "shared_prefix", tmp_path).attention == "segments"
+    model = small_model(architecture, attention.NAME)
+    assert collator_for(model, "shared_prefix", tmp_path).attention == "segments"
+    trainer = trainer_for(model, "segments", tmp_path)
+    assert trainer.data_collator.attention == "mask"
+    assert capsys.readouterr().out == trainer.layout_note + "\n"
+    assert trainer.layout_note.startswith("The batches of this run are one row with a mask, because ")
+    trainer = trainer_for(small_model("llama", attention.NAME), "segments", tmp_path)
+    assert trainer.data_collator.attention == "segments" and trainer.layout_note is None
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("wrong", ["raises", "forward", "backward"])
+def test_a_kernel_that_is_wrong_on_this_device_gives_way(wrong, tmp_path, monkeypatch, capsys):
+    """As a GPU's might be; here the kernel of the CPU is spoiled."""
+
+    good = attention.PRODUCTS
+
+    def forward(*args):
+        if wrong == "raises":
+            raise RuntimeError("no kernel image is available")
+        output, lse = good.forward(*args)
+        return (1.1 * output if wrong == "forward" else output), lse
+
+    def backward(*args):
+        return good.backward(*args) * (1.1 if wrong == "backward" else 1)
+
+    monkeypatch.setattr(attention, "PRODUCTS", good._replace(forward=forward, backward=backward))
+    trainer = trainer_for(small_model("llama", attention.NAME), "segments", tmp_path)
+    assert trainer.data_collator.attention == "mask"
+    expected = {"raises": "no kernel image", "forward": "logits are off", "backward": "gradients are off"}[wrong]
+    assert expected in capsys.readouterr().out and expected in trainer.layout_note
+    trainer.train()
+
+
+def test_a_mask_that_is_not_kept_gives_way_to_padding(tmp_path, monkeypatch, capsys):
+    tried = {"mask": "it does not see it", "padded": None}
+    monkeypatch.setattr(layout_check, "why_logits_differ", lambda model, layout: tried[layout])
+    trainer = trainer_for(small_model(), "mask", tmp_path)
+    assert type(trainer.data_collator) is DataCollatorForInstructionTuning
+    assert capsys.readouterr().out == "The batches of this run are padded batches, because it does not see it\n"
+    trainer.train()
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("falcon", None), ("gptj", None), ("llama", attention.NAME)])
@@ -113,21 +158,11 @@ def test_a_model_that_sees_the_tokens_it_is_to_predict_is_refused(architecture, 
 
 
 def test_a_trainer_refuses_a_collator_that_does_not_fit_its_model(tmp_path):
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
-    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2)
-
-    def trainer_for(model, layout) -> InstructionTrainer:
-        return InstructionTrainer(
-            model, arguments, data_collator=DataCollatorWithSharedPrefix(0, layout), train_dataset=rows
-        )
-
-    with pytest.raises(ValueError, match="StableLmForCausalLM does not keep the examples of a row apart"):
-        trainer_for(small_model("stablelm", attention.NAME), "segments")
     for config in (PromptTuningConfig, PrefixTuningConfig):
         virtual = get_peft_model(small_model(), config(num_virtual_tokens=4, task_type="CAUSAL_LM"))
         with pytest.raises(ValueError, match="prompt and prefix tuning put virtual tokens before each row"):
-            trainer_for(virtual, "mask")
-    trainer_for(get_peft_model(small_model(), LoraConfig(target_modules=["q_proj"])), "mask").train()
+            trainer_for(virtual, "mask", tmp_path)
+    trainer_for(get_peft_model(small_model(), LoraConfig(target_modules=["q_proj"])), "mask", tmp_path).train()
 
 
 def test_trying_leaves_no_trace():
