@@ -29,6 +29,7 @@ SECONDS_OF_PATIENCE = 5  # of a process for the main one, which should have met 
 WIDTH = 120  # of tables that go to a file
 NARROWEST = 6  # a column of names in a narrow terminal
 HEADING = 20  # a longer heading above a column of figures is folded
+LONGEST_LINE = 1_500  # characters of an error, which may quote a file
 UNLIMITED = 10_000  # characters; wider than any table
 # invisible, or able to reorder the text around them: C0 except tab and newline, C1, soft hyphen, zero width, bidi marks
 UNSEEN = re.compile(
@@ -140,7 +141,16 @@ def _exit(message: str) -> NoReturn:
     if (rank := process_rank()) != "0":
         time.sleep(SECONDS_OF_PATIENCE)
         message = f"process {rank}: {message}"
-    sys.exit(redact_message(message))
+    sys.exit(as_message(message))
+
+
+def as_message(text: str) -> str:
+    """An error as the terminal shows it: no secrets, no control characters, and of a very long line its two ends."""
+    lines = visible(redact_message(text)).split("\n")
+    return "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} [...] {line[-LONGEST_LINE // 2 :]}"
+        for line in lines
+    )
 
 
 def process_rank() -> str:
