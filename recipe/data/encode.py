@@ -19,7 +19,7 @@ from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments, UserError
 from recipe.data.columns import FIELDS
 from recipe.data.origin import origin, place
-from recipe.data.records import LeftOut, in_one_line, problem_report, report_lines
+from recipe.data.records import LeftOut, in_one_line, no_good_record, problem_report, report_lines
 from recipe.data.split import load_records
 from recipe.templates import Template, common_prefix, load_template
 from recipe.tokens import FlatTokens, encode_prompts, encode_responses, not_as_text, prompt_ids
@@ -103,7 +103,7 @@ def encode_good_records(
         if config.bad_records == "error":
             problems += [line for one in bad for line in report_lines(one)]
         elif is_bad.all():
-            problems.append(f"the {name} split has no good record")
+            problems.append(no_good_record(name, bad))
         left_out.bad += [one | {"problem": in_one_line(one["problem"])} for one in bad]
     problems += _length_problems(good, encoded, config, arguments["max_length"])
     if problems:

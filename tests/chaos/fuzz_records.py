@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fuzzing import ROOT, Case, MisreadError, damage, train_script
+from fuzzing import ROOT, Case, MisreadError, damage
 
-from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError
+from recipe.config import DataArguments, ModelArguments, UserError
 
 QUOTED, PLAIN = re.compile(r'"((?:[^"]|"")*)"'), re.compile(r'[^,\r\n"]*')
 GOOD, BAD, UNKNOWN = "good", "bad", "unknown"
@@ -56,21 +57,24 @@ def encodable(text: str) -> bool:
 
 
 def prepare() -> Callable[[dict[str, Any]], tuple[Any, list[dict]]]:
-    """In the process that others are forked from: the reader of scripts/train.py, from files to tokens."""
-    import recipe.console
-    import recipe.data.encode
-    import recipe.data.special_text
-    import recipe.model
-    import recipe.tokens  # noqa: F401
+    """In the process that others are forked from: what scripts/train.py does with records, until they are tokens."""
+    from recipe.data import load_records, token_statistics
+    from recipe.data.encode import encode_good_records
+    from recipe.data.special_text import find_special_text
+    from recipe.data.split import data_hash
+    from recipe.files import write_json_lines
+    from recipe.model import load_tokenizer
 
-    script = train_script()
-    model_args = ModelArguments(model_name_or_path=str(ROOT / "recipe" / "demo" / "base"))
+    datasets.disable_progress_bars()
+    tokenizer = load_tokenizer(ModelArguments(model_name_or_path=str(ROOT / "recipe" / "demo" / "base")))
 
     def read(settings: dict[str, Any]) -> tuple[Any, list[dict]]:
-        args = InstructionTrainingArguments("out", report_to="none", use_cpu=True)
         data_args = DataArguments(validation_ratio=0, test_ratio=0, **settings)
-        _, _, records, _, bad, _ = script.prepare_data(model_args, data_args, args)
-        return records["train"], bad
+        loaded, left_out = load_records(data_args)
+        records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
+        token_statistics(records, splits, 0), find_special_text(records, tokenizer), data_hash(loaded)
+        write_json_lines(Path("bad_records.jsonl"), left_out.bad)
+        return records["train"], left_out.bad
 
     return read
 
@@ -101,7 +105,9 @@ def attempt(
         if number >= len(rows) or rows[number].verdict == BAD:
             raise MisreadError(f"row {number} was read as {ascii(values)[:300]}, and is bad or not there")
         if rows[number].verdict == GOOD and rows[number].values != values:
-            raise MisreadError(f"row {number} was read as {ascii(values)[:300]}, not {ascii(rows[number].values)[:300]}")
+            raise MisreadError(
+                f"row {number} was read as {ascii(values)[:300]}, not {ascii(rows[number].values)[:300]}"
+            )
     if known and found.keys() != good.keys():
         raise MisreadError(f"rows {sorted(found)} were read, and {sorted(good)} are good")
     if known and not drop and len(good) < len(rows):
@@ -115,7 +121,8 @@ def plainly(content: bytes, suffix: str) -> list[Row] | None:
     """What is in a file, where that is beyond doubt; None for one that is not what its name says."""
     try:
         if suffix == "parquet":
-            return [row_of(row) for row in pq.read_table(io.BytesIO(content), columns=list(NEEDED)).to_pylist()]
+            table = pq.ParquetFile(io.BytesIO(content)).read(columns=[*NEEDED, "family"])
+            return [row_of(row) for row in table.to_pylist()] if set(NEEDED) <= set(table.column_names) else None
         text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
         return csv_rows(text) if suffix == "csv" else json_rows(text)
     except Exception:
@@ -145,8 +152,8 @@ def pairs_row(pairs: Any) -> Row:
         return Row(BAD)
     names = [name for name, _ in pairs]
     twice = any(names.count(name) > 1 for name in (*NEEDED, "family"))
-    alike = {"".join(name.split()).casefold() for name in names if name not in NEEDED}
-    return Row(BAD) if twice else Row(UNKNOWN) if alike & set(NEEDED) else row_of(dict(pairs))
+    odd = not set(NEEDED) <= set(names) and not set(names) <= {*NEEDED, "note", "family"}  # one may be meant
+    return Row(BAD) if twice else Row(UNKNOWN) if odd else row_of(dict(pairs))
 
 
 def csv_rows(text: str) -> list[Row] | None:
@@ -173,7 +180,7 @@ def csv_rows(text: str) -> list[Row] | None:
     header, *lines = rows
     if len(set(header)) < len(header) or not {"instruction", "output"} <= set(header) or "\\" in text:
         return None
-    if "input" not in header and any("".join(name.split()).casefold() == "input" for name in header):
+    if "input" not in header:  # another name may be meant
         return None
     return [row_of(dict(zip(header, line, strict=True))) if len(line) == len(header) else Row(BAD) for line in lines]
 
@@ -273,7 +280,7 @@ ODD_ARRAYS: list[Callable[[int], pa.Array]] = [
     lambda n: pa.array([2**62] * n, pa.duration("us")), lambda n: pa.array([1] * n, pa.time32("s")),
     lambda n: pa.array([2**62] * n, pa.time64("us")), lambda n: pa.array([b"\xff\xfe"] * n).view(pa.string()),
     lambda n: pa.array([b"\xff"] * n).view(pa.string()).dictionary_encode(), lambda n: pa.array([10**70] * n, pa.decimal256(76, 0)),
-    lambda n: pa.array([1] * n, pa.decimal128(38, 38)), lambda n: pa.array([[("a", 1)]] * n, pa.map_(pa.string(), pa.int8())),
+    lambda n: pa.array([Decimal("0.1")] * n, pa.decimal128(38, 37)), lambda n: pa.array([[("a", 1)]] * n, pa.map_(pa.string(), pa.int8())),
     lambda n: pa.array(["a"] * n, pa.large_string()), lambda n: pa.array(["a"] * n).dictionary_encode(),
     lambda n: pa.array(["a"] * n, pa.string_view()), lambda n: pa.array([""] * n), lambda n: pa.array([" "] * n),
     lambda n: pa.array([b"\xed\xa0\x80"] * n).view(pa.string()), lambda n: pa.array([0.5] * n, pa.float16()),
@@ -291,7 +298,10 @@ def parquet_file(draw: random.Random) -> tuple[bytes, str, list[Row] | None]:
         name = draw.choice(NEEDED)
         columns[name] = pa.array([draw.choice([*TEXTS, None]) for _ in range(count)])
     sink = io.BytesIO()
-    options = {"compression": draw.choice(["snappy", "none", "gzip", "zstd", "brotli"]), "use_dictionary": draw.random() < 0.5}
+    options = {
+        "compression": draw.choice(["snappy", "none", "gzip", "zstd", "brotli"]),
+        "use_dictionary": draw.random() < 0.5,
+    }
     pq.write_table(pa.table(columns), sink, **options, row_group_size=draw.choice([1, 2, 100]))
     rows = [row_of({name: _plain(columns[name], number) for name in NEEDED}) for number in range(count)]
     return sink.getvalue(), "parquet", rows
@@ -356,7 +366,10 @@ class Maker:
             suffix = self.draw.choice(["json", "jsonl", "csv", "tsv", "parquet", "txt", "JSON", "ndjson", "arrow"])
             rows = None
         elif what == "utf-16" and suffix != "parquet":
-            content, rows = content.decode("utf-8", "replace").encode(self.draw.choice(["utf-16", "utf-16-le", "utf-32"])), []
+            content, rows = (
+                content.decode("utf-8", "replace").encode(self.draw.choice(["utf-16", "utf-16-le", "utf-32"])),
+                [],
+            )
         else:
             content = content[: self.draw.randrange(len(content))] if what == "cut" else b" " * self.draw.randint(0, 3)
             rows = plainly(content, suffix)

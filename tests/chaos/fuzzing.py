@@ -216,7 +216,7 @@ def damage(draw: random.Random, content: bytes, others: Sequence[bytes], pieces:
         elif how == 3:
             data[start:start] = data[start:end] * draw.choice([1, 2, 50])
         elif how in (4, 5):
-            data[start:end if how == 4 else start] = draw.choice([*PIECES, *pieces])
+            data[start : end if how == 4 else start] = draw.choice([*PIECES, *pieces])
         elif how == 6:
             other = draw.choice(others)
             begin = draw.randrange(len(other) + 1)
