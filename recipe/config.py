@@ -16,8 +16,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from recipe.config_file import LONGEST, ConfigFileError, read_config
-from recipe.redaction import learn_from_config
+from recipe.config_file import ConfigFileError, read_config
 from recipe.setting_checks import json_problem, range_problem, type_problem, what_instead
 
 
@@ -177,8 +176,9 @@ class InstructionTrainingArguments(TrainingArguments):
 
 
 def parse_arguments(
-    dataclass_types: list[type], argv: list[str], description: str, defaults: dict[str, Any] | None = None
-) -> tuple:
+    dataclass_types: list[type], argv: list[str], description: str, defaults: dict[str, Any] | None = None,
+    defaults_from: str = "defaults",
+) -> tuple:  # fmt: skip
     """Fill `dataclass_types` from `[CONFIG.yaml] --flag value …`: `defaults`, over them the YAML file, then the flags.
 
     >>> model, data = parse_arguments([ModelArguments, DataArguments], ["--data", "a.json", "--max_length", "64"], "")
@@ -195,8 +195,13 @@ def parse_arguments(
     config_path = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if config_path else argv
     settings = defaults or {}
+    _check_keys(settings, known, defaults_from)
+    _check_types(settings, dataclass_types, defaults_from)
     if config_path:
-        content, written = _read_yaml(config_path)
+        try:
+            content, written = read_config(config_path)
+        except ConfigFileError as error:
+            raise UserError(str(error)) from error
         _check_keys(content, known, config_path)
         _check_types(content, dataclass_types, config_path)
         content = _as_asked(content, written, dataclass_types)
@@ -206,7 +211,7 @@ def parse_arguments(
     # Lists and mappings are checked here; everything else goes through the type checks of the flags.
     values = Namespace(**{name: value for name, value in settings.items() if isinstance(value, list | dict)})
     as_flags = [f"--{name}={value}" for name, value in settings.items() if name not in values and value is not None]
-    for source, words in ((config_path or "defaults", as_flags), ("command line", flags)):
+    for source, words in ((config_path or defaults_from, as_flags), ("command line", flags)):
         try:
             values, rest = parser.parse_known_args(words, values)
         except ArgumentError as error:
@@ -238,26 +243,6 @@ def _check_flags(rest: list[str], known: Collection[str]) -> None:
     if rest:
         problems = problems or [f"unexpected {rest[0]!r}; write --flag value"]
         raise UserError("\n".join(f"command line: {problem}" for problem in problems))
-
-
-def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of a file, and those that are one value as they are written there."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise UserError(f"{path}: over {LONGEST:,} characters; give a config file, and records with --data")
-        learn_from_config(text)
-        content, written = read_config(text)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
-    except ConfigFileError as error:
-        raise UserError(f"{path}{error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
-    return content, written
 
 
 def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from recipe.redaction import learn_from_config
+
 LONGEST = 200_000  # characters of a config file, which holds settings, not records
 MOST_VALUES = 10_000
 TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -22,7 +24,7 @@ NUMBER = re.compile(
 
 
 class ConfigFileError(Exception):
-    """A file that is no YAML, or says more than it seems to, in words that follow its name."""
+    """A file that holds no settings, or says more than it seems to."""
 
 
 class Loader(yaml.SafeLoader):
@@ -50,15 +52,43 @@ for _kind, _pattern, _first in (("int", INTEGER, "-+0123456789"), ("float", NUMB
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, list(_first))  # type: ignore[no-untyped-call]
 
 
-def read_config(text: str) -> tuple[Any, dict[str, str]]:
-    """What a YAML text holds, and of a mapping the values that are no lists or mappings, as they are written.
-
-    >>> read_config("seed: 010\\nlearning_rate: 1e-3\\nmask_prompt: no")[0]
-    {'seed': '010', 'learning_rate': 0.001, 'mask_prompt': False}
+def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a file; and those that are no lists or mappings, as they are written there.
 
     Raises:
-        ConfigFileError: with the place in words.
+        ConfigFileError: the file, its line where it is known, and what is wrong.
     """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        learn_from_config(text[:LONGEST])
+        content, written = parse(text)
+    except FileNotFoundError as error:
+        raise ConfigFileError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigFileError(f"{path}: cannot be read as YAML: {error}") from error
+    except ConfigFileError as error:
+        raise ConfigFileError(f"{path}{error}") from error
+    if not isinstance(content, dict):
+        raise ConfigFileError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+    if {"config", "legs"} <= content.keys():
+        raise ConfigFileError(
+            f"{path} tells of a run; start its command again, or write its settings into another file"
+        )
+    return content, written
+
+
+def parse(text: str) -> tuple[Any, dict[str, str]]:
+    """What a YAML text holds, and of a mapping the values that are no lists or mappings, as they are written.
+
+    >>> parse("seed: 010\\nmask_prompt: no")
+    ({'seed': '010', 'mask_prompt': False}, {'seed': '010', 'mask_prompt': 'no'})
+
+    Raises:
+        ConfigFileError: in words that follow the name of the file.
+    """
+    if len(text) > LONGEST:
+        raise ConfigFileError(f": over {LONGEST:,} characters; give a config file, and records with --data")
     try:
         loader = Loader(text)
         node = loader.get_single_node()

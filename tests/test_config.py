@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import recipe.config_file
 import recipe.setting_checks
 import recipe.training.errors
 from recipe.config import (
@@ -181,7 +182,8 @@ def test_the_compiler_of_accelerates_file_counts_as_ours(monkeypatch):
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(recipe.setting_checks).failed == doctest.testmod(recipe.training.errors).failed == 0
+    modules = (recipe.config_file, recipe.setting_checks, recipe.training.errors)
+    assert [doctest.testmod(module).failed for module in modules] == [0, 0, 0]
 
 
 def test_missing_config_file_and_stray_words():

@@ -8,10 +8,8 @@ import gzip
 import io
 import json
 import random
-import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -21,36 +19,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fuzzing import ROOT, Case, MisreadError, damage
+from plain_readers import BAD, GOOD, NEEDED, UNKNOWN, Row, plainly, row_of
 
 from recipe.config import DataArguments, ModelArguments, UserError
 
-QUOTED, PLAIN = re.compile(r'"((?:[^"]|"")*)"'), re.compile(r'[^,\r\n"]*')
-GOOD, BAD, UNKNOWN = "good", "bad", "unknown"
-NEEDED = ("instruction", "input", "output")
 NOT_TEXT = object()
 BROKEN = object()
-
-
-@dataclass
-class Row:
-    """Whether a row is good, if that is known, and its instruction, input and output."""
-
-    verdict: str
-    values: tuple[str, str, str] | None = None
-    broken: bool = False
-
-
-def row_of(values: dict[str, Any]) -> Row:
-    """A row whose values are texts, None, or something else."""
-    texts = [values.get(name) for name in NEEDED]
-    fine = all(text is None or (isinstance(text, str) and encodable(text)) for text in texts)
-    if not fine or not all((text or "").strip() for text in (texts[0], texts[2])):
-        return Row(BAD)
-    return Row(GOOD, (texts[0], texts[1] or "", texts[2]))
-
-
-def encodable(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 # --- what was read ----------------------------------------------------------------------------------------------------
@@ -114,99 +88,36 @@ def attempt(
         raise MisreadError("bad rows were read without a word")
 
 
-# --- a reading of our own ---------------------------------------------------------------------------------------------
-
-
-def plainly(content: bytes, suffix: str) -> list[Row] | None:
-    """What is in a file, where that is beyond doubt; None for one that is not what its name says."""
-    try:
-        if suffix == "parquet":
-            table = pq.ParquetFile(io.BytesIO(content)).read(columns=[*NEEDED, "family"])
-            return [row_of(row) for row in table.to_pylist()] if set(NEEDED) <= set(table.column_names) else None
-        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-        return csv_rows(text) if suffix == "csv" else json_rows(text)
-    except Exception:
-        return None
-
-
-def json_rows(text: str) -> list[Row] | None:
-    if text.lstrip(" \t\r\n")[:1] != "[":
-        return [json_row(line) for line in text.split("\n") if line.strip()]
-    elements = json.JSONDecoder(strict=False, parse_constant=float, object_pairs_hook=Pairs).decode(text)
-    return [pairs_row(element) for element in elements]
-
-
-def json_row(line: str) -> Row:
-    try:
-        return pairs_row(json.JSONDecoder(strict=False, object_pairs_hook=Pairs).decode(line.strip(" \t\r")))
-    except (ValueError, RecursionError):
-        return Row(UNKNOWN)
-
-
-class Pairs(list):
-    """The names and values of a JSON object, with those that stand there twice."""
-
-
-def pairs_row(pairs: Any) -> Row:
-    if not isinstance(pairs, Pairs):
-        return Row(BAD)
-    names = [name for name, _ in pairs]
-    twice = any(names.count(name) > 1 for name in (*NEEDED, "family"))
-    odd = not set(NEEDED) <= set(names) and not set(names) <= {*NEEDED, "note", "family"}  # one may be meant
-    return Row(BAD) if twice else Row(UNKNOWN) if odd else row_of(dict(pairs))
-
-
-def csv_rows(text: str) -> list[Row] | None:
-    """By RFC 4180; None where a quote stands that the standard does not have."""
-    rows, fields, position, begun = [], [], 0, False
-    while position < len(text):
-        if text[position] == '"':
-            begun, cell = True, QUOTED.match(text, position)
-            fields.append(cell[1].replace('""', '"'))
-        else:
-            cell = PLAIN.match(text, position)
-            fields.append(cell[0])
-        position = cell.end()
-        sign, position = text[position : position + 1], position + 1
-        if sign not in ("", ",", "\r", "\n"):
-            return None
-        begun = begun or cell[0] != "" or sign == ","
-        if sign == "," and position < len(text):
-            continue
-        fields += [""] if sign == "," else []
-        position += text[position - 1 : position + 1] == "\r\n"
-        rows += [fields] if begun else []
-        fields, begun = [], False
-    header, *lines = rows
-    if len(set(header)) < len(header) or not {"instruction", "output"} <= set(header) or "\\" in text:
-        return None
-    if "input" not in header:  # another name may be meant
-        return None
-    return [row_of(dict(zip(header, line, strict=True))) if len(line) == len(header) else Row(BAD) for line in lines]
-
-
 # --- what is built value by value -------------------------------------------------------------------------------------
 
 TEXTS = [
-    "plain", "two\nlines", "a\r\nb", "a\rb", "tab\there", "nul\0inside", "\0", "bom\ufeff", "\ufeff", "\u2028", "a\u2028b",
-    "\x85", "a\x85b", "\x1c", "\x1f", "\x0b", "\x0c", "\u200b", "\u202eright", "\x1b[31m", "\x7f", "e\u0301", "\U0001f468\u200d\U0001f469",
-    "\U0001f600", "\uffff", "\U0010ffff", "\ufffd", "007", "None", "null", "NaN", "Infinity", "true", "2024-01-01", "=1+1",
-    "-", "{}", "[]", '"', '""', "'", "\\", "\\\\", "a,b", "a;b", "<b>", "%s", "{0}", "{{ x }}", "{% raw %}", "\U00012345" * 50,
+    "plain", "two\nlines", "a\r\nb", "a\rb", "tab\there", "nul\0inside", "\0", "bom\ufeff", "\ufeff", "\u2028",
+    "a\u2028b",
+    "\x85", "a\x85b", "\x1c", "\x1f", "\x0b", "\x0c", "\u200b", "\u202eright", "\x1b[31m", "\x7f", "e\u0301",
+    "\U0001f468\u200d\U0001f469",
+    "\U0001f600", "\uffff", "\U0010ffff", "\ufffd", "007", "None", "null", "NaN", "Infinity", "true", "2024-01-01",
+    "=1+1",
+    "-", "{}", "[]", '"', '""', "'", "\\", "\\\\", "a,b", "a;b", "<b>", "%s", "{0}", "{{ x }}", "{% raw %}",
+    "\U00012345" * 50,
     "x" * 200_000, "word " * 20_000, "\n" * 1000, "\u0300" * 2000, "", " ", "  \t", "\u3000", "\xa0", "\u2003", "\n",
 ]  # fmt: skip
 DEEP = 100_000
 JSON_OTHERS = {  # texts of JSON, and what they are
     NOT_TEXT: [
         b"Infinity", b"-Infinity", b"NaN", b"1e400", b"-0", b"0", b"12", b"1.5", b"9" * 5000, b"-" + b"9" * 5000,
-        b"1e99999999999", b"1E-400", b"true", b"false", b"[]", b"{}", b'["a"]', b'{"a": "b"}', b"[" * DEEP + b"]" * DEEP,
+        b"1e99999999999", b"1E-400", b"true", b"false", b"[]", b"{}", b'["a"]', b'{"a": "b"}',
+        b"[" * DEEP + b"]" * DEEP,
         b'{"a":' * DEEP + b"1" + b"}" * DEEP, b"[[" + b"9" * 5000 + b"]]", b'{"a": {"a": Infinity}}', b"[NaN]",
         b'"\\ud800"', b'"a\\udfffb"', b'"\\udc80"', b'"\xff"', b'"\xc3"', b'"\xed\xa0\x80"', b'"\xf4\x90\x80\x80"',
-        b'"\xc0\x80"', b'"' + b"\xe9" * 1000 + b'"', b'[{"role": "user"}]', b"{" + b",".join(b'"k%d":1' % i for i in range(3000)) + b"}",
+        b'"\xc0\x80"', b'"' + b"\xe9" * 1000 + b'"', b'[{"role": "user"}]',
+        b"{" + b",".join(b'"k%d":1' % i for i in range(3000)) + b"}",
     ],
     None: [b"null"],
     BROKEN: [
-        b"nan", b"None", b"'x'", b"tru", b'"unclosed', b'"\\x"', b'"\\u12"', b"01", b"1.", b"+1", b".5", b"0x10", b"[", b"{", b"]",
-        b"}", b"[1,]", b'{"a":1,}', b"{1: 2}", b"/* */ 1", b"undefined", b"-", b"", b'"a" "b"', b"\xff", b"[" * DEEP, b"1 2",
+        b"nan", b"None", b"'x'", b"tru", b'"unclosed', b'"\\x"', b'"\\u12"', b"01", b"1.", b"+1", b".5", b"0x10",
+        b"[", b"{", b"]",
+        b"}", b"[1,]", b'{"a":1,}', b"{1: 2}", b"/* */ 1", b"undefined", b"-", b"", b'"a" "b"', b"\xff", b"[" * DEEP,
+        b"1 2",
         b'{"a":' * DEEP, b'"a', b"-Infinit", b"1e", b"\xef\xbb\xbf1", b'{"a" 1}', b'{"a"}',
     ],
 }  # fmt: skip
@@ -279,8 +190,10 @@ ODD_ARRAYS: list[Callable[[int], pa.Array]] = [
     lambda n: pa.array([2**60] * n, pa.timestamp("ms")), lambda n: pa.array([0] * n, pa.timestamp("s", "Mars/Olympus")),
     lambda n: pa.array([2**62] * n, pa.duration("us")), lambda n: pa.array([1] * n, pa.time32("s")),
     lambda n: pa.array([2**62] * n, pa.time64("us")), lambda n: pa.array([b"\xff\xfe"] * n).view(pa.string()),
-    lambda n: pa.array([b"\xff"] * n).view(pa.string()).dictionary_encode(), lambda n: pa.array([10**70] * n, pa.decimal256(76, 0)),
-    lambda n: pa.array([Decimal("0.1")] * n, pa.decimal128(38, 37)), lambda n: pa.array([[("a", 1)]] * n, pa.map_(pa.string(), pa.int8())),
+    lambda n: pa.array([b"\xff"] * n).view(pa.string()).dictionary_encode(),
+    lambda n: pa.array([10**70] * n, pa.decimal256(76, 0)),
+    lambda n: pa.array([Decimal("0.1")] * n, pa.decimal128(38, 37)),
+    lambda n: pa.array([[("a", 1)]] * n, pa.map_(pa.string(), pa.int8())),
     lambda n: pa.array(["a"] * n, pa.large_string()), lambda n: pa.array(["a"] * n).dictionary_encode(),
     lambda n: pa.array(["a"] * n, pa.string_view()), lambda n: pa.array([""] * n), lambda n: pa.array([" "] * n),
     lambda n: pa.array([b"\xed\xa0\x80"] * n).view(pa.string()), lambda n: pa.array([0.5] * n, pa.float16()),
@@ -340,9 +253,11 @@ class Maker:
             if len(content) < 20_000:
                 self.corpus.setdefault(suffix, []).append(content)
 
-    def learn(self, case: Case, suffix: str) -> None:
-        if len(case.content) < 20_000 and len(self.corpus.get(suffix, ())) < 500:
-            self.corpus.setdefault(suffix, []).append(case.content)
+    def learn(self, case: Case) -> None:
+        """Damage an input further that has reached new lines."""
+        known = self.corpus.get(case.kind.split()[-1])
+        if known is not None and len(case.content) < 20_000 and len(known) < 500:
+            known.append(case.content)
 
     def built(self) -> Case:
         content, suffix, rows = self.draw.choice([json_file, json_file, csv_file, parquet_file])(self.draw)

@@ -108,24 +108,39 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     for before, name in zip("abcdefghi", "bcdefghij", strict=True)
 )
 STRUCTURES = {  # lines of YAML to go with others, and whether they must be refused
-    LAUGHS: True, "data: &a [*a]\n": True, "data: &a {train: *a}\n": True, "seed: 1\nseed: 2\n": True, "? [1]\n: 2\n": True,
+    LAUGHS: True, "data: &a [*a]\n": True, "data: &a {train: *a}\n": True, "seed: 1\nseed: 2\n": True,
+    "? [1]\n: 2\n": True,
     "1: 2\n": True, "null: 2\n": True, "on: 2\n": True, "2024-01-01: 2\n": True, ".nan: 2\n": True, "'': 2\n": True,
-    "? {a: b}\n: 1\n": True, "---\nseed: 1\n---\nseed: 2\n": True, "\tseed: 1\n": True, "seed : 1\n  split_seed: 2\n": True,
-    "%YAML 3.0\n": True, "%TAG ! tag:x,2000:\n---\nseed: !y 1\n": True, "<<: {seed: 5}\n": False, "<<: [{seed: 5}, {seed: 6}]\n": False,
-    "<<: 5\n": True, "<<: [1]\n": True, "<<: *x\n": True, "# only a comment\n": False, "seed: 1 # comment\n": False, "seed: 1\r\n": False,
-    "learning_rate: &rate 1e-3\nweight_decay: *rate\n": False, "config: {}\nlegs: []\n": True, "data: {1: a.jsonl}\n": True,
-    "data: {on: a.jsonl}\n": True, "data: {train: [records.jsonl]}\n": False, "data: {train: }\n": True, "data: []\n": True,
-    "data: [records.jsonl, records.jsonl]\n": False, "data: {train: {a: b}}\n": True, "data: {'': records.jsonl}\n": True,
-    "data: .\n": True, "data: '*.jsonl'\n": False, "data: '[a-'\n": True, "data: '**'\n": None, "data: /dev/null\n": True,
+    "? {a: b}\n: 1\n": True, "---\nseed: 1\n---\nseed: 2\n": True, "\tseed: 1\n": True,
+    "seed : 1\n  split_seed: 2\n": True,
+    "%YAML 3.0\n": True, "%TAG ! tag:x,2000:\n---\nseed: !y 1\n": True, "<<: {seed: 5}\n": False,
+    "<<: [{seed: 5}, {seed: 6}]\n": False,
+    "<<: 5\n": True, "<<: [1]\n": True, "<<: *x\n": True, "# only a comment\n": False, "seed: 1 # comment\n": False,
+    "seed: 1\r\n": False,
+    "learning_rate: &rate 1e-3\nweight_decay: *rate\n": False, "config: {}\nlegs: []\n": True,
+    "data: {1: a.jsonl}\n": True,
+    "data: {on: a.jsonl}\n": True, "data: {train: [records.jsonl]}\n": False, "data: {train: }\n": True,
+    "data: []\n": True,
+    "data: [records.jsonl, records.jsonl]\n": False, "data: {train: {a: b}}\n": True,
+    "data: {'': records.jsonl}\n": True,
+    "data: .\n": True, "data: '*.jsonl'\n": False, "data: '[a-'\n": True, "data: '**'\n": None,
+    "data: /dev/null\n": True,
     "lr_scheduler_kwargs: 2\n": True, "max_length: [64]\n": True, "template: [alpaca]\n": True, "run_name: [a]\n": True,
-    "num_train_epochs: 1e300\nmax_steps: -1\n": None, "generation_max_new_tokens: 99999999999\neval_generate: true\n": None,
-    "warmup_steps: 1e300\n": None, "max_steps: 99999999999999999999\n": None, "gradient_accumulation_steps: 99999999999\n": None,
+    "num_train_epochs: 1e300\nmax_steps: -1\n": None,
+    "generation_max_new_tokens: 99999999999\neval_generate: true\n": None,
+    "warmup_steps: 1e300\n": None, "max_steps: 99999999999999999999\n": None,
+    "gradient_accumulation_steps: 99999999999\n": None,
     "per_device_train_batch_size: 99999999999999999999\n": None, "seed: 4294967296\n": True, "split_seed: -5\n": None,
-    "config_overrides: n_layer=99999999\n": None, "config_overrides: n_embd=0\n": None, "config_overrides: n_head=0\n": None,
-    "config_overrides: 'n_layer=1,'\n": None, "config_overrides: vocab_size=-1\n": None, "config_overrides: n_positions=0\n": None,
-    "output_dir: /dev/null/x\n": True, "output_dir: /proc/x\n": True, "output_dir: records.jsonl\n": True, "output_dir: .\n": True,
-    "output_dir: " + "x" * 300 + "\n": True, "output_dir: " + "x/" * 3000 + "\n": True, "\ufeff": None, "\0": True, "\x85seed: 1": None,
-    "lr_scheduler_kwargs: {a: 1}\n": True, "optim_args: x=y\n": True, "report_to: [none, none]\n": None, "report_to: [a, b]\n": True,
+    "config_overrides: n_layer=99999999\n": None, "config_overrides: n_embd=0\n": None,
+    "config_overrides: n_head=0\n": None,
+    "config_overrides: 'n_layer=1,'\n": None, "config_overrides: vocab_size=-1\n": None,
+    "config_overrides: n_positions=0\n": None,
+    "output_dir: /dev/null/x\n": True, "output_dir: /proc/x\n": True, "output_dir: records.jsonl\n": True,
+    "output_dir: .\n": True,
+    "output_dir: " + "x" * 300 + "\n": True, "output_dir: " + "x/" * 3000 + "\n": True, "\ufeff": None, "\0": True,
+    "\x85seed: 1": None,
+    "lr_scheduler_kwargs: {a: 1}\n": True, "optim_args: x=y\n": True, "report_to: [none, none]\n": None,
+    "report_to: [a, b]\n": True,
 }  # fmt: skip
 FOLDERS: dict[str, Callable[[Path], Any]] = {  # what an output folder holds already
     "checkpoint-best": lambda out: (out / "checkpoint-best").mkdir(),
@@ -144,7 +159,7 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {  # what an output folder holds alr
     "deep manifest": lambda out: _checkpoint(out, "manifest.json", '{"a":' * 99_999),
     "large number": lambda out: _checkpoint(out, "manifest.json", "9" * 5000),
     "manifest with a file": lambda out: _checkpoint(out, "manifest.json", '{"files": {"x": {"size": "y"}}}'),
-    "manifest with a list": lambda out: _checkpoint(out, "manifest.json", '{"files": [1], "step": "x", "world_size": {}}'),
+    "manifest with a list": lambda out: _checkpoint(out, "manifest.json", '{"files": [1], "world_size": {}}'),
     "run.json": lambda out: (out / "run.json").write_text("[" * 99_999),
     "README": lambda out: (out / "README.md").write_text("mine"),
     "lock": lambda out: (out / ".lock").write_text("{}"),
@@ -165,10 +180,14 @@ def _with_folder(what: str, folder: Path) -> None:
     FOLDERS[what](folder / "out")
 
 
-WORDS = ["--", "---", "--=", "-x", "-1", "", " ", "--seed", "--seed=", "--no_such", "--seed=1=2", "--data", "a.jsonl", "\udcff", "--\udcff=1",
-         "--mask-prompt", "--no_mask_prompt", "--mask_prompt", "@file", "--config", "-h_", "--\x1b[31m", "--data={", "--data=[1",
-         '--data={"train": ' + "9" * 5000 + "}", "--data=" + "[" * 99_999, '--data={"train": null}', "--data=[]", "--data={}",
-         "--data=\0", "--lr_scheduler_kwargs={", '--lr_scheduler_kwargs={"a": NaN}', "--lr_scheduler_kwargs=" + "[" * 99_999,
+WORDS = ["--", "---", "--=", "-x", "-1", "", " ", "--seed", "--seed=", "--no_such", "--seed=1=2", "--data",
+"a.jsonl", "\udcff", "--\udcff=1",
+         "--mask-prompt", "--no_mask_prompt", "--mask_prompt", "@file", "--config", "-h_", "--\x1b[31m", "--data={",
+         "--data=[1",
+         '--data={"train": ' + "9" * 5000 + "}", "--data=" + "[" * 99_999, '--data={"train": null}', "--data=[]",
+         "--data={}",
+         "--data=\0", "--lr_scheduler_kwargs={", '--lr_scheduler_kwargs={"a": NaN}',
+         "--lr_scheduler_kwargs=" + "[" * 99_999,
          "--report_to", "--allow_changed", "--debug", "--resume_from_checkpoint", "--resume_from_checkpoint=out",
          "--resume_from_checkpoint=true", "--resume_from_checkpoint=/", "--overwrite_output_dir"]  # fmt: skip
 
@@ -221,7 +240,8 @@ class Maker:
     def folder(self) -> Case:
         what = self.draw.choice([*FOLDERS])
         flags = self.draw.choice([[], ["--resume_from_checkpoint=true"], ["--overwrite_output_dir"],
-                                  ["--resume_from_checkpoint=out/checkpoint-1"], ["--save_total_limit=1", "--overwrite_output_dir"]])  # fmt: skip
+                                  ["--resume_from_checkpoint=out/checkpoint-1"],
+                                  ["--save_total_limit=1", "--overwrite_output_dir"]])  # fmt: skip
         return self._case(f"folder: {what}", text_of(BASE).encode(), flags=flags, before=partial(_with_folder, what))
 
     def _case(

@@ -64,7 +64,7 @@ REFUSED = {
 READ = {
     "chatml": CHATML,
     "turns": TURNS,
-    "carriage returns": TURNS.replace("{%", "\r\n{%"),
+    "carriage returns": TURNS.replace("[", "\r\n["),
     "byte order mark": "\ufeff" + TURNS,
     "null characters": TURNS.replace("[", "\0["),
     "control characters": TURNS.replace("[", "\x1b[31m["),
@@ -79,19 +79,25 @@ READ = {
     "phi3": (BUILT_IN / "phi3.jinja").read_text(encoding="utf-8"),
 }
 EXPRESSIONS = [
-    "m", "m.content", "messages", "loop", "loop.index0", "messages[-1]", "add_generation_prompt", "bos_token", "1", "'x'",
-    "none", "[1, 2]", "{'a': m}", "range(9)", "self", "super()", "caller()", "varargs", "cycler(1)", "lipsum()", "dict(a=1)",
+    "m", "m.content", "messages", "loop", "loop.index0", "messages[-1]", "add_generation_prompt", "bos_token", "1",
+    "'x'",
+    "none", "[1, 2]", "{'a': m}", "range(9)", "self", "super()", "caller()", "varargs", "cycler(1)", "lipsum()",
+    "dict(a=1)",
     "namespace(a=1)", "joiner()", "strftime_now('%Y')", "strftime_now(1)", "messages|tojson(indent=99)", "m|items|list",
     "m|dictsort", "m.content|int", "m.content[::0]", "m.content[:-1]", "'%s' % m", "m.content|replace('a', 'b')", "-m",
     "m < 1", "m ** 2", "messages|sum", "messages|map('nothing')|list", "messages|groupby('role')|list", "m.pop('role')",
     "messages.append(1)", "m.content.format(m)", "m.content|format(1, 2)", "'{}'.format_map(m)", "m|xmlattr", "m|e",
-    "m|attr('__class__')", "''|attr('format')", "m.content.encode()", "(messages|length) * 'x'", "m|urlize", "1.0|round(400)",
+    "m|attr('__class__')", "''|attr('format')", "m.content.encode()", "(messages|length) * 'x'", "m|urlize",
+    "1.0|round(400)",
 ]  # fmt: skip
 BLOCKS = [
-    "{{{{ {a} }}}}", "{{% if {a} %}}{{{{ {b} }}}}{{% endif %}}", "{{% for x in {a} %}}{{{{ x }}}}{{% endfor %}}", "{{% set y = {a} %}}",
-    "{{% set y %}}{{{{ {a} }}}}{{% endset %}}", "{{% call({a}) x() %}}{{% endcall %}}", "{{% filter upper %}}{{{{ {a} }}}}{{% endfilter %}}",
+    "{{{{ {a} }}}}", "{{% if {a} %}}{{{{ {b} }}}}{{% endif %}}", "{{% for x in {a} %}}{{{{ x }}}}{{% endfor %}}",
+    "{{% set y = {a} %}}",
+    "{{% set y %}}{{{{ {a} }}}}{{% endset %}}", "{{% call({a}) x() %}}{{% endcall %}}",
+    "{{% filter upper %}}{{{{ {a} }}}}{{% endfilter %}}",
     "{{% macro x(a={a}) %}}{{{{ a }}}}{{% endmacro %}}{{{{ x() }}}}", "{{% with z = {a} %}}{{{{ z }}}}{{% endwith %}}",
-    "{{{{ ({a}) ~ ({b}) }}}}", "{{{{ ({a}) if ({b}) }}}}", "{{% block x %}}{{{{ {a} }}}}{{% endblock %}}", "{{% generation %}}{{{{ {a} }}}}{{% endgeneration %}}",
+    "{{{{ ({a}) ~ ({b}) }}}}", "{{{{ ({a}) if ({b}) }}}}", "{{% block x %}}{{{{ {a} }}}}{{% endblock %}}",
+    "{{% generation %}}{{{{ {a} }}}}{{% endgeneration %}}",
 ]  # fmt: skip
 
 

@@ -193,9 +193,12 @@ def _lines_into(new: list[tuple[str, int]], seen: set[tuple[str, int]] | None) -
 
 
 PIECES = [
-    b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b'""', b"\\", b'\\"', b"\\u", b"\\ud800", b"{", b"}", b"[", b"]", b",",
-    b":", b"\n", b"\r", b"\r\n", b" ", b"\t", b"null", b"NaN", b"Infinity", b"1e400", b"9" * 5000, b"[" * 3000, b'{"":' * 3000, b"'",
-    b"#", b"&a ", b"*a", b"!!", b"|", b">", b"- ", b"? ", b"%", b"---\n", b"...", b"<<: ", b"{{", b"}}", b"{%", b"%}", b"{#", b"\x1b[2J",
+    b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b'""', b"\\", b'\\"', b"\\u", b"\\ud800", b"{",
+    b"}", b"[", b"]", b",",
+    b":", b"\n", b"\r", b"\r\n", b" ", b"\t", b"null", b"NaN", b"Infinity", b"1e400", b"9" * 5000, b"[" * 3000,
+    b'{"":' * 3000, b"'",
+    b"#", b"&a ", b"*a", b"!!", b"|", b">", b"- ", b"? ", b"%", b"---\n", b"...", b"<<: ", b"{{", b"}}", b"{%",
+    b"%}", b"{#", b"\x1b[2J",
     "\u2028".encode(), "\u202e".encode(), b"\x85", b"\x1c", b"x" * 70_000,
 ]  # fmt: skip
 

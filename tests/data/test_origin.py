@@ -116,8 +116,8 @@ def test_a_split_of_which_no_record_is_good(tmp_path, demo_tokenizer):
         "val": write(tmp_path / "b.jsonl", [{**row, "output": end * 2} for row in rows(2)]),
     }
     [line] = refuse(data, demo_tokenizer, bad_records="drop")
-    said = f"the validation split has no good record; the first of 2 bad ones: {data['val']} row 0: 'output' is nothing but"
-    assert line.startswith(said)
+    told = "the validation split has no good record; the first of 2 bad ones: "
+    assert line.startswith(f"{told}{data['val']} row 0: 'output' is nothing but")
     assert [line.split(": ")[0] for line in refuse(data, demo_tokenizer)[1:]] == [
         f"{data['val']} row {row}" for row in (0, 1)
     ]
