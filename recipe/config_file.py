@@ -16,6 +16,7 @@ from recipe.redaction import learn_from_config
 LONGEST = 200_000  # characters of a config file, which holds settings, not records
 MOST_VALUES = 10_000
 TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+KINDS = {type(None): "nothing", list: "a list"}
 INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 NUMBER = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
@@ -31,7 +32,7 @@ class Loader(yaml.SafeLoader):
     """YAML with the numbers of YAML 1.2, and an error with its place for a value that is not what its tag says."""
 
     yaml_constructors = {  # noqa: RUF012 - as PyYAML declares it
-        tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if not tag or tag.split(":")[-1] in TAGS
+        tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag and tag.split(":")[-1] in TAGS
     }
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in known if tag.split(":")[-1] in ("null", "bool", "merge")]
@@ -48,6 +49,12 @@ class Loader(yaml.SafeLoader):
             raise ConfigFileError(f"{_line(node)}: {said}; write the value alone") from error
 
 
+def _refuse_tag(_: Loader, node: yaml.Node) -> None:
+    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+    raise ConfigFileError(f"{_line(node)}: the tag {tag} is not for settings; write the value alone")
+
+
+Loader.add_constructor(None, _refuse_tag)  # type: ignore[arg-type]
 for _kind, _pattern, _first in (("int", INTEGER, "-+0123456789"), ("float", NUMBER, "-+0123456789.")):
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, list(_first))  # type: ignore[no-untyped-call]
 
@@ -65,12 +72,14 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         content, written = parse(text)
     except FileNotFoundError as error:
         raise ConfigFileError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigFileError(f"{path}: cannot be read as YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigFileError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigFileError(f"{path}: cannot be read: {error}") from error
     except ConfigFileError as error:
         raise ConfigFileError(f"{path}{error}") from error
     if not isinstance(content, dict):
-        raise ConfigFileError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+        raise ConfigFileError(f"{path}: expected `key: value` lines, found {KINDS.get(type(content), 'one value')}")
     if {"config", "legs"} <= content.keys():
         raise ConfigFileError(
             f"{path} tells of a run; start its command again, or write its settings into another file"

@@ -114,7 +114,7 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("max_length: many\n", "argument --max_length/--max-length: invalid int value: 'many'"),
         ("overflow: cut\n", "argument --overflow: invalid choice: 'cut' (choose from"),
         ("mask_prompt: perhaps\n", "Truthy value expected"),
-        ("- a\n- b\n", "expected `key: value` lines, found list"),
+        ("- a\n- b\n", "expected `key: value` lines, found a list"),
         ("a: [1\n", "cannot be read as YAML"),
         ("validation_ratio: 1.5\n", "--validation_ratio 1.5, --test_ratio 0.1: give shares"),
         ("max_length: 1\n", "--max_length 1: a record needs at least 2 tokens"),

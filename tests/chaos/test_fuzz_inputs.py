@@ -31,7 +31,7 @@ def test_a_sample_is_read_or_refused_in_words(tmp_path):
     found = json.loads((tmp_path / "a.json").read_text())
     assert [found[name]["inputs"] for name in ("records", "configs", "templates")] == [60, 4, 30]
     assert all(found[name]["outcomes"].get("refused") for name in ("records", "configs", "templates"))
-    assert found["records"]["outcomes"]["read"] >= 10 and found["templates"]["outcomes"]["read"] >= 5
+    assert found["records"]["outcomes"]["read"] >= 5 and found["templates"]["outcomes"]["read"] >= 2
 
 
 def test_what_goes_wrong_is_noticed(tmp_path):
@@ -98,11 +98,13 @@ def refuse(folder: Path, content: str, *flags: str) -> str:
         ),
         ("data: &a {train: *a}\n", "run.yaml line 1: more than 10,000 values, or an anchor"),
         (LAUGHS, "more than 10,000 values, or an anchor (&) that holds itself; write fewer"),
-        ("data: !!binary aGk=\n", "run.yaml: cannot be read as YAML: could not determine a constructor for the tag"),
-        ("data: !!set {a}\n", "run.yaml: cannot be read as YAML: could not determine a constructor for the tag"),
-        ("data: !!timestamp x\n", "run.yaml: cannot be read as YAML: could not determine a constructor for the tag"),
+        ("data: !!binary aGk=\n", "run.yaml line 1: the tag !!binary is not for settings; write the value alone"),
+        ("data: !!set {a}\n", "run.yaml line 1: the tag !!set is not for settings; write the value alone"),
+        ("data: !!timestamp x\n", "run.yaml line 1: the tag !!timestamp is not for settings; write the value alone"),
         ("seed: " + "[" * 3000, "run.yaml: cannot be read as YAML: maximum recursion depth exceeded"),
         ("# " + "x" * 300_000, "run.yaml: over 200,000 characters; give a config file, and records with --data"),
+        ("seed: !mine 1\n", "run.yaml line 1: the tag !mine is not for settings; write the value alone"),
+        ("", "run.yaml: expected `key: value` lines, found nothing"),
         ("config: {}\nlegs: []\n", "run.yaml tells of a run; start its command again"),
         ("lr_scheduler_kwargs: '" + "[" * 5000 + "'\n", "--lr_scheduler_kwargs [["),
     ],
