@@ -11,14 +11,12 @@ import re
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from recipe.redaction import learn_from_config
+from recipe.config_file import ConfigFileError, read_config
 from recipe.setting_checks import json_problem, range_problem, type_problem, what_instead
 
 
@@ -105,7 +103,7 @@ class DataArguments:
         if isinstance(self.data, str) and self.data.lstrip()[:1] in ("{", "["):
             try:
                 self.data = json.loads(self.data)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also an integer of 5,000 digits
                 raise UserError(f"--data {self.data}: not valid JSON ({error})") from error
         check_values(self)
         validation, test = self.validation_ratio, self.test_ratio
@@ -184,8 +182,9 @@ class InstructionTrainingArguments(TrainingArguments):
 
 
 def parse_arguments(
-    dataclass_types: list[type], argv: list[str], description: str, defaults: dict[str, Any] | None = None
-) -> tuple:
+    dataclass_types: list[type], argv: list[str], description: str, defaults: dict[str, Any] | None = None,
+    defaults_from: str = "defaults",
+) -> tuple:  # fmt: skip
     """Fill `dataclass_types` from `[CONFIG.yaml] --flag value …`: `defaults`, over them the YAML file, then the flags.
 
     >>> model, data = parse_arguments([ModelArguments, DataArguments], ["--data", "a.json", "--max_length", "64"], "")
@@ -202,17 +201,23 @@ def parse_arguments(
     config_path = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if config_path else argv
     settings = defaults or {}
+    _check_keys(settings, known, defaults_from)
+    _check_types(settings, dataclass_types, defaults_from)
     if config_path:
-        content = _read_yaml(config_path)
+        try:
+            content, written = read_config(config_path)
+        except ConfigFileError as error:
+            raise UserError(str(error)) from error
         _check_keys(content, known, config_path)
         _check_types(content, dataclass_types, config_path)
+        content = _as_asked(content, written, dataclass_types)
         _drop_replaced_model(content, flags)
-        settings = {**settings, **_no_for_false(content, dataclass_types)}
+        settings = {**settings, **content}
 
     # Lists and mappings are checked here; everything else goes through the type checks of the flags.
     values = Namespace(**{name: value for name, value in settings.items() if isinstance(value, list | dict)})
     as_flags = [f"--{name}={value}" for name, value in settings.items() if name not in values and value is not None]
-    for source, words in ((config_path or "defaults", as_flags), ("command line", flags)):
+    for source, words in ((config_path or defaults_from, as_flags), ("command line", flags)):
         try:
             values, rest = parser.parse_known_args(words, values)
         except ArgumentError as error:
@@ -246,32 +251,6 @@ def _check_flags(rest: list[str], known: Collection[str]) -> None:
         raise UserError("\n".join(f"command line: {problem}" for problem in problems))
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        learn_from_config(text)
-        content: Any = yaml.safe_load(text)
-        node: Any = yaml.compose(text)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
-    if (repeated := _repeated_key(node)) is not None:
-        raise UserError(f"{path} line {repeated.start_mark.line + 1}: the key {repeated.value!r} is repeated; keep one")
-    return content
-
-
-def _repeated_key(node: yaml.Node) -> yaml.Node | None:
-    """The first key that is twice in a mapping, at any depth; of a repeated key, PyYAML keeps the last value."""
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    names = [key.value for key, _ in pairs]
-    again = [key for index, (key, _) in enumerate(pairs) if key.value in names[:index]]
-    inner = [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else [])
-    return next(iter([*again, *filter(None, map(_repeated_key, inner))]), None)
-
-
 def _check_keys(content: dict[str, Any], known: dict[str, Any], path: str) -> None:
     """Refuse unknown keys, and null for a setting that has a value by default; `known` holds the defaults."""
     problems = []
@@ -295,11 +274,15 @@ def _check_types(content: dict[str, Any], dataclass_types: list[type], path: str
         raise UserError("\n".join(problems))
 
 
-def _no_for_false(content: dict[str, Any], dataclass_types: list[type]) -> dict[str, Any]:
-    """YAML reads `save_strategy: no` as false; where a setting takes no truth value, "no" is what was written."""
+def _as_asked(content: dict[str, Any], written: dict[str, str], dataclass_types: list[type]) -> dict[str, Any]:
+    """Truth values and numbers where a setting takes some; else what is written: a folder `no`, a revision `0123`."""
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-    takes_bool = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
-    return {key: "no" if value is False and key not in takes_bool else value for key, value in content.items()}
+    asked = {}
+    for key, value in content.items():
+        takes = {*get_args(hints[key]), hints[key]}
+        is_asked = bool in takes if isinstance(value, bool) else isinstance(value, int | float) and takes & {int, float}
+        asked[key] = value if value is None or is_asked else written.get(key, value)
+    return asked
 
 
 def _drop_replaced_model(content: dict[str, Any], flags: list[str]) -> None:

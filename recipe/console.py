@@ -34,6 +34,7 @@ BUG = "This is a bug in the recipe"
 WIDTH = 120  # of tables that go to a file
 NARROWEST = 6  # a column of names in a narrow terminal
 HEADING = 20  # a longer heading above a column of figures is folded
+LONGEST_LINE = 1_500  # characters of an error, which may quote a file
 UNLIMITED = 10_000  # characters; wider than any table
 # invisible, or able to reorder the text around them: C0 except tab and newline, C1, soft hyphen, zero width, bidi marks
 UNSEEN = re.compile(
@@ -164,9 +165,9 @@ def _exit(message: str, in_short: str = "", is_first: bool = True) -> NoReturn:
         in_short: for the launcher's report, where it is the last thing to be seen.
         is_first: whether no other process can have told what this comes from.
     """
-    message, rank = redact_message(message), process_rank()
+    message, rank = as_message(message), process_rank()
     if is_first:
-        tell_launcher(redact_message(in_short) or message)
+        tell_launcher(as_message(in_short) or message)
     if rank != "0" or not is_first:
         try:
             time.sleep(SECONDS_OF_PATIENCE)
@@ -176,6 +177,15 @@ def _exit(message: str, in_short: str = "", is_first: bool = True) -> NoReturn:
     for worker in multiprocessing.active_children():  # the interpreter would wait for one that hangs
         worker.kill()
     sys.exit(message)
+
+
+def as_message(text: str) -> str:
+    """An error as the terminal shows it: no secrets, no control characters, and of a very long line its two ends."""
+    lines = visible(redact_message(text)).split("\n")
+    return "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} [...] {line[-LONGEST_LINE // 2 :]}"
+        for line in lines
+    )
 
 
 def process_rank() -> str:

@@ -33,6 +33,13 @@ def check_place(output_dir: str | Path | None) -> None:
     if not str(output_dir or ""):
         raise UserError("say where the results go: --output_dir FOLDER")
     path = Path(str(output_dir)).absolute()
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, or with a character that no name has
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"--output_dir {output_dir!r}: {said}; name another folder") from error
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir():
         raise UserError(f"--output_dir {output_dir}: {nearest} is a file; name a folder")

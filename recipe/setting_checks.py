@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Collection
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -77,11 +77,11 @@ JSON_SETTINGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "grad
 def json_problem(name: str, value: Any) -> str | None:
     """What is wrong with a text in the place of a mapping: it is neither JSON nor, where that is allowed, a file."""
     may_be_file = name in JSON_SETTINGS[-3:]
-    if name not in JSON_SETTINGS or not isinstance(value, str) or (may_be_file and Path(value).is_file()):
+    if name not in JSON_SETTINGS or not isinstance(value, str) or (may_be_file and os.path.isfile(value)):
         return None
     try:
         problem = None if isinstance(json.loads(value), dict) else "not a mapping"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"not valid JSON ({error})"
     or_file = " or the path of a file" if may_be_file else ""
     return problem and f"{problem}; give a mapping such as '{{\"name\": 1}}'{or_file}"

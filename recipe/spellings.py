@@ -7,6 +7,8 @@
 - UTF-8 that was read as Latin-1;
 - base64, also for addresses, and as a part of a longer text, as in `Authorization: Basic` (`user:key`);
 - every character as `%73`, `\\x73`, `\\u0073`, `&#x73;` or `&#115;`, and all bytes in hexadecimal digits.
+
+One of more than 5,000 characters is found as it is alone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from urllib.parse import unquote
 
 # no letter or digit before it, unless they belong to an escape: "\\nhf_", "%3Dhf_", "\\u003dhf_"
 TOKEN_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4}))"
+
+LONGEST = 5_000  # characters; a private key has 3,000, and patterns for a megabyte take minutes
 
 
 class Secret(NamedTuple):
@@ -47,6 +51,9 @@ def spellings_of(secrets: frozenset[Secret]) -> list[Spelling]:
     """All spellings of all secrets, those of long ones first, because they may hold a shorter one."""
     found: dict[str, Spelling] = {}
     for name, value, apart in sorted(secrets, key=lambda secret: (-len(secret.value), secret)):
+        if len(value) > LONGEST:
+            found.setdefault(value, Spelling(name, value, re.compile(re.escape(value))))
+            continue
         for text in dict.fromkeys([value, unquote(value)]):
             found.setdefault(text, Spelling(name, _longest_run(text), _pattern(text, apart)))
         for text in _as_base64(value):

@@ -125,10 +125,15 @@ class Template:
         variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             contexts = [{"messages": messages} for messages in chats]
-            return render(self.chat_template, contexts, variables | dict(self.special_tokens), refused=refused)
+            texts = render(self.chat_template, contexts, variables | dict(self.special_tokens), refused=refused)
+            "".join(texts).encode()
         except RenderError as error:
             where = f" line {error.line}" if error.line else ""
             raise UserError(f"template {self.source or self.name}{where}: {error}") from error
+        except UnicodeEncodeError as error:
+            said = f"it writes half a character ({error.object[error.start]!a}); remove it"
+            raise UserError(f"template {self.source or self.name}: {said}") from error
+        return texts
 
     def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Template:
         """This template with the special tokens of a tokenizer, and with its rule about the beginning.

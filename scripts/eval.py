@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
             run = run or read_run(name)
     # no template: each model is asked in its own, if no flag says otherwise
     defaults = {**(run["config"]["data"] if run else {}), "template": ""}
-    args, data_args, judge_args = parse_arguments(types, argv, description, defaults)
+    args, data_args, judge_args = parse_arguments(types, argv, description, defaults, "run.json of the model")
     absent = [name for name in args.model if model_kind(name) == "weights" and not Path(name).is_dir()]
     if data_args.data is None and absent:
         raise UserError(

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import recipe.config_file
 import recipe.setting_checks
 import recipe.training.errors
 from recipe.config import (
@@ -113,7 +114,7 @@ def test_unknown_keys_and_flags_name_the_near_ones(config):
         ("max_length: many\n", "argument --max_length/--max-length: invalid int value: 'many'"),
         ("overflow: cut\n", "argument --overflow: invalid choice: 'cut' (choose from"),
         ("mask_prompt: perhaps\n", "Truthy value expected"),
-        ("- a\n- b\n", "expected `key: value` lines, found list"),
+        ("- a\n- b\n", "expected `key: value` lines, found a list"),
         ("a: [1\n", "cannot be read as YAML"),
         ("validation_ratio: 1.5\n", "--validation_ratio 1.5, --test_ratio 0.1: give shares"),
         ("max_length: 1\n", "--max_length 1: a record needs at least 2 tokens"),
@@ -181,7 +182,8 @@ def test_the_compiler_of_accelerates_file_counts_as_ours(monkeypatch):
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(recipe.setting_checks).failed == doctest.testmod(recipe.training.errors).failed == 0
+    modules = (recipe.config_file, recipe.setting_checks, recipe.training.errors)
+    assert [doctest.testmod(module).failed for module in modules] == [0, 0, 0]
 
 
 def test_missing_config_file_and_stray_words():

@@ -20,7 +20,7 @@ from recipe.config import DataArguments, UserError
 from recipe.data.conversations import select_texts
 from recipe.data.examples import Examples, as_rows, example_bounds, examples_of
 from recipe.data.origin import origin, place
-from recipe.data.records import LeftOut, in_one_line, problem_report, report_lines
+from recipe.data.records import LeftOut, in_one_line, no_good_record, problem_report, report_lines
 from recipe.data.split import load_records
 from recipe.templates import Template, common_prefix, load_template
 from recipe.tokens import FlatTokens, Turn, encode_chats, encode_responses, not_as_text, prompt_ids, turn_of
@@ -113,7 +113,7 @@ def encode_good_records(
         if config.bad_records == "error":
             problems += [line for one in bad for line in report_lines(one)]
         elif is_bad.all():
-            problems.append(f"the {name} split has no good record")
+            problems.append(no_good_record(name, bad))
         left_out.bad += [one | {"problem": in_one_line(one["problem"])} for one in bad]
     problems += _length_problems(good, encoded, config, arguments["max_length"])
     if problems:

@@ -92,7 +92,8 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     if config.bad_records == "error":
         problems += [line for record in left_out.bad for line in report_lines(record)]
     else:
-        problems += [f"the {name} split has no good record" for name, split in splits.items() if not len(split)]
+        empty = [name for name, split in splits.items() if not len(split)]
+        problems += [no_good_record(name, [one for one in left_out.bad if one["split"] == name]) for name in empty]
     if problems:
         raise UserError(problem_report(problems))
     for record in left_out.bad:
@@ -108,6 +109,11 @@ def problem_report(problems: Sequence[str]) -> str:
     if len(problems) > 1:
         lines.insert(0, f"{len(problems)} problems in the data; nothing was trained or written:")
     return "\n".join(lines)
+
+
+def no_good_record(split: str, bad: Sequence[Mapping[str, Any]]) -> str:
+    """What is said of a split of which all records are left out."""
+    return f"the {split} split has no good record; the first of {len(bad):,} bad ones: {report_lines(bad[0])[0]}"
 
 
 def in_one_line(problem: str) -> str:

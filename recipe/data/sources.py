@@ -89,6 +89,7 @@ def _expand(pattern: str) -> list[str]:
     for file in files:
         if not _kind(file):
             hint = "; save it with commas, as .csv" if file.lower().endswith(".tsv") else ""
+            hint = "; unpack it" if file.lower().endswith((".gz", ".zst", ".xz", ".bz2", ".zip")) else hint
             raise UserError(f"data {file!r}: unknown format; give one of {', '.join(FORMATS)}{hint}")
         if _is_saved_to_disk(Path(file).parent):
             raise UserError(f"data {file!r}: part of a folder of save_to_disk; give the folder {Path(file).parent}")

@@ -115,7 +115,9 @@ def test_a_split_of_which_no_record_is_good(tmp_path, demo_tokenizer):
         "train": write(tmp_path / "a.jsonl", rows(3)),
         "val": write(tmp_path / "b.jsonl", [{**row, "output": end * 2} for row in rows(2)]),
     }
-    assert refuse(data, demo_tokenizer, bad_records="drop") == ["the validation split has no good record"]
+    [line] = refuse(data, demo_tokenizer, bad_records="drop")
+    told = "the validation split has no good record; the first of 2 bad ones: "
+    assert line.startswith(f"{told}{data['val']} row 0: 'output' is nothing but")
     assert [line.split(": ")[0] for line in refuse(data, demo_tokenizer)[1:]] == [
         f"{data['val']} row {row}" for row in (0, 1)
     ]
