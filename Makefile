@@ -60,8 +60,10 @@ test-acceptance: $(VENV)/.all $(VENV)/.real
 	$(RUN)/python -m pytest -n 0 tests/acceptance
 
 # 20 configurations killed 1,000 times, some hours; `make test` kills five of them 42 times
+# 1,000 edits of what runs and evaluations have written, an hour; `make test` tries 50
 chaos: $(VENV)/.dev
 	$(RUN)/python tests/chaos/kills.py --kills 1000 --output outputs/chaos/kills.json
+	$(RUN)/python tests/chaos/fuzz_outputs.py --cases 350 --seeds 0 1 2 --output outputs/chaos/fuzz_outputs.json
 
 # the fast tests with the lowest versions that pyproject.toml allows
 test-lowest: $(VENV)-lowest/.installed

@@ -24,6 +24,7 @@ from recipe.config import InstructionTrainingArguments
 from recipe.data.origin import rows_in_words
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
+from recipe.manifest import about
 from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
@@ -31,7 +32,6 @@ from recipe.training.changes import apply_changed
 from recipe.training.counts import NO_TOTALS, Counts
 from recipe.training.layout_check import why_not
 from recipe.training.loss import cross_entropy, linear_cross_entropy, token_losses, token_weighted_metrics
-from recipe.training.manifest import about
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 from recipe.training.saving import WholeSaves
 from recipe.training.stopping import shield_workers
