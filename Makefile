@@ -59,10 +59,12 @@ test-all: $(VENV)/.all
 test-acceptance: $(VENV)/.all $(VENV)/.real
 	$(RUN)/python -m pytest -n 0 tests/acceptance
 
-# 20 configurations killed 1,000 times, some hours, of which `make test` kills five 42 times; then 12,000 damaged inputs
+# 20 configurations killed 1,000 times, some hours, of which `make test` kills five 42 times; then 12,000 damaged inputs,
+# and 1,000 edits of what runs and evaluations have written
 chaos: $(VENV)/.dev
 	$(RUN)/python tests/chaos/kills.py --kills 1000 --output outputs/chaos/kills.json
 	$(RUN)/python tests/chaos/fuzz_inputs.py --output outputs/chaos/inputs.json --keep outputs/chaos/inputs
+	$(RUN)/python tests/chaos/fuzz_outputs.py --cases 350 --seeds 0 1 2 --output outputs/chaos/fuzz_outputs.json
 
 # the fast tests with the lowest versions that pyproject.toml allows
 test-lowest: $(VENV)-lowest/.installed

@@ -7,16 +7,21 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from recipe.config import UserError
 from recipe.redaction import redact
+from recipe.shapes import check_shape, shown
 
+DEEPEST = 100  # values within values; nothing of ours comes near
+TOO_DEEP = "nested too deeply"
+SEAL = "sha256"  # the name under which a JSON file holds its own hash
 # What only a killed process leaves in an output folder, where one process writes at a time: see `sweep`.
 PLACE_TRIAL, DRAFT = ".recipe-", ".draft"
 LEFTOVERS = (f"{PLACE_TRIAL}*", ".trial-*", f".*{DRAFT}")
@@ -146,13 +151,76 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def is_there(path: Path) -> bool:
+    """Whether something has this name; what is no file is refused when it is read, and not taken for missing."""
+    return os.path.lexists(path)
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file of ours.
 
     Raises:
         UserError: it is not JSON.
     """
-    return _parse(path.read_bytes(), str(path))
+    return _parse(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file; a pipe, from which reading would wait, is none.
+
+    Raises:
+        UserError: it is no file.
+    """
+    if is_there(path) and not path.is_file():
+        raise UserError(f"{path}: a folder, a pipe or a link to nothing, not a file; remove it, or put the file back")
+    return path.read_bytes()
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """`write_json` with a hash of the content in it, by which `read_sealed` sees that somebody has changed it."""
+    write_json(path, sealed(content))
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object, as it will be read back, with a hash of itself.
+
+    >>> sealed({"n": 1}) == sealed(sealed({"n": 1}))
+    True
+    """
+    written = json.loads(redact(json.dumps(content, allow_nan=False)))
+    return {**{name: value for name, value in written.items() if name != SEAL}, SEAL: own_hash(written)}
+
+
+def own_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object but for the hash that it holds."""
+    rest = {name: value for name, value in content.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_sealed(path: Path, shape: Any, way_out: str) -> dict[str, Any]:
+    """The content of a file that `write_sealed` has written, without its hash.
+
+    One without a hash, as an earlier version wrote it, is taken, and a line on stderr says so.
+
+    Args:
+        shape: see `recipe.shapes`.
+        way_out: what to do if it was changed.
+
+    Raises:
+        UserError: it is not JSON, not what was written, or of another shape.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: it is {shown(content)}, not an object; {way_out}")
+    if SEAL not in content:
+        print(f"note: {path} holds no hash of itself, so whether it was changed is not known", file=sys.stderr)
+    elif content.pop(SEAL) != own_hash(content):
+        raise UserError(
+            f"{path} was changed after it was written (its SHA-256 differs): put it back, or {way_out}; to use it as "
+            f"it is, take the line {SEAL!r} out of it"
+        )
+    check_shape(content, shape, str(path), way_out)
+    return content
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -161,13 +229,32 @@ def read_json_lines(path: Path) -> list[Any]:
     Raises:
         UserError: a line is not JSON.
     """
-    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    lines = enumerate(read_file(path).split(b"\n"), start=1)
     return [_parse(line, f"{path} line {number}") for number, line in lines if line.strip()]
+
+
+def parse_json(content: str | bytes) -> Any:
+    """`json.loads`, for which what is nested too deeply is not JSON.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        level = [inner for inner in level if isinstance(inner, dict | list)]
+        if not level:
+            return value
+    raise ValueError(TOO_DEEP)
 
 
 def _parse(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
+        return parse_json(content)
     except ValueError as error:
         raise UserError(
             f"{where}: not JSON ({error}); fix it, or remove the file and run again what writes it"

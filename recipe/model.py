@@ -51,7 +51,7 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
     if name is None:
         raise UserError("no tokenizer: give --tokenizer_name with --model_type, or --model_name_or_path")
     check_folder(name)
-    with _library_errors(f"tokenizer {name!r}"):
+    with library_errors(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, **_code(config))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"tokenizer {name!r} is empty: the tokenizer's files are missing; give --tokenizer_name")
@@ -79,7 +79,7 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
     }
     missing: set[str] = set()
     check_weights(name or "")
-    with _library_errors(", ".join([subject, *_flags(config)])):
+    with library_errors(", ".join([subject, *_flags(config)])):
         if name is None:
             model = AutoModelForCausalLM.from_config(**options, **_code(config))
         else:
@@ -148,7 +148,7 @@ def check_finite(name: str) -> None:
         UserError: with the file, the tensor, and what it holds.
     """
     for path in sorted(Path(name).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with library_errors(f"model {name!r}: {path.name}"), safe_open(path, "pt") as file:
             for tensor in file.keys():  # noqa: SIM118 - no mapping: it cannot be iterated
                 _refuse_not_finite(f"{name!r}: {path.name}", tensor, file.get_tensor(tensor), TRAINED_TO_NAN)
 
@@ -174,7 +174,7 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
     name, model_type, overrides = config.model_name_or_path, config.model_type, config.config_overrides
     if model_type is not None and model_type not in CONFIG_MAPPING:
         raise UserError(f"unknown --model_type {model_type!r}; for example gpt2, llama, qwen2")
-    with _library_errors(f"model {name!r}"):
+    with library_errors(f"model {name!r}"):
         if name is not None and model_type is None:
             model_config = AutoConfig.from_pretrained(name, revision=config.model_revision, **_code(config))
         elif model_type is not None and name is None:
@@ -186,7 +186,7 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
                 "name the model: either --model_name_or_path (trained weights) or --model_type (random weights)"
             )
     if overrides:
-        with _library_errors(f"--config_overrides {overrides}, to be written as key=value,key=value"):
+        with library_errors(f"--config_overrides {overrides}, to be written as key=value,key=value"):
             model_config.update_from_string(overrides)
             if (
                 name is None
@@ -259,7 +259,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 @contextmanager
-def _library_errors(subject: str) -> Iterator[None]:
+def library_errors(subject: str) -> Iterator[None]:
     """Turn errors of libraries into ours: one line about the subject, without the advice at the end of their text.
 
     Code of a model raises anything where its config is wrong: a KeyError for the name of an activation or an attention,

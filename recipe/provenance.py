@@ -8,16 +8,16 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from recipe.config import DataArguments, ModelArguments, UserError
-from recipe.files import file_hash, read_json
+from recipe.files import file_hash, is_there, read_sealed
 from recipe.redaction import HUB_TOKEN, SECRET_FLAG, hide_in_addresses
 
 if TYPE_CHECKING:
@@ -121,11 +121,29 @@ def read_run(output_dir: str | Path) -> dict[str, Any] | None:
     """
     folder = Path(output_dir)
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
-    if not path.is_file():
+    if not is_there(path):
         return None
-    run = read_json(path)
+    shapes = {f"{f.name}?": _shape_of(get_type_hints(DataArguments)[f.name]) for f in fields(DataArguments)}
+    shapes["data"] = shapes.pop("data?")
+    training = {"load_best_model_at_end?": bool}
+    way_out = "train again or remove it"
+    run = read_sealed(path, {"config": {"data": shapes, "training": training}, "data_hash": str}, way_out)
+    settings = run["config"]["data"]
+    for name in sorted(settings.keys() - {shape.rstrip("?") for shape in shapes}):
+        del settings[name]
+        print(
+            f"note: {path}: the setting {name!r} of the data is unknown to this version, and left out", file=sys.stderr
+        )
     try:
-        run["config"]["data"]["data"], run["data_hash"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what a training run writes ({error!r}); train again or remove it") from error
+        DataArguments(**settings)
+    except UserError as error:
+        raise UserError(f"{path}: config.data: {error}; {way_out}") from error
     return run
+
+
+def _shape_of(hint: Any) -> Any:
+    """The shape, see `recipe.shapes`, of what a setting of this type may be."""
+    if get_origin(hint) is Literal:
+        return set(get_args(hint))
+    shapes = {dict: {str: (str, [str])}, list: [str], type(None): None}
+    return tuple(_shape_of(one) for one in get_args(hint)) or shapes.get(hint, hint)

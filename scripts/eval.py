@@ -15,24 +15,33 @@ from accelerate import PartialState
 
 from recipe.config import DataArguments, UserError, parse_arguments
 from recipe.console import run_script, visible
-from recipe.evaluation.answers import read_answers, read_metrics
 from recipe.evaluation.comparison import compare, labels_of
 from recipe.evaluation.gates import failures, parse_gate
 from recipe.evaluation.generate import EvalArguments, generate_predictions, model_kind, split_names
 from recipe.evaluation.headline import choose_headline
 from recipe.evaluation.judge.run import JudgeArguments, answers_hash, run_judge
 from recipe.evaluation.significance import adjust
+from recipe.evaluation.stored import (
+    check_scored,
+    provenance_of,
+    read_judgements,
+    read_log,
+    read_metrics,
+    read_predictions,
+    write_metrics,
+)
 from recipe.evaluation.tables import print_examples, print_scores
 from recipe.evaluation.verdict import verdict
-from recipe.files import check_place, read_json, read_json_lines, sweep, write_json
+from recipe.files import check_place, is_there, sweep
 from recipe.lock import hold_folder
+from recipe.manifest import check_unchanged
 from recipe.provenance import read_run
 
 
 def main(argv: list[str]) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
-    args, data_args, judge_args, run = parse(argv)
+    args, data_args, judge_args, run = parse(argv, state)
     gates = [parse_gate(text) for text in args.gate]
     with hold_folder(args.output_dir) if state.is_main_process else nullcontext():
         evaluate(args, data_args, judge_args, run, gates, state)
@@ -48,13 +57,14 @@ def evaluate(args, data_args, judge_args, run, gates, state) -> None:
     state.destroy_process_group()  # what follows is one process's work, and may take longer than a barrier waits
     if not state.is_main_process or args.stages == ["generate"]:
         return
-    predictions = finished_predictions(output_dir)
+    predictions = read_predictions(output_dir)
     problems: list[str] = []
     if "score" in args.stages:
         score(predictions, output_dir, args.headline)
     if "judge" in args.stages and judge_args.judge:
         problems += judge(predictions, judge_args, output_dir)
     metrics = read_metrics(output_dir)
+    check_scored(output_dir, predictions, metrics)
     if "report" in args.stages:
         report(predictions, metrics, output_dir)
     print_scores(metrics)
@@ -66,7 +76,9 @@ def evaluate(args, data_args, judge_args, run, gates, state) -> None:
         raise UserError("\n".join(problems))
 
 
-def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments, dict[str, Any] | None]:
+def parse(
+    argv: list[str], state: PartialState
+) -> tuple[EvalArguments, DataArguments, JudgeArguments, dict[str, Any] | None]:
     """The arguments, with the data settings of the model's own training run where no flag says otherwise."""
     types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
@@ -83,6 +95,8 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
                 raise UserError(
                     f"--model {name}: no finished model is there (no config.json); name a finished run's folder"
                 )
+            if state.is_main_process:
+                check_unchanged(Path(name))
             run = run or read_run(name)
     # no template: each model is asked in its own, if no flag says otherwise
     defaults = {**(run["config"]["data"] if run else {}), "template": ""}
@@ -99,7 +113,7 @@ def parse(argv: list[str]) -> tuple[EvalArguments, DataArguments, JudgeArguments
 
 def score(predictions: list[dict[str, Any]], output_dir: Path, headline: str | None) -> None:
     """Write metrics.json and keep an earlier judgement if it is of these answers."""
-    evaluation = read_json(output_dir / "evaluation.json")
+    evaluation = provenance_of(predictions, output_dir)
     if headline not in (None, evaluation.get("headline", headline)):
         raise UserError(f"--headline {headline}: this evaluation was begun with {evaluation['headline']}; leave it out")
     # an earlier version wrote no headline; the references alone decide it
@@ -111,17 +125,19 @@ def score(predictions: list[dict[str, Any]], output_dir: Path, headline: str | N
         for label in dict.fromkeys(["tuned", *labels_of(predictions)])
         if label != "baseline"
     }
-    splits, path = scores.pop("tuned"), output_dir / "metrics.json"
-    judged = read_metrics(output_dir)["judge"] if path.is_file() else None
+    splits = scores.pop("tuned")
+    judged = read_metrics(output_dir)["judge"] if is_there(output_dir / "metrics.json") else None
     metrics = {
         **next(iter(splits.values())),
-        "judge": judged if judged and judged["answers"] == answers_hash(predictions, judged["labels"]) else None,
+        "judge": judged
+        if judged and judged.get("answers") == answers_hash(predictions, judged.get("labels", ()))
+        else None,
         "splits": splits,
         "other_models": scores,
         "provenance": evaluation,
     }
     adjust(metrics)
-    write_json(path, metrics)
+    write_metrics(output_dir, metrics)
 
 
 def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_dir: Path) -> list[str]:
@@ -131,7 +147,7 @@ def judge(predictions: list[dict[str, Any]], judge_args: JudgeArguments, output_
         judged = run_judge(predictions, judge_args, output_dir)
         metrics["judge"] = judged
         adjust(metrics)
-        write_json(output_dir / "metrics.json", metrics)
+        write_metrics(output_dir, metrics)
         error = judged["error"]
     except UserError as raised:
         error = raised
@@ -150,19 +166,13 @@ def report(predictions: list[dict[str, Any]], metrics: dict[str, Any], output_di
     from recipe.evaluation.report.page import write_report  # here: matplotlib takes half a second
 
     tuned = Path(metrics["provenance"]["models"]["tuned"]["name"])
-    run, state_path, judge_path = read_run(tuned), tuned / "trainer_state.json", output_dir / "judge.jsonl"
-    state = read_json(state_path) if run and state_path.is_file() else {}
-    kept_best = run and run["config"]["training"]["load_best_model_at_end"] and not tuned.name.startswith("checkpoint-")
+    run, path = read_run(tuned), tuned / "trainer_state.json"
+    known = run and not tuned.name.startswith("checkpoint-")  # a checkpoint's log is another, which its manifest knows
+    state = read_log(path, run.get("log_hash") if known else None) if run else {}
+    kept_best = known and run["config"]["training"].get("load_best_model_at_end")
     step = state.get("best_global_step" if kept_best else "global_step")
-    judge_rows = read_json_lines(judge_path) if judge_path.is_file() else None
+    judge_rows = read_judgements(output_dir, metrics.get("judge"))
     write_report(output_dir, predictions, metrics, judge_rows, state.get("log_history"), step)
-
-
-def finished_predictions(output_dir: Path) -> list[dict[str, Any]]:
-    predictions = list(read_answers(output_dir / "predictions.jsonl", strict=True).values())
-    if not predictions or not all("split" in prediction for prediction in predictions):
-        raise UserError(f"{output_dir} holds no finished answers; run the generate stage, which resumes")
-    return predictions
 
 
 if __name__ == "__main__":

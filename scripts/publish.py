@@ -12,8 +12,9 @@ from pathlib import Path
 from recipe.config import UserError, parse_arguments, setting
 from recipe.console import print_table, run_script
 from recipe.files import write_whole
+from recipe.manifest import check_unchanged
 from recipe.provenance import read_run
-from recipe.publishing.card import make_model_card, read_evaluation
+from recipe.publishing.card import RUN, make_model_card, read_evaluation
 from recipe.publishing.hub import (
     check_reference,
     check_repo_id,
@@ -23,6 +24,7 @@ from recipe.publishing.hub import (
     refuse_local_folders,
 )
 from recipe.publishing.secret_check import refuse_secrets
+from recipe.shapes import check_shape
 
 
 @dataclass
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     folder, evaluation = Path(args.model or ""), Path(args.evaluation) if args.evaluation else None
     files = files_to_push(folder, evaluation)
+    check_unchanged(folder)
     card = draft_card(args, folder, evaluation)
     if card:  # written later, when it is known that it can be pushed
         files.pop("README.md", None)
@@ -97,6 +100,9 @@ def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) ->
     is_checkpoint = folder.resolve().name.startswith("checkpoint-")  # its steps and loss are not recorded
     run = read_run(folder) if args.card and not is_checkpoint else None
     if run is not None:
+        check_shape(
+            run, RUN, str(folder / "run.json"), "train again, or push the README.md that is there: --card false"
+        )
         return make_model_card(folder, run, scores, repo_id=args.repo_id, license=args.license, language=args.language)
     reason = "--card false" if not args.card else "a checkpoint" if is_checkpoint else f"no run.json in {folder}"
     if args.license or args.language:

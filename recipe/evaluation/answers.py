@@ -21,25 +21,28 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from recipe.config import DataArguments, UserError
-from recipe.evaluation.significance import adjust
-from recipe.files import naming, read_json, write_json_lines
+from recipe.files import is_there, naming, parse_json, read_file, write_json_lines
 from recipe.redaction import redact
+from recipe.shapes import fits
 from recipe.templates import conversation_of, to_messages
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 TEXT_FIELDS = ("instruction", "input", "output")
+OF_RECORD = ("id", "split", "family", *TEXT_FIELDS)
 ECHO = "echo"
 STOP_REASONS = ("eos", "length", "context", "refused", None)
-ANSWER_FIELDS = {
-    "text": (str,),
-    "reasoning": (str, NoneType),  # before the text, of a model that thinks
-    "error": (str, NoneType),  # of the server that refused the prompt
-    "tokens": (int, NoneType),
-    "seconds": (int, float, NoneType),
-    "reference_loss": (int, float, NoneType),
-    "reference_tokens": (int, NoneType),
+MANY = range(2**40)  # what can be counted
+ANSWER_FIELDS = {  # shapes, see `recipe.shapes`
+    "text": str,
+    "reasoning": (None, str),  # before the text, of a model that thinks
+    "error": (None, str),  # of the server that refused the prompt
+    "tokens": (None, MANY),
+    "seconds": (None, float),
+    "reference_loss": (None, float),
+    "reference_tokens": (None, MANY),
+    "stop_reason": set(STOP_REASONS),
 }
 
 
@@ -55,18 +58,18 @@ def as_predictions(records: DatasetDict, merged: bool = False) -> list[dict[str,
 def read_answers(path: Path, strict: bool = False) -> dict[str, dict[str, Any]]:
     """The rows of `predictions.jsonl` by id, the lines of one id merged; empty if there is no file.
 
-    A line that cannot be read, as a killed run may leave one, is skipped and asked again.
+    A line that cannot be read, as a killed run may leave one, and an answer that is none, are skipped and asked again.
 
     Raises:
         UserError: with `strict`, a line that cannot be read or is no prediction.
     """
     merged: dict[str, dict[str, Any]] = {}
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines = read_file(path).split(b"\n") if is_there(path) else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             earlier = merged.setdefault(row["id"], {})
         except (ValueError, TypeError, KeyError) as error:
             if strict:
@@ -79,7 +82,7 @@ def read_answers(path: Path, strict: bool = False) -> dict[str, dict[str, Any]]:
             check_prediction(row, f"{path} line {number}")
             if "split" in row and "split" in earlier:
                 raise UserError(f"{path} line {number}: the id {row['id']!r} is in a line above, too; remove one")
-        earlier.update(row)
+        earlier.update({name: value for name, value in row.items() if strict or name in OF_RECORD or not wrong(value)})
     return merged
 
 
@@ -90,15 +93,21 @@ def check_prediction(row: Mapping[str, Any], where: str) -> None:
         UserError: with `where`, and the name and the value of each field of a wrong type.
     """
     texts = ("id", "split", "instruction", "output")
-    problems = [f"{name!r} is {row[name]!r}, not text" for name in texts if type(row.get(name, "")) is not str]
-    problems += [f"'input' is {row['input']!r}, not text"] if type(row.get("input")) not in (str, NoneType) else []
+    problems = [f"{name!r} is {row[name]!r:.60}, not text" for name in texts if type(row.get(name, "")) is not str]
+    problems += [f"'input' is {row['input']!r:.60}, not text"] if type(row.get("input")) not in (str, NoneType) else []
+    problems += [f"'family' is {row['family']!r:.60}, not text"] if isinstance(row.get("family"), dict | list) else []
     for label, answer in row.items():
         if isinstance(answer, Mapping):
-            wrong = [name for name, types in ANSWER_FIELDS.items() if type(answer.get(name)) not in types]
-            wrong += ["stop_reason"] if answer.get("stop_reason") not in STOP_REASONS else []
-            problems += [f"{name!r} of {label!r} is {answer.get(name)!r}" for name in wrong]
+            problems += [f"{name!r} of {label!r} is {answer.get(name)!r:.60}" for name in wrong(answer)]
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; fix or remove it")
+
+
+def wrong(answer: Any) -> list[str]:
+    """The fields of an answer that are none of an answer."""
+    if not isinstance(answer, Mapping):
+        return ["text"]
+    return [name for name, shape in ANSWER_FIELDS.items() if not fits(answer.get(name), shape)]
 
 
 def append_answers(
@@ -127,25 +136,6 @@ def merge_answers(path: Path, predictions: Sequence[Mapping[str, Any]], labels: 
     """Merge what was appended into one line per record, in the order of `predictions`, and replace the file."""
     answers = read_answers(path)
     write_json_lines(path, ({**p, **{label: answers[p["id"]][label] for label in labels}} for p in predictions))
-
-
-def read_metrics(output_dir: Path) -> dict[str, Any]:
-    """The scores of an evaluation.
-
-    Raises:
-        UserError: there are none, or the file is not what the score stage writes.
-    """
-    path = output_dir / "metrics.json"
-    if not path.is_file():
-        raise UserError(f"{output_dir} holds no scores; run the score stage first")
-    metrics = read_json(path)
-    try:
-        metrics["judge"], metrics["other_models"], metrics["provenance"]["models"]["tuned"]["name"]
-        next(iter(metrics["splits"].values()))["metrics"]
-        adjust(metrics)  # an earlier version did not
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"{path}: not what the score stage writes; remove it and run the score stage") from error
-    return metrics
 
 
 def is_answer_file(name: str) -> bool:

@@ -16,7 +16,8 @@ from accelerate import PartialState
 from recipe.config import RUN_CODE, DataArguments, ModelArguments, UserError, setting
 from recipe.evaluation import answers, ask, endpoints
 from recipe.evaluation.headline import check_headline, choose_headline
-from recipe.files import file_hash, read_json, write_json
+from recipe.evaluation.stored import START_OVER, read_begun, was_edited
+from recipe.files import file_hash, write_sealed
 from recipe.provenance import command_line, hardware, versions, weights_hash
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in WRITTEN if args.overwrite_output_dir else ():
             (output_dir / name).unlink(missing_ok=True)
-        write_json(output_dir / "evaluation.json", evaluation)
+        write_sealed(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
     for label, name in models.items():
         missing = [p for p in predictions if label not in answered.get(p["id"], {})]
@@ -171,10 +172,11 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
             template, some = templates.get(label), len(missing) < len(predictions)
             if unsent := append_answers_of(label, name, missing, path, args, data_args, template, state, ends, some):
                 evaluation["left_out"][label] = unsent
-                write_json(output_dir / "evaluation.json", evaluation)
+                write_sealed(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))
+        write_sealed(output_dir / "evaluation.json", {**evaluation, "predictions_hash": file_hash(path)})
 
 
 def select_records(
@@ -224,30 +226,24 @@ def resume_evaluation(
         UserError: the folder holds answers to other prompts, or of other models under the same labels, or was begun
             with another headline score.
     """
-    advice = "add --overwrite_output_dir to start over, or name another --output_dir"
-    path = output_dir / "evaluation.json"
-    if not path.is_file():
-        raise UserError(f"{output_dir} holds answers, but no evaluation.json that says to what; {advice}")
-    earlier, models = read_json(path), dict(evaluation["models"])
-    try:
-        changed = [key for key in ("data_hash", "generation") if earlier[key] != evaluation[key]]
-        kept = {"headline": earlier.get("headline", evaluation["headline"]), "left_out": earlier.get("left_out", {})}
-        changed += ["headline score"] if headline not in (None, kept["headline"]) else []
-        for label, model in earlier["models"].items():
-            count = sum(label in row for row in rows)
-            if label in models:
-                fields = {"name": "model", "weights": "model", "template": "template of"}
-                others = {words for key, words in fields.items() if model[key] != models[label][key]}
-                changed += [f"{words} {label!r}" for words in sorted(others)] if count else []
-            elif count == len(rows):
-                models[label] = model
-            elif count:
-                print(f"{count} of {len(rows)} answers of {label}, which is not asked now, are left out")
-        commands = [*earlier["command"].split("\n"), evaluation["command"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not what an evaluation writes ({error!r}); {advice}") from error
+    earlier, models = read_begun(output_dir), dict(evaluation["models"])
+    changed = [key for key in ("data_hash", "generation") if earlier[key] != evaluation[key]]
+    kept = {"headline": earlier.get("headline", evaluation["headline"]), "left_out": earlier.get("left_out", {})}
+    kept |= {"edited": True} if was_edited(output_dir, earlier) else {}
+    changed += ["headline score"] if headline not in (None, kept["headline"]) else []
+    for label, model in earlier["models"].items():
+        count = sum(label in row for row in rows)
+        if label in models:
+            fields = {"name": "model", "weights": "model", "template": "template of"}
+            others = {words for key, words in fields.items() if model.get(key) != models[label][key]}
+            changed += [f"{words} {label!r}" for words in sorted(others)] if count else []
+        elif count == len(rows):
+            models[label] = model
+        elif count:
+            print(f"{count} of {len(rows)} answers of {label}, which is not asked now, are left out")
+    commands = [*earlier["command"].split("\n"), evaluation["command"]]
     if changed:
-        raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {advice}")
+        raise UserError(f"{output_dir} holds an evaluation with another {', '.join(changed)}; {START_OVER}")
     return {**evaluation, **kept, "models": models, "command": "\n".join(dict.fromkeys(commands))}
 
 

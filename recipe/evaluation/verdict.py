@@ -215,6 +215,7 @@ def cautions(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]
         *(_judge_gaps(metrics["judge"]) if metrics["judge"] else ()),
         *_cut_answers(predictions, labels),
         *_not_greedy(metrics["provenance"]),
+        *_edited(metrics["provenance"]),
         *_losses_that_are_no_numbers(metrics, predictions, labels),
     ]
 
@@ -299,6 +300,11 @@ def _not_greedy(provenance: Mapping[str, Any]) -> Iterator[str]:
         if not samples and "temperature" not in fields:  # greedy all the same
             continue
         yield f"The server of the {role_of(label)} model does not accept {', '.join(fields)}; its own settings decoded."
+
+
+def _edited(provenance: Mapping[str, Any]) -> Iterator[str]:
+    if provenance.get("edited"):
+        yield "predictions.jsonl was changed after the models had answered: these are not all their own answers."
 
 
 def _losses_that_are_no_numbers(

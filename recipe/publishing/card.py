@@ -23,8 +23,27 @@ from recipe.config import UserError
 from recipe.console import one_line, visible
 from recipe.provenance import weights_hash
 from recipe.publishing.public_paths import shorten_paths
+from recipe.shapes import COUNT
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+TEXT, SPLIT = (None, str), {"split": str, "rows": COUNT, "tokens": COUNT, "supervised": float, "longest": COUNT}
+RUN = {  # what the card takes of a run.json; see `recipe.shapes`
+    "command": str, "versions": {str: str}, "hardware": str, "seed": int, "processes": COUNT, "weights_from": str,
+    "ran?": (None, {"mixed_precision": TEXT}), "data_hash": str, "splits": {str: SPLIT, "train": SPLIT},
+    "hub": {"base": bool, "base_commit?": TEXT, "data": [str]},
+    "rows": {**dict.fromkeys(("truncated", "dropped", "left_out_of_train_as_duplicates"), COUNT), "bad?": COUNT},
+    "bad_records?": {str: COUNT}, "result": {"steps": COUNT, "eval?": (None, {"eval_loss": float})},
+    "config": {
+        "model": {"model_name_or_path": TEXT, "model_revision": str, "dtype": str, "trust_remote_code?": bool},
+        "data": {"batching": str, "mask_prompt": bool, "overflow": str, "template": str, "split_seed": int},
+        "training": {
+            **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), COUNT),
+            **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), float),
+            "lr_scheduler_type": str, "optim": str, "warmup_steps?": (None, float), "max_grad_norm?": (None, float),
+            "max_tokens_per_batch?": (None, COUNT),
+        },
+    },
+}  # fmt: skip
 EXAMPLE = {"instruction": "Rewrite the sentence in the past tense.", "input": "She walks to school."}
 SHOWN = 3  # best and worst examples, of each
 RANKED_BY = "chrf"  # the score that tells close answers apart, in any script
@@ -63,9 +82,12 @@ def make_model_card(
         run = json.loads(Path("outputs/demo/run.json").read_text())
         card = make_model_card(Path("outputs/demo"), run, license="apache-2.0", language=["en"])
     """
+    from recipe.model import library_errors  # here: --help needs none of it
+
     adapter = (output_dir / "adapter_config.json").is_file()
     trusted = bool(run["config"]["model"].get("trust_remote_code"))  # earlier runs had no such setting
-    weights = [parse_local_safetensors_file_metadata(path) for path in output_dir.glob("*.safetensors")]
+    with library_errors(f"the weights in {output_dir}"):
+        weights = [parse_local_safetensors_file_metadata(path) for path in output_dir.glob("*.safetensors")]
     name = Path(repo_id or output_dir.resolve()).name
     card = ModelCard.from_template(
         card_metadata(name, run, evaluation, adapter, license, language),
@@ -200,9 +222,11 @@ def example_prompt(output_dir: Path, trusted: bool) -> dict[str, str]:
     """
     from transformers import AutoTokenizer  # here: --help needs none of it
 
+    from recipe.model import library_errors
     from recipe.templates import saved_template
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=trusted)
+    with library_errors(f"tokenizer {str(output_dir)!r}"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=trusted)
     template = saved_template(tokenizer, f"{output_dir}")
     return {
         "chat": json.dumps(template.messages(EXAMPLE), ensure_ascii=False), "prompt": template.prompt(EXAMPLE),
@@ -218,8 +242,8 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
         UserError: files are missing or do not belong together, or the evaluation is of other weights.
     """
     from recipe.data.sources import FORMATS  # here: a card without scores needs none of it
-    from recipe.evaluation.answers import ECHO, read_answers, read_metrics
-    from recipe.evaluation.report.page import check_inputs
+    from recipe.evaluation.answers import ECHO
+    from recipe.evaluation.stored import check_scored, read_metrics, read_predictions
 
     metrics = read_metrics(folder)
     tuned = metrics["provenance"]["models"]["tuned"]
@@ -234,8 +258,8 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
             f"evaluation {folder} is of {name} with other weights ({weights}) than {output_dir} holds ({expected}); "
             f"evaluate {output_dir}, or name its evaluation"
         )
-    predictions = list(read_answers(folder / "predictions.jsonl", strict=True).values())
-    check_inputs(predictions, metrics)
+    predictions = read_predictions(folder)
+    check_scored(folder, predictions, metrics)
     return Evaluation(metrics, predictions, checked)
 
 

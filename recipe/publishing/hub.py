@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -27,6 +27,7 @@ from recipe.keys import checked_key
 from recipe.publishing.public_paths import public_files
 from recipe.publishing.secret_check import refuse_secrets
 from recipe.redaction import redact
+from recipe.shapes import check_shape
 
 # The only files that may leave this machine, by name. training_args.bin is not among them: it is a pickle in which the
 # Trainer keeps --hub_token in clear, and the Trainer's own push uploads it.
@@ -84,7 +85,7 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
     if not files.keys() & {"config.json", "adapter_config.json"}:  # they are written after the weights
         raise UserError(f"{folder}: no config.json, so the model's save was cut short; resume its run, then push")
     if "model.safetensors.index.json" in files:
-        shards = set(read_json(files["model.safetensors.index.json"])["weight_map"].values())
+        shards = set(_read(files["model.safetensors.index.json"], {"weight_map": {str: str}})["weight_map"].values())
         if missing := shards - files.keys():
             raise UserError(f"{folder}: shards of the weights are missing: {', '.join(sorted(missing))}; save it again")
     if evaluation is not None:
@@ -112,12 +113,18 @@ def refuse_local_folders(files: Mapping[str, Path]) -> None:
     """
     for path, file in files.items():
         field = NAMES_OF_MODELS.get(path)
-        name = read_json(file).get(field) if field else None
+        name = _read(file, {}).get(field) if field else None
         if isinstance(name, str) and name and is_local(name):
             raise UserError(
                 f"{file}: {field!r} is {name!r}, a folder of this machine, which nobody else has and which may name "
                 "its user; set it to the model's id on the Hub, such as openai-community/gpt2"
             )
+
+
+def _read(path: Path, shape: Any) -> dict[str, Any]:
+    content = read_json(path)
+    check_shape(content, shape, str(path), "save the model again, or restore the file")
+    return content
 
 
 def is_local(name: str) -> bool:

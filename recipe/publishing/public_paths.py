@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from recipe.files import SEAL, own_hash, parse_json, sealed
 from recipe.publishing.secret_check import read_text
 
 # what is written by a run or an evaluation, and by libraries beside a model; records and answers stay as they are
@@ -49,8 +50,20 @@ def public_files(files: Mapping[str, Path]) -> dict[str, Path | bytes]:
     found: dict[str, str] = {}
     for path, text in texts.items():
         found |= _paths_of_json(text) if path.endswith(".json") else _paths_in(text) if path.endswith(".md") else {}
-    short = {path: _shortened(text, found) for path, text in texts.items()}
+    short = {path: _sealed_again(_shortened(text, found), text) for path, text in texts.items()}
     return {path: short[path].encode() if short.get(path, "") != texts.get(path, "") else files[path] for path in files}
+
+
+def _sealed_again(text: str, before: str) -> str:
+    """A text whose own hash, if it is JSON that holds one, is that of what is sent."""
+    if text == before or f'"{SEAL}"' not in text:
+        return text
+    try:
+        content = parse_json(text)
+    except ValueError:
+        return text
+    is_whole = isinstance(content, dict) and SEAL in content and own_hash(parse_json(before)) == content[SEAL]
+    return json.dumps(sealed(content), indent=2, ensure_ascii=False) + "\n" if is_whole else text
 
 
 def shorten_paths(text: str) -> str:
@@ -78,7 +91,7 @@ def _public(path: str) -> str:
 
 def _paths_of_json(text: str) -> dict[str, str]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError:  # of a file that was damaged; it is sent as a text
         return _paths_in(text)
     found: dict[str, str] = {}

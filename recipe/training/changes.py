@@ -17,9 +17,9 @@ from transformers import Trainer
 
 from recipe.config import UserError
 from recipe.console import process_rank
+from recipe.manifest import about
 from recipe.setting_checks import did_you_mean
 from recipe.training.errors import Settings
-from recipe.training.manifest import about
 
 # settings that no weight depends on: where things are written and shown, how often is evaluated and saved, processes
 FREE = re.compile(

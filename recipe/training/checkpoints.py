@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.files import flush, flush_place, make_folder
-from recipe.training.manifest import MANIFEST, Seal, add_hashes, write_manifest
+from recipe.manifest import MANIFEST, Seal, add_hashes, write_manifest
 
 if TYPE_CHECKING:
     from transformers import Trainer

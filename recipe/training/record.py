@@ -12,12 +12,14 @@ from transformers import TrainerCallback
 
 from recipe.config import UserError
 from recipe.console import process_rank
-from recipe.files import read_json, write_json
+from recipe.files import file_hash, is_there, read_sealed, write_sealed
 from recipe.provenance import describe_run
+from recipe.shapes import COUNT
 from recipe.training.changes import refuse_changes, what_decides
 from recipe.training.collator_choice import attention_of
 from recipe.training.errors import Settings
 
+LEG = {"state": str, "last_step": COUNT}  # see `recipe.shapes`
 OF_LEG = ("command", "versions", "hardware", "processes")
 
 
@@ -103,6 +105,8 @@ class RunRecord(TrainerCallback):
         """Complete the record with how the run ended (finished, stopped or failed), and return it."""
         if not self.run:  # resumed at its last step
             self._begin()
+        if how == "finished" and (log := self.path.with_name("trainer_state.json")).is_file():
+            self.about["log_hash"] = file_hash(log)
         self._write(how)
         return self.run
 
@@ -122,7 +126,7 @@ class RunRecord(TrainerCallback):
         self.legs[-1] |= {"state": how, "last_step": self.trainer.state.global_step, "seconds": round(seconds, 3)}
         self.run |= {"state": how, **self.about, "legs": self.legs, "result": self._result()}
         if self.trainer.is_world_process_zero():
-            write_json(self.path, self.run)
+            write_sealed(self.path, self.run)
 
     def _result(self) -> dict[str, Any]:
         """Steps, tokens, seconds and losses until now; the evaluation is that of the weights that were saved."""
@@ -142,12 +146,11 @@ class RunRecord(TrainerCallback):
 
 def _earlier_legs(path: Path) -> list[dict[str, Any]]:
     """The legs of the run that is resumed, if its `run.json` is there; an earlier version wrote it at the end."""
-    if not path.is_file():
+    if not is_there(path):
         return []
     try:
-        legs = read_json(path)["legs"]
-        return [leg for leg in legs if leg["state"] and leg["last_step"] >= 0]
-    except (UserError, KeyError, TypeError):
+        return read_sealed(path, {"legs": [LEG]}, "leave it")["legs"]
+    except UserError as error:
         if process_rank() == "0":
-            print(f"{path} has no list of earlier starts; the list begins with this one")
+            print(f"{path} has no list of earlier starts; the list begins with this one ({error})")
         return []

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from transformers import TrainerState
 
 from recipe.config import InstructionTrainingArguments, UserError
+from recipe.files import parse_json
+from recipe.manifest import MANIFEST, about, find_damage, is_hashed
 from recipe.training.checkpoints import INDEX, STATE, WEIGHTS, numbered, step_of
-from recipe.training.manifest import MANIFEST, about, find_damage, is_hashed
 
 # of a checkpoint: the Trainer's, FSDP's and DeepSpeed's
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "pytorch_model_fsdp_*", "global_step*")
@@ -115,7 +116,7 @@ def is_model_only(folder: Path) -> bool:
 def _find_problem_of_best(folder: Path) -> str | None:
     """Why the best checkpoint until this one cannot be loaded at the end; None if it can, or none was saved."""
     try:
-        saved = json.loads((folder / STATE).read_bytes()).get("best_model_checkpoint")
+        saved = parse_json((folder / STATE).read_bytes()).get("best_model_checkpoint")
         best = folder.parent / Path(saved or folder).name  # the run may have been moved
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{STATE} cannot be read ({type(error).__name__})"

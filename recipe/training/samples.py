@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from recipe.console import one_line, visible
-from recipe.files import naming, read_json_lines, write_json_lines, write_whole
+from recipe.files import is_there, naming, read_file, read_json_lines, write_json_lines, write_whole
 from recipe.generation import generate_responses
 from recipe.redaction import redact
+from recipe.shapes import check_shape
 from recipe.templates import Template, transcript
 from recipe.tokens import prompt_ids
 
@@ -92,10 +93,13 @@ class SampleGenerations(TrainerCallback):
         """Once: drop the samples of steps that a resumed run repeats, and a last line that was cut short."""
         path, first = Path(args.output_dir) / "samples.jsonl", not self.resumed
         self.resumed = True
-        if first and state.is_world_process_zero and path.is_file():
-            content = path.read_bytes()
+        if first and state.is_world_process_zero and is_there(path):
+            content = read_file(path)
             write_whole(path, content[: content.rfind(b"\n") + 1])
-            write_json_lines(path, (row for row in read_json_lines(path) if row["step"] <= state.global_step))
+            rows = read_json_lines(path)
+            for number, row in enumerate(rows):
+                check_shape(row, {"step": int}, f"{path} row {number}", "fix or remove it")
+            write_json_lines(path, (row for row in rows if row["step"] <= state.global_step))
 
 
 def _table(tracker: TrainerCallback, rows: Sequence[Sequence[str]]) -> Any:

@@ -9,8 +9,8 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from recipe.files import draft_of
+from recipe.manifest import Seal
 from recipe.training.checkpoints import numbered, remove, whole_checkpoint, whole_model
-from recipe.training.manifest import Seal
 
 
 class WholeSaves(Trainer):

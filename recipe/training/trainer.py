@@ -24,6 +24,7 @@ from recipe.config import InstructionTrainingArguments
 from recipe.data.origin import rows_in_words
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
+from recipe.manifest import about
 from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
@@ -37,7 +38,6 @@ from recipe.training.loss import (
     token_losses,
     token_weighted_metrics,
 )
-from recipe.training.manifest import about
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 from recipe.training.saving import WholeSaves
 from recipe.training.stopping import shield_workers

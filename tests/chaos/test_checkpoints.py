@@ -11,8 +11,8 @@ import torch
 from tiny_runs import arguments, contents, tiny_trainer
 from transformers import TrainerCallback
 
+from recipe import manifest
 from recipe.config import UserError
-from recipe.training import manifest
 from recipe.training.checkpoints import ASIDE, Seal
 from recipe.training.output_dir import clear_output_dir, find_checkpoint
 from recipe.training.resuming import find_problem

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import contents, tiny_trainer
 
+from recipe import manifest
 from recipe.files import write_whole
-from recipe.training import manifest
 from recipe.training.checkpoints import numbered
 from recipe.training.resuming import find_problem
 

@@ -87,8 +87,10 @@ def test_a_headline_is_a_score_against_references():
 def test_an_evaluation_keeps_the_headline_it_began_with(tmp_path):
     begun = {
         "models": {"tuned": {"name": "echo", "weights": None, "tokenizer": None, "template": "t"}},
-        "data_hash": "1", "generation": {}, "command": "a", "headline": "token_f1",
+        "data": "d", "data_hash": "1", "splits": {"test": 1}, "versions": {}, "hardware": "h",
+        "generation": {"max_new_tokens": 8, "temperature": 0.0}, "command": "a", "headline": "token_f1",
     }  # fmt: skip
+    (tmp_path / "predictions.jsonl").write_text("{}\n", encoding="utf-8")
     (tmp_path / "evaluation.json").write_text(json.dumps(begun), encoding="utf-8")
     now = {**begun, "headline": "exact_match"}
     assert resume_evaluation(tmp_path, now, [{"tuned": {}}])["headline"] == "token_f1"

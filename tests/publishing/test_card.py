@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import recipe.publishing.card
 from recipe.config import UserError
 from recipe.evaluation.verdict import MEASURES, verdict
-from recipe.files import write_json
+from recipe.files import file_hash, write_sealed
 from recipe.generation import generate_responses
 from recipe.publishing.card import (
     EXAMPLE,
@@ -451,7 +451,8 @@ def test_an_evaluation_without_baseline_on_seen_records(folder, made, run, tmp_p
 
 def rewrite(scores: Path, rows: list[dict], metrics: dict) -> None:
     (scores / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_json(scores / "metrics.json", metrics)
+    provenance = metrics["provenance"] | {"predictions_hash": file_hash(scores / "predictions.jsonl")}
+    write_sealed(scores / "metrics.json", {**metrics, "provenance": provenance})
 
 
 def test_a_judges_scores_are_in_the_card(folder, made, run, metrics, tmp_path):
@@ -469,7 +470,7 @@ def test_a_judges_scores_are_in_the_card(folder, made, run, metrics, tmp_path):
             "win_rate": 0.875, "ci95": [0.75, 0.975], "bounds": [0.875, 0.875], "missing": {},
         },
     }  # fmt: skip
-    (scores / "metrics.json").write_text(json.dumps(judged), encoding="utf-8")
+    write_sealed(scores / "metrics.json", judged)
     card = card_of(folder, run, scores)
     check_sound(card)
     assert "### Judged by judge\\|7b" in card
@@ -558,8 +559,8 @@ def test_evaluations_that_do_not_belong_are_refused(folder, made, metrics, tmp_p
     (scores / "predictions.jsonl").write_text("\n".join(rows[:3]), encoding="utf-8")
     with pytest.raises(UserError, match=r"holds .*'test': 3.* score again"):
         read_evaluation(scores, folder)
-    write_json(scores / "metrics.json", {})
-    with pytest.raises(UserError, match=r"not what the score stage writes"):
+    write_sealed(scores / "metrics.json", {})
+    with pytest.raises(UserError, match=r"metrics.json: judge is missing; remove it and run the score stage again"):
         read_evaluation(scores, folder)
     (scores / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"scores holds no scores; run the score stage"):
@@ -570,7 +571,7 @@ def scored(scores: Path, metrics: dict, name: str, weights: str | None) -> Path:
     """An evaluation of another model of that name."""
     other = copy.deepcopy(metrics)
     other["provenance"]["models"]["tuned"] = {"name": name, "weights": weights}
-    write_json(scores / "metrics.json", other)
+    write_sealed(scores / "metrics.json", other)
     return scores
 
 

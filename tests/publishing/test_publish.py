@@ -137,6 +137,9 @@ def test_mistakes_are_told(made, run, tmp_path):
             main(flags)
     weights = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"model\.safetensors is not what was written .* or remove manifest\.json"):
+        main([str(run), "--dry_run"])
+    (run / "manifest.json").unlink()
     for flags in ([], ["--card", "false"]):
         with pytest.raises(UserError, match="with other weights"):
             main([str(run), "--evaluation", str(made[1]), "--dry_run", *flags])
@@ -164,12 +167,14 @@ def test_nothing_is_written_before_it_may_be_pushed(run, cache):
 
 def test_a_secret_stops_it_before_a_repository_is_made(run, cache):
     record = json.loads((run / "run.json").read_text())
+    del record["sha256"]  # as an earlier version wrote it
     (run / "run.json").write_text(json.dumps({**record, "command": f"--hub_token {WRITE_TOKEN}"}))
     before = contents(run)
     with LoopbackHub() as hub:
         done = publish(cache, hub, str(run), "--repo_id", "someone/tuned", expect=1)
         assert hub.requests == [] and contents(run) == before
-    lines = done.stderr.splitlines()
+    note, *lines = done.stderr.splitlines()
+    assert note == f"note: {run / 'run.json'} holds no hash of itself, so whether it was changed is not known"
     what = "holds a token of the Hub and the value of HF_TOKEN"
     assert re.fullmatch(rf"the new README\.md line \d+: {what}", lines.pop(1))  # which has the command
     assert lines == [

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,18 @@ from recipe.evaluation.failures import Failure
 from recipe.evaluation.judge.prompts import JudgePrompt, load_judge_prompts
 from recipe.evaluation.judge.reading import Verdict
 from recipe.evaluation.judge.summary import WITH_VALUE, missing_advice, summarize_pairs, summarize_scores
-from recipe.files import write_json_lines
+from recipe.files import SEAL, file_hash, is_there, own_hash, parse_json, read_file, sealed, write_json_lines
+from recipe.shapes import COUNT, fits
 from recipe.templates import transcript
 
 MORE_TOKENS = (4, 16)  # times as many for what was cut off: reasoning takes some thousands
 SAMPLING = {"temperature": 0.0, "seed": 123, "max_tokens": 512}
+TEXT = (None, str)
+REPLY = {
+    "text": str, "finish_reason": TEXT, "model": TEXT, "usage": (None, dict.fromkeys(USAGE, COUNT)), "seconds": float,
+    "reasoning?": TEXT,
+}  # fmt: skip
+ENTRY = {"key": str, "reply": REPLY, "left_out?": [str]}  # of the cache; see `recipe.shapes`
 ORDERS = {"baseline_first": ("baseline", "tuned"), "tuned_first": ("tuned", "baseline")}
 
 
@@ -111,7 +118,7 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
         that this result uses; `scores` by prompt, `pairwise` (see `summarize_scores` and `summarize_pairs`); `error`:
         why nothing more could be asked, else None; `left_out`: fields of sampling that the judge does not accept;
         `advice`: what can help against what is missing, else None; `labels` and `answers`: whose answers were judged,
-        and their hash.
+        and their hash; `rows_hash`: that of `judge.jsonl`.
 
     Raises:
         UserError: nothing could be asked, no reply is known, and an earlier `judge.jsonl` would be lost.
@@ -153,6 +160,7 @@ def run_judge(predictions: Sequence[Mapping[str, Any]], args: JudgeArguments, ou
         "advice": missing_advice(rows, MORE_TOKENS[-1] * args.judge_max_tokens, may_be_asked),
         "labels": labels_of(predictions),
         "answers": answers_hash(predictions, labels_of(predictions)),
+        "rows_hash": file_hash(path),
     }
 
 
@@ -233,7 +241,7 @@ def _ask_missing(
                 outcomes[key] = outcome
             if isinstance(outcome, Reply) and wanted[key].read(outcome).value is not None:
                 entry = {"key": key, "reply": asdict(outcome), "left_out": terms[wanted[key].prompt].left_out}
-                append_lines(cache, [entry])
+                append_lines(cache, [sealed(entry)])
 
         requests = [
             terms[q.prompt].fit({**_request(q.prompt, tokens), "messages": q.messages}) for q in wanted.values()
@@ -261,7 +269,7 @@ def _example_request(prompt: JudgePrompt, max_tokens: int) -> dict[str, Any]:
 
 
 def read_cache(path: Path) -> dict[str, Reply]:
-    """The replies in the cache by key; a line that a killed run left incomplete is skipped."""
+    """The replies in the cache by key; a line that a killed run left incomplete, or that was changed, is skipped."""
     return {key: reply for key, reply, _ in _entries(path)}
 
 
@@ -271,12 +279,17 @@ def _left_out_in(path: Path) -> dict[str, list[str]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Reply, list[str]]]:
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+    for line in read_file(path).split(b"\n") if is_there(path) else []:
         try:
-            entry = json.loads(line)
-            yield entry["key"], Reply(**entry["reply"]), list(entry.get("left_out", ()))
-        except (ValueError, TypeError, KeyError):
+            entry = parse_json(line)
+        except ValueError:
             continue
+        if fits(entry, ENTRY) and entry.get(SEAL, own_hash(entry)) == own_hash(entry):
+            yield (
+                entry["key"],
+                Reply(**{field.name: entry["reply"].get(field.name) for field in fields(Reply)}),
+                entry.get("left_out", []),
+            )
 
 
 def _as_row(question: Question, outcome: Reply | Failure) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recipe.config import UserError
 from recipe.console import visible
 from recipe.evaluation.comparison import labels_of
 from recipe.evaluation.headline import headline_of
@@ -21,6 +19,7 @@ from recipe.evaluation.measures import MEASURES
 from recipe.evaluation.report.examples import embed_json, example_columns, is_pair
 from recipe.evaluation.report.figures import draw_pictures
 from recipe.evaluation.significance import ENOUGH_TO_JUDGE
+from recipe.evaluation.stored import check_inputs
 from recipe.evaluation.tables import judge_table, score_row
 from recipe.evaluation.verdict import (
     PERCENT,
@@ -102,26 +101,17 @@ def write_report(
     write_whole(output_dir / "report.html", page)
 
 
-def check_inputs(predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> None:
-    """Refuse predictions and scores of different evaluations, before a page shows them as one.
-
-    Raises:
-        UserError: with the records of both, and what to do.
-    """
-    expected = {split: part["n"] for split, part in metrics["splits"].items()}
-    present = Counter(prediction["split"] for prediction in predictions)
-    if present != expected:
-        raise UserError(f"metrics.json covers {expected} records, predictions.jsonl holds {dict(present)}: score again")
-
-
 def summarized_rows(
     judge: Mapping[str, Any] | None, rows: Iterable[dict[str, Any]], predictions: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The rows of `judge.jsonl` that `metrics.json` summarizes; others are another judge's, or of other records."""
     if judge is None:
         return []
-    ids = {prediction["id"] for prediction in predictions}
-    summarized = [row for row in rows if (judge["pairwise"] if is_pair(row) else row["prompt"] in judge["scores"])]
+    ids, labels = {prediction["id"] for prediction in predictions}, labels_of(predictions)
+    scored = judge["scores"]
+    summarized = [
+        r for r in rows if (judge["pairwise"] if is_pair(r) else r["prompt"] in scored and r["model"] in labels)
+    ]
     return [row for row in summarized if row["id"] in ids]
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +16,8 @@ from threading import Event, Thread
 from typing import Any
 
 import recipe
-from recipe.files import draft_of, flush
+from recipe.config import UserError
+from recipe.files import draft_of, flush, own_hash, parse_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -124,17 +126,17 @@ def add_hashes(folder: Path, content: dict[str, Any]) -> None:
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write a manifest, with a hash of itself; the folder must be there."""
     with draft_of(folder / MANIFEST) as draft:
-        draft.write_text(json.dumps({**content, "sha256": _own_hash(content)}, indent=1), encoding="utf-8")
+        draft.write_text(json.dumps({**content, "sha256": own_hash(content)}, indent=1), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | str:
     """The manifest of a folder, or in words what is wrong with it."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error.strerror if isinstance(error, OSError) else 'not JSON'})"
-    if not isinstance(content, dict) or content.pop("sha256", None) != _own_hash(content):
+    if not isinstance(content, dict) or content.pop("sha256", None) != own_hash(content):
         return f"{MANIFEST} has changed since it was written"
     if content["format"] != FORMAT:
         return f"{MANIFEST} is of another version of this recipe (format {content['format']}, not {FORMAT})"
@@ -187,6 +189,19 @@ def find_damage(folder: Path, contents: bool = True) -> str | None:
     return None
 
 
+def check_unchanged(folder: Path) -> None:
+    """Refuse weights that are not those that were saved; a line on stderr names another file that is not.
+
+    Raises:
+        UserError: with the file, and what is wrong with it.
+    """
+    damage = find_damage(folder) if (folder / MANIFEST).exists() else None
+    if damage and ".safetensors" in damage:
+        raise UserError(f"{folder}: {damage}; restore it, or remove {MANIFEST} to use the folder as it is")
+    if damage:
+        print(f"note: {folder} is not as it was saved: {damage}; it is used as it is", file=sys.stderr)
+
+
 def is_hashed(folder: Path) -> bool:
     """Whether a folder's manifest knows all hashes: a run may be killed between a save and its last hash."""
     manifest = read_manifest(folder)
@@ -208,10 +223,6 @@ def code_version() -> str:
 
 def _knows_all(content: dict[str, Any]) -> bool:
     return all(UNKNOWN not in entry["sha256"] for entry in content["files"].values())
-
-
-def _own_hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _parts(size: int, part: int) -> range:
