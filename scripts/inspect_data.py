@@ -77,7 +77,6 @@ def main(argv: list[str]) -> None:
     limits = sorted({*args.limits, data_args.max_length})
     overhead = template_overhead(load_template(data_args.template, tokenizer), tokenizer)
     settings = ("data", "template", "learn", "mask_prompt", "max_length", "overflow")
-    batch_size = args.per_device_train_batch_size
     report = {
         "command": command_line(),
         "versions": versions(),
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> None:
         "settings": {
             "tokenizer": tokenizer.name_or_path,
             **{name: getattr(data_args, name) for name in settings},
-            "batch_size": batch_size,
+            "batch_size": (batch_size := args.per_device_train_batch_size),
         },
         "left_out_of_train_as_duplicates": dropped,
         "bad_records": left_out.reasons,

@@ -38,15 +38,14 @@ def reference_losses(
     `eval_loss` of `recipe.trainer.InstructionTrainer`, but for two things that only some models and references have.
     A response ends with any of the tokens at which generation stops, so their probabilities are added up. A reference
     with tags that are special tokens is read in both ways, as text and as those tokens, and the likelier one counts.
-    The cross-entropy is computed in float32 at least. A batch that does not fit in memory is halved.
+    It is computed in float32 at least. A batch that does not fit in memory is halved.
 
     Args:
-        prompts: whole prompts as token ids, as `recipe.tokens.prompt_ids` makes them; or as texts, in which special
-            tokens are read.
+        prompts: whole prompts as token ids, as `prompt_ids` makes them; or as texts, in which special tokens are read.
         references: the response to each; an end-of-text token written at its end is taken for the one that is added.
         batch_size: pairs computed together; changes the result by rounding only.
-        description: label of a progress bar; None for no bar.
-        template: of the prompts; each reference ends as it ends a response, without it with the end-of-text token.
+        description: label of a progress bar; None for none.
+        template: of the prompts, which ends references; without it the end-of-text token does.
 
     Returns:
         a pair (nats, targets) for each prompt, in their order; None if prompt and reference have more tokens than the
@@ -58,12 +57,10 @@ def reference_losses(
         [(nats, targets)] = reference_losses(model, tokenizer, prompts, ["Blue."])
         nats / targets  # 1.7, the loss per token
     """
-    losses: list[tuple[float, int] | None] = [None] * len(prompts)
     if not prompts:
-        return losses
-    turn = turn_of(template, tokenizer) if template else Turn(str(tokenizer.eos_token))
-    ends, tags = _ends_and_tags(model, tokenizer, turn)
-    features, owners = _encode(tokenizer, prompts, references, tags, turn)
+        return []
+    losses: list[tuple[float, int] | None] = [None] * len(prompts)
+    ends, features, owners = _as_features(model, tokenizer, prompts, references, template)
     positions = (context_length(model.config) or math.inf) - virtual_tokens(model)
     lengths = [len(feature["input_ids"]) - 1 for feature in features]  # nothing is predicted from the last token
     fitting = [index for index, length in enumerate(lengths) if length <= positions]
@@ -86,6 +83,19 @@ def reference_losses(
     finally:
         model.train(was_training)
     return losses
+
+
+def _as_features(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[int]],
+    references: Sequence[str],
+    template: Template | None,
+) -> tuple[list[int], list[dict[str, list[int]]], list[int]]:
+    """The tokens that end a response, and what `_encode` gives."""
+    turn = turn_of(template, tokenizer) if template else Turn(str(tokenizer.eos_token))
+    ends, tags = _ends_and_tags(model, tokenizer, turn)
+    return ends, *_encode(tokenizer, prompts, references, tags, turn)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
