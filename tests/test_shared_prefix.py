@@ -298,6 +298,46 @@ def test_targets_of_a_shared_position_stand_once_for_each_example():
     assert batch["logits_to_keep"].tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.parametrize("kind", ["mask", "segments", "padded"])
+def test_records_of_several_examples_train_and_evaluate_as_if_unrolled(kind, tmp_path):
+    """Steps, evaluation by record, and counts of tokens, against a dataset with an example in each row."""
+    generator = np.random.default_rng(5)
+    conversations = []
+    for row in range(4):
+        ids, ends, history = [], [], generator.integers(1, VOCABULARY, 6).tolist()
+        for _ in range(row % 3 + 1):
+            said = history + generator.integers(1, VOCABULARY, 5).tolist()
+            ids, history = ids + said, said[:-2]
+            ends.append(len(ids))
+        labels = [IGNORE_INDEX if place % 3 else token for place, token in enumerate(ids)]
+        conversations.append({"input_ids": ids, "labels": labels, "ends": ends, "row": row})
+    unrolled = [{"input_ids": ids, "labels": labels} for ids, labels in one_by_one(conversations)]
+    results = []
+    for name, rows in (("together", conversations), ("unrolled", unrolled)):
+        rows = [{**feature, "row": row} for row, feature in enumerate(rows)]
+        args = InstructionTrainingArguments(
+            str(tmp_path / name), max_steps=2, per_device_train_batch_size=len(rows), per_device_eval_batch_size=3,
+            use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, learning_rate=1e-3, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        collate = DataCollatorForInstructionTuning(0)
+        if kind != "padded" and name == "together":
+            collate = DataCollatorWithSharedPrefix(0, kind)
+        model = make_model("llama", kind if name == "together" else "padded")
+        trainer = InstructionTrainer(model, args, data_collator=collate, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        evaluated = trainer.evaluate()
+        numbers = [evaluated[f"eval_{each}"] for each in ("loss", "perplexity", "next_token_accuracy")]
+        supervised = [each["supervised"] for each in logs]
+        seen = trainer.state.num_input_tokens_seen
+        results.append([*(each["loss"] for each in logs), *numbers, *supervised, seen])
+        if name == "together":
+            predicted = trainer.predict(rows)
+            assert len(predicted.predictions) == len(rows)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
 def test_wrong_ends_are_refused():
     for collate in (DataCollatorForInstructionTuning(0), DataCollatorWithSharedPrefix(0)):
         for ends in ([2, 2, 3], [2], [2, 4], [3, 2], [0, 3], []):

@@ -80,7 +80,7 @@ def test_costs_of_batches_are_those_of_the_collators(demo_tokenizer, alpaca, mas
     encoded = list(encode_records(splits, demo_tokenizer, DataArguments(mask_prompt=mask_prompt))["train"])
     preamble, _ = template_overhead(alpaca, demo_tokenizer)
     assert len({record["input_ids"][preamble] for record in encoded}) == 5
-    costs = batch_costs(np.array([r["length"] for r in encoded]), 2, preamble - (not mask_prompt))
+    costs = batch_costs(np.array([r["length"] for r in encoded]), 2, preamble)
 
     collators = DataCollatorForInstructionTuning(0), DataCollatorWithSharedPrefix(0, "segments")
     padded, shared = [], []
