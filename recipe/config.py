@@ -11,6 +11,7 @@ import re
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -281,7 +282,10 @@ def _as_asked(content: dict[str, Any], written: dict[str, str], dataclass_types:
     for key, value in content.items():
         takes = {*get_args(hints[key]), hints[key]}
         is_asked = bool in takes if isinstance(value, bool) else isinstance(value, int | float) and takes & {int, float}
-        asked[key] = value if value is None or is_asked else written.get(key, value)
+        if value is False and any(isinstance(kind, type) and issubclass(kind, Enum) for kind in takes):
+            asked[key] = "no"  # of several choices, also where it is written as `off`
+        else:
+            asked[key] = value if value is None or is_asked else written.get(key, value)
     return asked
 
 

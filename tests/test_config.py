@@ -186,6 +186,18 @@ def test_the_examples_in_the_docstrings():
     assert [doctest.testmod(module).failed for module in modules] == [0, 0, 0]
 
 
+def test_defaults_of_another_version_are_named_by_their_source():
+    """As evaluation takes them from the run.json of the model."""
+    for defaults, said in (
+        ({"dataa": "a.json"}, "run.json: unknown key 'dataa'; did you mean 'data'?"),
+        ({"max_length": [64]}, "run.json: max_length: [64] is a list of int; give one whole number or null"),
+        ({"overflow": "cut"}, "run.json: argument --overflow: invalid choice: 'cut'"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_arguments(TYPES, [], "", defaults, "run.json")
+        assert str(error.value).startswith(said)
+
+
 def test_missing_config_file_and_stray_words():
     assert refuse("no/such.yaml") == "no/such.yaml: no such config file"
     assert "unexpected 'more'" in refuse(str(CONFIGS[0]), "more")

@@ -43,7 +43,7 @@ class Campaign:
 
 CAMPAIGNS = {
     "records": Campaign(fuzz_records.Maker, fuzz_records.prepare, limit=60, each=50),
-    "configs": Campaign(fuzz_settings.Maker, fuzz_settings.prepare, limit=90, each=1),
+    "configs": Campaign(fuzz_settings.Maker, fuzz_settings.prepare, limit=180, each=1),
     "templates": Campaign(fuzz_templates.Maker, fuzz_records.prepare, limit=60, each=20),
 }
 BATCH = 200  # inputs that are made before they are tried
@@ -56,7 +56,8 @@ class Found:
     outcomes: Counter[str] = field(default_factory=Counter)
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
     faults: list[tuple[Case, Result]] = field(default_factory=list)
-    slowest: float = 0.0
+    slowest: float = 0.0  # seconds
+    slowest_input: Case | None = None
     lines: set[tuple[str, int]] = field(default_factory=set)  # of recipe/data that were reached
 
 
@@ -72,7 +73,8 @@ def try_inputs(name: str, count: int, seed: str) -> Found:
             for case, result in zip(cases, results, strict=True):
                 found.outcomes[result.outcome] += 1
                 found.kinds.setdefault(case.kind, Counter())[result.outcome] += 1
-                found.slowest = max(found.slowest, result.seconds)
+                if result.seconds > found.slowest:
+                    found.slowest, found.slowest_input = result.seconds, case
                 if result.outcome not in FINE:
                     found.faults.append((case, result))
                 if result.lines:
@@ -82,8 +84,10 @@ def try_inputs(name: str, count: int, seed: str) -> Found:
 
 
 def keep(found: Found, folder: Path) -> None:
-    """Write the inputs that failed, and what was said of each."""
+    """Write the inputs that failed, and what was said of each; and the slowest one."""
     folder.mkdir(parents=True, exist_ok=True)
+    if found.slowest_input is not None:
+        (folder / "slowest.input").write_bytes(found.slowest_input.content)
     for number, (case, result) in enumerate(found.faults):
         (folder / f"{number}.input").write_bytes(case.content)
         text = f"{case.kind}: {result.outcome}\n{result.said}\n"

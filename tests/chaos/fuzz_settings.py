@@ -85,7 +85,8 @@ def as_written(name: str, text: str, value: Any) -> bool:
     """Whether a setting that was accepted has the value that stands there, by a reading of our own."""
     if name in OTHERWISE or text not in PLAIN:
         return True
-    value = value.value if isinstance(value, Enum) else value
+    if isinstance(value, Enum):
+        return value.value in (text, "no" if text.lower() in ("no", "off", "false") else text)
     arms = {get_origin(arm) or arm for arm in (get_args(HINTS[name]) or (HINTS[name],))}
     if text in ("", "~", "null"):
         return value is None or type(None) not in arms
@@ -123,7 +124,7 @@ STRUCTURES = {  # lines of YAML to go with others, and whether they must be refu
     "data: []\n": True,
     "data: [records.jsonl, records.jsonl]\n": False, "data: {train: {a: b}}\n": True,
     "data: {'': records.jsonl}\n": True,
-    "data: .\n": True, "data: '*.jsonl'\n": False, "data: '[a-'\n": True, "data: '**'\n": None,
+    "data: .\n": False, "data: '*.jsonl'\n": False, "data: '[a-'\n": True, "data: '**'\n": None,
     "data: /dev/null\n": True,
     "lr_scheduler_kwargs: 2\n": True, "max_length: [64]\n": True, "template: [alpaca]\n": True, "run_name: [a]\n": True,
     "num_train_epochs: 1e300\nmax_steps: -1\n": None,
