@@ -330,26 +330,21 @@ def test_another_delimiter_is_named(tmp_path, sign, name, row):
         assert name in message and "--instruction_column" not in message and len(message.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}],
-        [{"id": 1, "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}],
-        [{"prompt": "Hi.", "chosen": [{"role": "user", "content": "Hi."}]}],
-    ],
-)
-def test_conversations_get_one_true_line(tmp_path, rows):
-    column = list(rows[0])[-1]
+def test_a_column_of_conversations_that_nobody_named_is_said(tmp_path):
+    """Of preferences: `chosen` holds whole conversations, and may be learned from if somebody says so."""
+    rows = [{"prompt": "Hi.", "chosen": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}]
     for name in ("a.json", "a.jsonl", "a.parquet"):
         path = tmp_path / name
         if name == "a.parquet":
             pq.write_table(pa.Table.from_pylist(rows), path)
         else:
             path.write_text(json.dumps(rows) if name == "a.json" else json.dumps(rows[0]))
-        for options in ({}, {"instruction_column": column, "output_column": "x"}):
+        for options in ({}, {"instruction_column": "chosen", "output_column": "x"}):
             message = refuse(path, **options)
-            assert "conversations" in message and repr(column) in message and len(message.splitlines()) == 1
-            assert "did you mean" not in message and "_column" not in message
+            assert "conversations" in message and "--messages_column chosen" in message
+            assert "did you mean" not in message and len(message.splitlines()) == 1
+        [record] = read(path, messages_column="chosen")
+        assert (record["instruction"], record["output"]) == ("Hi.", "Hello.")
 
 
 def test_a_repeated_name_in_an_object_is_refused(tmp_path):
