@@ -22,7 +22,9 @@ LOWEST: dict[str, float] = {
 }  # fmt: skip
 # below 1 the last three are shares; without an epsilon, Adam divides 0 by 0 where a gradient is 0
 ABOVE_ZERO = ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps")
-HIGHEST = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32 - 1, "data_seed": 2**32 - 1}  # as numpy takes seeds
+# seeds as numpy takes them; more processes, or batches for each, would be started until the machine is full
+HIGHEST = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32 - 1, "data_seed": 2**32 - 1, "num_sample_generations": 10**6,
+           **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor", "num_proc"), 1024)}  # fmt: skip
 # What took the place of settings that transformers 4 had, or that other trainers have.
 REPLACED = {
     "evaluation_strategy": "eval_strategy",

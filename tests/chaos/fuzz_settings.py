@@ -140,7 +140,11 @@ STRUCTURES = {  # lines of YAML to go with others, and whether they must be refu
     "output_dir: .\n": True,
     "output_dir: " + "x" * 300 + "\n": True, "output_dir: " + "x/" * 3000 + "\n": True, "\ufeff": None, "\0": True,
     "\x85seed: 1": None,
-    "lr_scheduler_kwargs: {a: 1}\n": True, "optim_args: x=y\n": True, "report_to: [none, none]\n": None,
+    "lr_scheduler_kwargs: {a: 1}\n": True, "optim_args: x=y\n": True,
+    "dataloader_num_workers: 1\ndataloader_prefetch_factor: 2147483648\n": True,
+    "num_proc: 2147483648\n": True,
+    "dataloader_num_workers: 2147483648\n": True, "num_sample_generations: 12345678901234567890\n": True,
+    "report_to: [none, none]\n": None,
     "report_to: [a, b]\n": True,
 }  # fmt: skip
 FOLDERS: dict[str, Callable[[Path], Any]] = {  # what an output folder holds already
