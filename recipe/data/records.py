@@ -56,12 +56,7 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     """
     if not config.data:
         raise UserError("no data: name a file, a glob, a folder or a Hub dataset id with --data")
-    named = {name: getattr(config, f"{name}_column") for name in FIELDS}
-    if len(set(named.values())) < len(named):
-        raise UserError(f"two fields are mapped to one column ({named}); give each its own")
-    turns = (config.messages_column,) if config.messages_column else None
-    columns = Columns({**named, "family": "family"}, extra, turns)
-    left_out = LeftOut()
+    columns, left_out = _columns(config, extra), LeftOut()
     splits, problems = DatasetDict(), []
     for split, files in _files_by_split(config.data, left_out.notes).items():
         parts, start = [], 0
@@ -99,6 +94,14 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     for record in left_out.bad:
         record["problem"] = in_one_line(record["problem"])
     return splits, left_out
+
+
+def _columns(config: DataArguments, extra: tuple[str, ...]) -> Columns:
+    named = {name: getattr(config, f"{name}_column") for name in FIELDS}
+    if len(set(named.values())) < len(named):
+        raise UserError(f"two fields are mapped to one column ({named}); give each its own")
+    turns = (config.messages_column,) if config.messages_column else None
+    return Columns({**named, "family": "family"}, extra, turns)
 
 
 def problem_report(problems: Sequence[str]) -> str:

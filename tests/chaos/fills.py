@@ -24,7 +24,7 @@ from small_disk import MountedDisk, RefusingDisk, full_disk  # noqa: E402
 
 from recipe.provenance import versions  # noqa: E402
 from recipe.training.checkpoints import numbered  # noqa: E402
-from recipe.training.manifest import find_damage  # noqa: E402
+from recipe.manifest import find_damage  # noqa: E402
 from recipe.training.output_dir import last_whole_checkpoint  # noqa: E402
 from recipe.training.resuming import find_problem  # noqa: E402
 

@@ -332,7 +332,9 @@ def test_another_delimiter_is_named(tmp_path, sign, name, row):
 
 def test_a_column_of_conversations_that_nobody_named_is_said(tmp_path):
     """Of preferences: `chosen` holds whole conversations, and may be learned from if somebody says so."""
-    rows = [{"prompt": "Hi.", "chosen": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}]
+    rows = [
+        {"prompt": "Hi.", "chosen": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    ]
     for name in ("a.json", "a.jsonl", "a.parquet"):
         path = tmp_path / name
         if name == "a.parquet":

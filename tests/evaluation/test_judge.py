@@ -368,7 +368,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from recipe.evaluation.judge.run import JudgeArguments, run_judge
 from stub_endpoint import Hang, Say, serve_stub
 assert "openai" not in sys.modules  # most runs have no judge: the client must not slow them down
-with serve_stub({{"": [Say("85")], "slow": [Hang(30)], "slow2": [Hang(30)]}}) as stub:
+with serve_stub({{"": [Say("85")], "slow": [Hang(100)], "slow2": [Hang(100)]}}) as stub:
     def interrupt():
         while not (stub.asked("slow") and stub.asked("slow2")): time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
@@ -380,9 +380,9 @@ with serve_stub({{"": [Say("85")], "slow": [Hang(30)], "slow2": [Hang(30)]}}) as
         print("interrupted")
 """
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "interrupted\n", done.stderr
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 80  # it did not wait for the answers
     rows = rows_in(tmp_path)
     assert [row["status"] for row in rows] == ["scored", "scored", "not_asked", "not_asked", "not_asked"]
     assert rows[2]["error"] == "interrupted" and len(read_cache(tmp_path / "judge_cache.jsonl")) == 2
