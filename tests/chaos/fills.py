@@ -22,9 +22,9 @@ import kills  # noqa: E402
 from loopback_hub import WRITE_TOKEN, LoopbackHub  # noqa: E402
 from small_disk import MountedDisk, RefusingDisk, full_disk  # noqa: E402
 
+from recipe.manifest import find_damage  # noqa: E402
 from recipe.provenance import versions  # noqa: E402
 from recipe.training.checkpoints import numbered  # noqa: E402
-from recipe.manifest import find_damage  # noqa: E402
 from recipe.training.output_dir import last_whole_checkpoint  # noqa: E402
 from recipe.training.resuming import find_problem  # noqa: E402
 
