@@ -17,7 +17,7 @@ from typing import Any
 
 import recipe
 from recipe.config import UserError
-from recipe.files import draft_of, flush, own_hash, parse_json
+from recipe.files import draft_of, flush, own_hash, parse_json, read_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -133,7 +133,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | str:
     """The manifest of a folder, or in words what is wrong with it."""
     path = folder / MANIFEST
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_file(path))
+    except UserError:
+        return f"{MANIFEST} is not a file"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error.strerror if isinstance(error, OSError) else 'not JSON'})"
     if not isinstance(content, dict) or content.pop("sha256", None) != own_hash(content):

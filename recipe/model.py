@@ -53,6 +53,8 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
     check_folder(name)
     with library_errors(f"tokenizer {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, **_code(config))
+    if type(tokenizer.model_max_length) not in (int, float):
+        raise UserError(f"tokenizer {name!r}: model_max_length is {tokenizer.model_max_length!r}, not a number")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"tokenizer {name!r} is empty: the tokenizer's files are missing; give --tokenizer_name")
     if tokenizer.eos_token_id is None:

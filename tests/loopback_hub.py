@@ -19,7 +19,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -98,11 +98,23 @@ class Request:
     body: bytes
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An answer that is not the Hub's own."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+How = int | str | Reply | Callable[[], object]
+
+
 @dataclass
 class Fault:
     method: str
     part: str  # of the path
-    how: int | str | Callable[[], object]
+    how: How
     times: int
 
 
@@ -137,18 +149,20 @@ class LoopbackHub:
         repository.commit(files or {".gitattributes": File(b"*.safetensors filter=lfs\n", False)}, "initial commit")
         return repository
 
-    def fail(self, method: str, part: str, how: int | str | Callable[[], object], times: int = 1) -> None:
+    def fail(self, method: str, part: str, how: How, times: int = 1) -> None:
         """Let the next requests of `method` with `part` in their path fail.
 
-        With an HTTP state; "cut", the connection ends in the middle of the body; "lost", the request is obeyed and the
-        answer never arrives; or "hold", it waits until `released` is set. A function is called first.
+        With an HTTP state, or a `Reply`; "refused", the connection ends before a byte is read; "cut", in the middle of
+        the body; "lost", the request is obeyed and the answer never arrives; "silent", nothing is obeyed or answered
+        until `released` is set; "drip", an answer begins and does not end until then; or "hold", it waits until then,
+        and is obeyed. A function is called first.
         """
         self.faults.append(Fault(method, part, how, times))
 
     def sent(self, method: str, part: str) -> list[Request]:
         return [request for request in self.requests if request.method == method and part in request.path]
 
-    def take_fault(self, method: str, path: str) -> int | str | Callable[[], object] | None:
+    def take_fault(self, method: str, path: str) -> How | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.method == method and fault.part in path:
@@ -173,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         path, query = unquote(address.path), parse_qs(address.query)
         how = self.hub.take_fault(self.command, path)
+        if how == "refused":
+            return self.connection.shutdown(socket.SHUT_RDWR)
         if how == "cut":
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
             return self.connection.shutdown(socket.SHUT_RDWR)
@@ -181,6 +197,13 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(Request(self.command, self.path, dict(self.headers), body))
         if how == "hold":
             self.hub.released.wait(timeout=60)
+        if how == "silent":
+            self.hub.released.wait(timeout=60)
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if how == "drip":
+            return self.drip()
+        if isinstance(how, Reply):
+            return self.answer(how.body, how.status, how.headers)
         if callable(how):
             how()
         if isinstance(how, int):
@@ -195,6 +218,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.connection.shutdown(socket.SHUT_RDWR)
         return self.answer(content, headers=headers)
 
+    def drip(self) -> None:
+        """The beginning of an answer, a byte now and then."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        with suppress(OSError):  # the client has given up
+            while not self.hub.released.wait(timeout=0.02):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+
     do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
 
     def route(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[Any, dict[str, str]]:
@@ -208,6 +239,10 @@ class Handler(BaseHTTPRequestHandler):
             if hashlib.sha256(body).hexdigest() != found[1]:
                 raise RefusedError(400, "", "the object is not what it was announced as")
             self.hub.objects[found[1]] = body
+            return {}, {}
+        if path == "/lfs/verify":
+            if json.loads(body)["oid"] not in self.hub.objects:
+                raise RefusedError(404, "", "no such object")
             return {}, {}
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self.repository(f"models/{found[1]}", role, write=True)
@@ -262,7 +297,8 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_object(self, wanted: dict[str, Any]) -> dict[str, Any]:
         if wanted["oid"] in self.hub.objects:
             return wanted
-        return {**wanted, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}"}}}
+        actions = {"upload": f"lfs/{wanted['oid']}", "verify": "lfs/verify"}
+        return {**wanted, "actions": {name: {"href": f"{self.hub.endpoint}/{path}"} for name, path in actions.items()}}
 
     def file(self, repository: Repository, revision: str, path: str) -> tuple[bytes, dict[str, str]]:
         commit = self.commit_of(repository, revision)

@@ -196,6 +196,8 @@ def select_records(
         records, predictions, _ = answers.read_answer_file(files[0], data_args)
         names = chosen_splits(args.split or ["all"], split_names(predictions))
         return records, [prediction for prediction in predictions if prediction["split"] in names]
+    if data_args.data is None:
+        raise UserError(f"--model {args.model[0]}: no run.json there says on which records; name them: --data FILE")
     records, _ = load_records(data_args)
     if run and run["config"]["data"]["data"] == data_args.data and run["data_hash"] != data_hash(records):
         warning = "the data or its split has changed since this model was trained; it may have seen these records"

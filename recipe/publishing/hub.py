@@ -11,11 +11,15 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from threading import Thread
+from traceback import extract_tb
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
@@ -49,15 +53,19 @@ NAMES_OF_MODELS = {  # file to its field that may name a folder of this machine
 # what git refuses in the name of a branch or a tag, see `git help check-ref-format`
 NO_REFERENCE = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|[/.]$|(^|/)\.|\.lock(/|$)|^$|^HEAD$")
 
-WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
+WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt, unless the Hub names another time
+SILENCE = 120  # seconds without a byte, after which a request has failed
+LONGEST, SLOWEST = 600, 100_000  # seconds that all attempts may take together, and more for so many bytes a second
 # statuses after which another attempt may succeed; 409 and 412: somebody else commits at the same time
 TEMPORARY = {408, 409, 412, 429, 500, 502, 503, 504}
 ADVICE = {
     401: "no token, or a wrong one (401); run `hf auth login`, or set HF_TOKEN to a token with write access",
     403: "the token may not write there (403); use one with write access to it",
     404: "not found, or not for this token (404); check owner, name and revision",
+    413: "larger than the Hub takes (413); save the model in smaller files, see --max_shard_size of save_pretrained",
 }
 
+NO_HUB = "an answer that is none of the Hub, as of a proxy or a login page; check the network and HF_ENDPOINT"
 Result = TypeVar("Result")
 
 
@@ -251,7 +259,8 @@ def push_files(
         url = f"{api.endpoint}/{repo_id}/tree/{tag or revision or 'main'}"
         return Push(url, commit, sent=bool(operations), removed=stale)
 
-    return with_retries(attempt, repo_id)
+    size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in contents.values())
+    return with_retries(attempt, repo_id, size)
 
 
 def is_same(addition: CommitOperationAdd, remote: RepoSibling | None) -> bool:
@@ -292,25 +301,65 @@ def refuse_taken_tag(repo_id: str, tag: str, commit: str | None, api: HfApi) -> 
         )
 
 
-def with_retries(attempt: Callable[[], Result], repo_id: str) -> Result:
-    """What `attempt` returns, after at most `len(WAITS)` temporary faults.
+def with_retries(attempt: Callable[[], Result], repo_id: str, size: int = 0) -> Result:
+    """What `attempt` returns, after at most `len(WAITS)` temporary faults, and within a time that is bounded.
 
-    `huggingface_hub` repeats uploads and reading by itself, but not commits. Each attempt looks at the Hub anew, so
-    that a commit whose answer was lost is not made twice.
+    `huggingface_hub` repeats uploads and reading by itself, but not commits, and it waits for an answer without end.
+    Each attempt looks at the Hub anew, so that a commit whose answer was lost is not made twice.
+
+    Args:
+        size: of what is sent, in bytes.
 
     Raises:
         UserError: the fault in one line, with the way out.
     """
-    for wait in (*WAITS, None):
+    longest = LONGEST + size / SLOWEST
+    end = time.monotonic() + longest
+    for tried, wait in enumerate((*WAITS, None), start=1):
         try:
-            return attempt()
+            return _within(end - time.monotonic(), attempt)
+        except _NotInTimeError as error:
+            said = f"the Hub has not answered within {longest:,.0f} s, and what is on its way may still arrive"
+            raise UserError(f"{repo_id}: {said}; push again to make sure") from error
         # the fault of an upload is the cause of a RuntimeError; a refused README.md or name is a ValueError
         except (HTTPError, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             fault = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-            if wait is None or not is_temporary(fault):
-                raise UserError(f"{repo_id}: {explained(fault)}") from error
+            wait = _wait_before_next(fault, wait)
+            if wait is None or not is_temporary(fault) or time.monotonic() + wait > end:
+                raise UserError(f"{repo_id}: {explained(fault, tried)}") from error
             time.sleep(wait)
+        except (LookupError, TypeError, AttributeError) as error:  # of the library, which trusts an answer's shape
+            if "huggingface_hub" not in extract_tb(error.__traceback__)[-1].filename:
+                raise
+            raise UserError(f"{repo_id}: {NO_HUB} ({error!r})") from error
     raise AssertionError("the last attempt returns or raises")
+
+
+class _NotInTimeError(Exception):
+    """The time for all attempts is over."""
+
+
+def _within(seconds: float, attempt: Callable[[], Result]) -> Result:
+    """What `attempt` returns or raises, from a thread that is left behind when the time is over."""
+    get_session().timeout = SILENCE  # the library sets none
+    outcome: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(attempt())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    if not wait_for([outcome], max(0, seconds)).done:
+        raise _NotInTimeError
+    return outcome.result()
+
+
+def _wait_before_next(fault: BaseException | None, wait: float | None) -> float | None:
+    """Seconds until the next attempt: as many as the Hub asks for, if it does."""
+    asked = fault.response.headers.get("Retry-After", "") if isinstance(fault, HfHubHTTPError) else ""
+    return wait if wait is None or not asked.isdecimal() else max(wait, float(asked))
 
 
 def is_temporary(fault: BaseException) -> bool:
@@ -320,10 +369,12 @@ def is_temporary(fault: BaseException) -> bool:
     return isinstance(fault, json.JSONDecodeError) or not isinstance(fault, ValueError | OfflineModeIsEnabled)
 
 
-def explained(fault: BaseException) -> str:
+def explained(fault: BaseException, tried: int) -> str:
     details = " ".join(redact(str(fault) or repr(fault)).split())[:300]
+    details = f"{NO_HUB} ({details})" if isinstance(fault, json.JSONDecodeError) else details
     if isinstance(fault, HfHubHTTPError) and fault.response.status_code in ADVICE:
         return f"{ADVICE[fault.response.status_code]} ({details})"
     if is_temporary(fault):
-        return f"the Hub failed {len(WAITS) + 1} times, the last time with: {details}; push again to go on from there"
+        times = "once" if tried == 1 else f"{tried} times, the last time"
+        return f"the Hub failed {times} with: {details}; push again to go on from there"
     return f"refused: {details}"

@@ -95,7 +95,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ending:
-    """`same`, `told`, `refused`, `without`, or one of `BAD`; with the words that say so."""
+    """`same`, `told`, `refused`, `without`, `taken`, or one of `BAD`; with the words that say so."""
 
     how: str
     said: str = ""
@@ -293,6 +293,8 @@ def judged(case: Case, expected: dict, results: dict, done: subprocess.Completed
         return Ending("same")
     if (case.file, case.edit) == ("run/run.json", "removed"):
         return Ending("without")  # nothing tells that there was a run: no loss curve, no settings of its data
+    if case.reader == "recorded":
+        return Ending("taken")  # as a file of records and answers, which may hold any
     differ = [key for key in results if results[key] != expected.get(key)]
     return Ending("silent", f"other {', '.join(differ)}")
 

@@ -14,17 +14,18 @@ from pathlib import Path
 import edits
 import fuzz_outputs
 import pytest
+from conftest import DEMO
 from evaluation_samples import LOG_HISTORY, make_judge, make_judge_rows, make_metrics, make_predictions
 from safetensors.torch import save_file
 from torch import zeros
 
-from recipe.config import UserError
+from recipe.config import ModelArguments, UserError
 from recipe.evaluation import stored
 from recipe.evaluation.answers import read_answers
 from recipe.evaluation.judge.run import answers_hash, read_cache
 from recipe.files import file_hash, parse_json, read_json, read_sealed, sealed, write_json_lines, write_sealed
-from recipe.manifest import Seal, check_unchanged
-from recipe.model import check_finite
+from recipe.manifest import Seal, check_unchanged, read_manifest
+from recipe.model import check_finite, load_tokenizer
 from recipe.provenance import read_run
 from recipe.publishing.hub import files_to_push, refuse_local_folders
 from recipe.publishing.public_paths import public_files
@@ -363,6 +364,21 @@ def test_files_of_a_model_that_are_damaged_are_named(tmp_path):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(UserError, match=r"index\.json: weight_map"):
             files_to_push(tmp_path)
+
+
+def test_a_tokenizer_without_a_length_is_refused(tmp_path):
+    """Else it fails where a text is encoded."""
+    for path in (DEMO / "base").glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": [1]}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"model_max_length is \[1\], not a number"):
+        load_tokenizer(ModelArguments(str(tmp_path)))
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    assert read_manifest(tmp_path) == "manifest.json is not a file"
 
 
 # --- what all of them stand on --------------------------------------------------------------------------------------
