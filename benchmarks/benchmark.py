@@ -43,7 +43,7 @@ class BenchmarkArguments:
     """What is measured, how often, and where the results go."""
 
     data: str = setting("", "Records, as in training; default: the embedded demo records.")
-    template: str = setting("alpaca", "alpaca, phi3 or the path of a Jinja chat template.")
+    template: str = setting("alpaca", "alpaca, phi3, chatml or the path of a Jinja chat template.")
     output: str = setting("outputs/benchmark/results.json", "Results file; what it has is not measured again.")
     only: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": "Parts to measure; default: all.", "choices": PARTS}
