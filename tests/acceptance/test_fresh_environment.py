@@ -98,7 +98,7 @@ def test_both_collators_train_with_the_stock_trainer(fresh, tmp_path):
     shown = {line.split()[0]: line.split()[1:] for line in lines}
     expected = float(shown["by"][1])
     padded, shared = shown["DataCollatorForInstructionTuning"], shown["DataCollatorWithSharedPrefix"]
-    assert [int(padded[0]), int(shared[0])] == [15, 7]  # 3 x 5 positions; 12 tokens, of which 3 have 2 in common, and 2 of these 3
+    assert [int(padded[0]), int(shared[0])] == [15, 7]  # 3 x 5; all have 2 in common, two of them 3
     assert [float(padded[1]), float(shared[1])] == pytest.approx([expected] * 2, rel=1e-5)
 
 
