@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
@@ -28,8 +29,10 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what 
 
 def contents(folder: Path) -> list[Path]:
     """What is in a folder besides the lock and what trials leave for a moment; nothing if there is no folder."""
-    passing = {LOCK, *(path.name for pattern in LEFTOVERS for path in folder.glob(pattern))}
-    return [path for path in folder.iterdir() if path.name not in passing] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    passing = (LOCK, *LEFTOVERS)  # by name: another process may make one at any moment
+    return [path for path in folder.iterdir() if not any(fnmatch(path.name, pattern) for pattern in passing)]
 
 
 @contextmanager

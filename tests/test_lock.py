@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import processes
@@ -102,6 +104,23 @@ def test_what_other_processes_of_the_run_try_in_the_folder_is_no_content(tmp_pat
     assert contents(tmp_path) == [] and contents(tmp_path / "nowhere") == []
     (tmp_path / "notes.txt").touch()
     assert [path.name for path in contents(tmp_path)] == ["notes.txt"]
+
+
+def test_a_trial_that_begins_while_somebody_looks_is_no_content(tmp_path):
+    ended = threading.Event()
+
+    def try_again_and_again() -> None:
+        while not ended.is_set():
+            with tempfile.TemporaryDirectory(prefix=".recipe-", dir=tmp_path):
+                pass
+
+    thread = threading.Thread(target=try_again_and_again)
+    thread.start()
+    try:
+        assert [contents(tmp_path) for _ in range(3000)] == [[]] * 3000
+    finally:
+        ended.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(("number", "is_held"), [(errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EACCES, True)])
