@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import multiprocessing
@@ -53,7 +54,7 @@ def run_script(
     A character that the terminal's encoding lacks is shown as its escape. A `UserError`, an `OSError` and what else is
     `expected` end with one message and exit code 1; so do Ctrl-C, SIGTERM and SIGHUP, with the script's own words. Any
     other error is a bug of ours: it shows its traceback, versions, and how to report it. Nothing is shown before
-    `redact_message` has seen it.
+    `redact_message` has seen it. When all is done, a signal no longer changes the exit code.
 
     Example::
 
@@ -61,6 +62,7 @@ def run_script(
             run_script(main, interrupted="nothing was changed; run it again")
     """
     stopped = False
+    atexit.register(_ignore_signals)
     for name in ("SIGTERM", "SIGHUP"):  # not what is ignored, as SIGHUP under `nohup`, and not on Windows
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -86,6 +88,13 @@ def run_script(
         _exit(f"{traceback.format_exc().rstrip()}\n{_bug()}", f"{BUG}: {type(error).__name__}: {error}")
     if stopped:
         sys.exit(f"interrupted: {interrupted}" if process_rank() == "0" else 1)
+
+
+def _ignore_signals() -> None:
+    """When all is done and Python ends, SIGTERM or Ctrl-C would only turn the exit code into another one."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # not on Windows
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class SafeStream(io.TextIOWrapper):

@@ -57,15 +57,16 @@ def run(settings: Settings) -> None:
         record = keep_record(trainer, settings, checkpoint, about_data | about_model, pushes=push is not None)
         trainer.add_callback(stop := StopOnSignal(trainer))
         disk = explain_full_disk(Path(training_args.output_dir), model)
-        with disk, record.failures_told(), stop.listening():
-            trainer.train(resume_from_checkpoint=checkpoint)
-            if not trainer.stopped:
-                trainer.save_model()
-                trainer.save_state()
-            ended = record.close("stopped" if trainer.stopped else "finished")
-            if trainer.is_world_process_zero() and not trainer.stopped:
-                save_reports(trainer, ended, push)
-    shut_down(trainer)
+        with stop.listening():
+            with disk, record.failures_told():
+                trainer.train(resume_from_checkpoint=checkpoint)
+                if not trainer.stopped:
+                    trainer.save_model()
+                    trainer.save_state()
+                ended = record.close("stopped" if trainer.stopped else "finished")
+                if trainer.is_world_process_zero() and not trainer.stopped:
+                    save_reports(trainer, ended, push)
+            shut_down(trainer)
     if trainer.stopped:
         stop.say_how_to_go_on(trainer.state, training_args)
         sys.exit(STOPPED)

@@ -4,6 +4,7 @@ import doctest
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -243,6 +244,21 @@ run_script(main, interrupted="")
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_end_does_not_change_the_exit_code(number):
+    """Python has given up its own handlers when it frees what a module holds."""
+    code = f"""
+import os
+from recipe.console import run_script
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {int(number)})
+last = Last()
+run_script(lambda argv: None, interrupted="")
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_one_process_speaks_for_all(monkeypatch):

@@ -23,8 +23,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import processes  # noqa: E402
 
+from recipe.console import BUG  # noqa: E402
 from recipe.provenance import versions  # noqa: E402
 from recipe.training.output_dir import last_whole_checkpoint  # noqa: E402
+from recipe.training.stopping import STOPPED  # noqa: E402
 
 DEMO = ROOT / "recipe" / "demo"
 DROPOUT = "resid_pdrop=0.1,attn_pdrop=0.1,embd_pdrop=0.1"
@@ -119,6 +121,15 @@ def wait_for(moment: str, folder: Path, started: list[subprocess.Popen], draw: r
         time.sleep(0.001)
 
 
+def ended_well(codes: set[int], number: int, said: str) -> bool:
+    """Whether processes that were told to stop have stopped and saved, ended as usual, or ended before their first step.
+
+    Before that a process is interrupted, or gone while it imports; of two, one may see only that the other has gone.
+    """
+    before_the_first = "'loss'" not in said and not any(word in said for word in ("Traceback", BUG))
+    return codes in ({0}, {STOPPED}) or (codes <= {1, -number} and before_the_first)
+
+
 def survive(name: str, data: Path, folder: Path, kills: int, seed: int, number: int = signal.SIGKILL) -> Survival:
     """Kill a run `kills` times, then let it end; compare it with one that was left alone."""
     draw, survival, settings = random.Random(f"{name} {seed}"), Survival(), CONFIGURATIONS[name]
@@ -145,11 +156,8 @@ def survive(name: str, data: Path, folder: Path, kills: int, seed: int, number: 
             end_all(started, number)
             survival.kills[moment] = survival.kills.get(moment, 0) + 1
             codes = {process.returncode for process in started}
-            survival.stopped += codes == {75}
-            # told before its first step, a run ends at once; told at its end, it ends as usual
-            interrupted = codes == {1} and "interrupted: " in log.read_text(errors="replace").splitlines()[-1]
-            importing = codes == {-number} and log.stat().st_size == said  # the script's first line is yet to come
-            if number != signal.SIGKILL and not (codes <= {75} or codes == {0} or interrupted or importing):
+            survival.stopped += codes == {STOPPED}
+            if number != signal.SIGKILL and not ended_well(codes, number, log.read_bytes()[said:].decode(errors="replace")):
                 survival.problems.append(f"told, it ended with {codes}: {log.read_text(errors='replace')[-900:]}")
                 return survival
             continue
