@@ -105,13 +105,21 @@ def runs_of(batch: Mapping[str, Any]) -> list[Run]:
 def draw(batch: Mapping[str, Any], path: Path) -> str:
     """Draw a batch to a PNG, positions from left to right and a run in each line; the caption is also returned."""
     runs = runs_of(batch)
-    figure, axes = canvas(0.36 * len(runs) + 1.3, 9)
+    figure, axes = canvas(0.36 * len(runs) + 1.5, 9)
     for line, run in enumerate(runs):
         edges = [0, *np.flatnonzero(np.diff(run.examples)) + 1, len(run.examples)]
         for start, end in itertools.pairwise(edges):
             count = int(run.examples[start])
             color = BASELINE_COLOR if count == 1 else TUNED_COLOR
-            axes.barh(line, end - start, left=run.start + start, height=0.5, color=color, alpha=1 if count > 1 else 0.6)
+            axes.barh(
+                line,
+                end - start,
+                left=run.start + start,
+                height=0.5,
+                color=color,
+                edgecolor="white",
+                alpha=1 if count > 1 else 0.6,
+            )
             if count > 1 and end - start > 4:
                 axes.text(run.start + (start + end) / 2, line, f"{count}", color="white", ha="center", va="center",
                           fontsize=7)  # fmt: skip
@@ -140,7 +148,8 @@ def _label(axes: Axes, names: Sequence[str], caption: str) -> None:
         Patch(color=BASELINE_COLOR, alpha=0.6, label="of one example alone"),
         Line2D([], [], color=WORSE_COLOR, linewidth=3, label="a target is predicted here"),
     ]
-    axes.legend(handles=handles, frameon=False, labelcolor=TEXT, loc="lower right")
+    figure: Any = axes.figure
+    figure.legend(handles=handles, frameon=False, labelcolor=TEXT, loc="outside lower center", ncols=3)
 
 
 def collate(data: DataArguments, tokenizer: PreTrainedTokenizerBase, records: int) -> dict[str, Any]:
