@@ -130,8 +130,8 @@ class InstructionTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = setting(False, "For models in which the loss leaves parameters unused.")
     max_tokens_per_batch: int | None = setting(
         None,
-        "Token budget: each batch of a process takes as many records of similar length as fit into this many input "
-        "tokens, padding included. Bounds memory, and replaces per_device_train_batch_size.",
+        "Token budget: each batch of a process takes as many records of similar length as the model computes in this "
+        "many input tokens, as batching lays them out. Bounds memory, and replaces per_device_train_batch_size.",
     )
     overwrite_output_dir: bool = setting(False, "Start over in an output_dir that holds another run, replacing it.")
     allow_changed: list[str] | None = setting(

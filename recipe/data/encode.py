@@ -29,12 +29,13 @@ from recipe.tokens import FlatTokens, Turn, encode_chats, encode_responses, not_
 PARTS = ("templates.py", "sandbox_process.py", "tokens.py")
 CODE = [Path(__file__), Path(__file__).with_name("examples.py"), *(Path(__file__).parents[1] / name for name in PARTS)]
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
-TOKENS = List(Value("int32"))
+COUNT, TOKENS = Value("int32"), List(Value("int32"))
 ENCODED_FEATURES = Features(
-    {"input_ids": TOKENS, "labels": TOKENS, "length": Value("int32"), "row": Value("int64"), "truncated": Value("bool")}
+    {"input_ids": TOKENS, "labels": TOKENS, "length": COUNT, "row": Value("int64"), "truncated": Value("bool")}
 )
-# of conversations: `ends`, where each example of a row ends; `turns`, how many are learned; and how many are too long
-OF_TURNS = Features({"ends": TOKENS, "turns": Value("int32"), "turns_left_out": Value("int32")})
+# of conversations: `ends`, where each example of a row ends; `inputs` of the row, those its examples have in common
+# once; `turns`, how many are learned; and how many are too long
+OF_TURNS = Features({"ends": TOKENS, "inputs": COUNT, "turns": COUNT, "turns_left_out": COUNT})
 ABOUT = ("reason", "problem")  # of a bad record: why it is one, in few words and in full; null for a good one
 ALL_FEATURES = Features({**ENCODED_FEATURES, **OF_TURNS, **dict.fromkeys(ABOUT, Value("string"))})
 
@@ -74,8 +75,9 @@ def encode_records(
     Of a conversation each assistant turn that `learn` chooses is an example: what the template renders of its history,
     and the turn with the template's own end. `max_length` holds for each. Where an example begins with all of the one
     before it, both are one. The examples of a row that are left stand one after another in `input_ids`, and `ends` (k,)
-    says where each ends; `turns` counts what is learned, `turns_left_out` what is too long with `overflow="drop"`.
-    Splits that need none of these three columns do not have them.
+    says where each ends; `inputs` counts the input tokens of the row, those that its examples begin with in common
+    once; `turns` counts what is learned, `turns_left_out` what is too long with `overflow="drop"`. Splits that need
+    none of these columns do not have them.
 
     Raises:
         UserError: the tokenizer has no end-of-text token, `max_length` is too small, all records of a split are bad or
@@ -125,7 +127,8 @@ def _without_bad(mapped: Dataset) -> tuple[Dataset, list[dict[str, Any]]]:
     """Encoded records without the bad ones, and for each of these its row and what is `ABOUT` it."""
     about = mapped.select_columns(["row", *ABOUT])
     table = mapped.select_columns(list(OF_TURNS)).with_format("arrow")[:]
-    nothing = {"ends": table["ends"].null_count == len(mapped), "turns": pc.max(table["turns"]).as_py() == 1}
+    nothing = dict.fromkeys(("ends", "inputs"), table["ends"].null_count == len(mapped))
+    nothing["turns"] = pc.max(table["turns"]).as_py() == 1
     nothing["turns_left_out"] = not pc.sum(table["turns_left_out"]).as_py()
     good = mapped.remove_columns([*ABOUT, *(name for name, is_so in nothing.items() if is_so)])
     reasons = about.with_format("arrow")[:]["reason"]
@@ -316,7 +319,7 @@ def token_statistics(records: Mapping[str, Dataset], encoded: Mapping[str, Datas
         starts, _ = example_bounds(table)
         supervised[starts] = False
         turns = {
-            name: pc.sum(table[name]).as_py() for name in OF_TURNS if name in table.column_names and name != "ends"
+            name: pc.sum(table[name]).as_py() for name in ("turns", "turns_left_out") if name in table.column_names
         }
         statistics.append(
             {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from recipe.collator import IGNORE_INDEX
+from recipe.collator import IGNORE_INDEX, depth_first
 from recipe.templates import Template, conversation_of
 
 
@@ -52,6 +53,7 @@ def as_rows(examples: Examples) -> tuple[np.ndarray, dict[str, Any]]:
         ]
         tokens, labels = (np.concatenate([row[part] for row in joined]) for part in (0, 1))
         lengths = np.array([len(row[0]) for row in joined])
+        inputs = [_inputs(row[0], row[2]) for row in joined]
         ends = pa.array([row[2] if len(row[2]) > 1 else None for row in joined], pa.list_(pa.int32()))
     offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
     return rows, {
@@ -59,6 +61,7 @@ def as_rows(examples: Examples) -> tuple[np.ndarray, dict[str, Any]]:
         "labels": pa.ListArray.from_arrays(offsets, labels),
         "length": np.diff(offsets),
         "ends": pa.nulls(len(rows), pa.list_(pa.int32())) if ends is None else ends,
+        "inputs": (lengths - 1 if ends is None else np.array(inputs)).astype(np.int32),
         "turns": turns.astype(np.int32),
     }
 
@@ -84,6 +87,12 @@ def _join(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
         rows.append((tokens, labels))
     ends = np.cumsum([len(tokens) for tokens, _ in rows]).tolist()
     return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows]), ends
+
+
+def _inputs(tokens: np.ndarray, ends: Sequence[int]) -> int:
+    """The inputs of a row's examples, those that they begin with in common counted once."""
+    examples = [tokens[start : end - 1] for start, end in itertools.pairwise([0, *ends])]
+    return sum(len(examples[index]) - shared for index, shared in depth_first(examples))
 
 
 def example_bounds(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from torch.utils.data import IterableDataset as Stream
 
-from recipe.collator import IGNORE_INDEX
+from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.data.origin import place
+from recipe.training.lengths import common_start, example_lengths, record_lengths
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -110,7 +112,7 @@ class GroupedByLength(Sampler[int]):
     """
 
     def __init__(self, lengths: np.ndarray, records_per_step: int, seed: int = 0) -> None:
-        self.widths = _widths(lengths)  # (records,)
+        self.widths = _up(np.asarray(lengths) - 1, BUCKET)  # (records,)
         self.records_per_step = records_per_step
         self.seed = seed
         self.epoch = 0
@@ -137,24 +139,31 @@ class TokenBudgetBatches(Sampler[list[int]]):
     arguments and its number alone. Every epoch has the same number of batches, a multiple of `num_processes`: the
     largest ones are halved until it is, and if all hold one record, the missing ones are empty: see `CollateShare`.
 
-    `max_tokens` bounds rows times width of a padded batch, its width being the longest row rounded up to a multiple of
-    `BUCKET`; a record of `length` tokens has `length - 1` inputs. The idea is that of fairseq's `--max-tokens`
-    (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
+    `max_tokens` bounds the inputs that the model computes for a batch. A padded batch has rows times its width, the
+    longest row rounded up to a multiple of `BUCKET`, and a record as many rows as `examples`. One row that examples
+    `shared` has what all records begin with once, and of each record the rest, rounded up likewise. The idea is that of
+    fairseq's `--max-tokens` (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
 
     Args:
-        lengths: of each record, in tokens.
+        lengths: of each record's longest example, in tokens, of which all but the last are inputs. For one row: of the
+            record, what its examples have in common counted once.
         max_tokens: input tokens, with padding, in a batch of one process.
+        examples: how many each record has, (records,); without it, one.
+        shared: for one row, the inputs that all records begin with; None for padded batches.
+        multiple: the collator rounds rows up to a multiple of it.
         num_processes: processes that share the batches; batch i goes to process i modulo this.
         name: what to call a record in an error, by its index in `lengths`.
 
     Raises:
         ValueError: a record longer than `max_tokens`.
 
-    Example: 40 input tokens hold one row of 32, two of 16, or five of 8.
+    Example: 40 input tokens hold one row of 32, two of 16, or five of 8; in one row after the same 4, three of 8 more.
 
     >>> batches = TokenBudgetBatches(np.array([7, 33, 9, 14, 5, 6, 17, 8]), max_tokens=40)
     >>> sorted(sorted(batch) for batch in batches)
     [[0, 2, 4, 5, 7], [1], [3, 6]]
+    >>> list(map(len, TokenBudgetBatches(np.array([13, 12, 12, 11, 13, 11, 13, 12]), max_tokens=40, shared=4)))
+    [4, 4]
     """
 
     def __init__(
@@ -162,24 +171,37 @@ class TokenBudgetBatches(Sampler[list[int]]):
         lengths: np.ndarray,
         max_tokens: int,
         *,
+        examples: np.ndarray | None = None,
+        shared: int | None = None,
+        multiple: int = 1,
         num_processes: int = 1,
         seed: int = 0,
         name: Callable[[int], str] | None = None,
     ) -> None:
         inputs = np.asarray(lengths) - 1  # (records,)
-        if inputs.max() > max_tokens:
-            longest = int(inputs.argmax())
+        rows = np.ones_like(inputs) if examples is None or shared is not None else np.asarray(examples)
+        alone = rows * _up(inputs, multiple)
+        if alone.max() > max_tokens:
+            longest = int(alone.argmax())
             record = name(longest) if name else f"record {longest}"
+            padded = f" in {rows[longest]} padded examples" if rows[longest] > 1 else ""
             raise ValueError(
-                f"{record} alone has {inputs.max()} input tokens, and max_tokens_per_batch is {max_tokens}; give at "
-                f"least {inputs.max()}, or a smaller max_length"
+                f"{record} alone has {alone.max()} input tokens{padded}, and max_tokens_per_batch is {max_tokens}; "
+                f"give at least {alone.max()}, or a smaller max_length"
             )
-        self.widths = _widths(lengths)
+        if shared is None:
+            widths = np.maximum(1, _up(inputs, math.lcm(BUCKET, multiple)))
+            costs, room = rows, max_tokens // widths  # in rows, of a batch that is as wide as a record
+        else:
+            costs = widths = _up(inputs - shared, BUCKET)
+            room = np.full_like(inputs, max_tokens // multiple * multiple - shared)
+        self.kinds = widths * (rows.max() + 1) + rows  # records of one kind cost the same
+        longest_first = np.argsort(-self.kinds, kind="stable")
         self.num_processes = num_processes
         self.seed = seed
         self.epoch = 0
         self.records_per_epoch = len(inputs)
-        self.sizes = _divisible(_sizes_within(np.sort(self.widths)[::-1], max_tokens), num_processes)
+        self.sizes = _divisible(_sizes_within(costs[longest_first], room[longest_first]), num_processes)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -190,7 +212,7 @@ class TokenBudgetBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = _longest_first(generator.permutation(len(self.widths)), self.widths)
+        order = _longest_first(generator.permutation(len(self.kinds)), self.kinds)
         batches = [batch.tolist() for batch in np.split(order, np.cumsum(self.sizes[:-1]))]
         for step in generator.permutation(len(batches) // self.num_processes):  # its batches take equally long
             yield from batches[step * self.num_processes : (step + 1) * self.num_processes]
@@ -232,13 +254,18 @@ def deal(items: list, num_processes: int) -> list[list]:
 
 
 def plan_batches(
-    dataset: Any, args: TrainingArguments, batch_size: int, stock_order: Callable[[], Sampler[int] | None]
+    dataset: Any,
+    args: TrainingArguments,
+    batch_size: int,
+    stock_order: Callable[[], Sampler | None],
+    collate: Any = None,
 ) -> Batches | None:
     """The batches that the arguments ask for; None for data without an order, such as a stream.
 
     Args:
         batch_size: records in a batch of one process.
         stock_order: gives transformers' sampler of single records, random or sequential, or a subclass's own.
+        collate: lays the batches out; what it computes is what a token budget counts.
 
     Raises:
         ValueError: no column of lengths where one is needed, a record longer than `max_tokens_per_batch`, no batch, or
@@ -247,9 +274,12 @@ def plan_batches(
     processes, seed = args.world_size, args.seed if args.data_seed is None else args.data_seed
     max_tokens = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
     if max_tokens is not None:
-        lengths = record_lengths(dataset, args.length_column_name)
-        name = functools.partial(_record_name, dataset)
-        return TokenBudgetBatches(lengths, max_tokens, num_processes=processes, seed=seed, name=name)
+        options = {"num_processes": processes, "seed": seed, "name": functools.partial(_record_name, dataset)}
+        options["multiple"] = getattr(collate, "pad_to_multiple_of", None) or 1
+        padded, in_a_row, examples = example_lengths(dataset, args.length_column_name)
+        if isinstance(collate, DataCollatorWithSharedPrefix):
+            return TokenBudgetBatches(in_a_row, max_tokens, shared=common_start(dataset), **options)
+        return TokenBudgetBatches(padded, max_tokens, examples=examples, **options)
     records: Sampler[int] | None = None
     if args.train_sampling_strategy == "group_by_length":
         records_per_step = batch_size * processes * args.gradient_accumulation_steps
@@ -294,28 +324,15 @@ def check_accelerator_config(config: Any) -> None:
             raise ValueError(f"accelerator_config: {name} {problem}; leave it out")
 
 
-def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
-    """The column of lengths in tokens, (records,), straight from Arrow: no record is read.
-
-    Raises:
-        ValueError: the dataset has no such column.
-    """
-    if not isinstance(dataset, Dataset) or column not in dataset.column_names:
-        raise ValueError(
-            f"no column {column!r} in the training data; length_column_name names the one of lengths in tokens"
-        )
-    return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
-
-
 def _record_name(dataset: Dataset, index: int) -> str:
     """The file and the row of a record that `recipe.data` has read; of others, the index."""
     row = dataset[index].get("row") if "row" in dataset.column_names else None
     return f"record {index}" if row is None else place(dataset, row)
 
 
-def _widths(lengths: np.ndarray) -> np.ndarray:
-    """Input tokens of each record, rounded up to a multiple of `BUCKET`."""
-    return -(-(np.asarray(lengths) - 1) // BUCKET) * BUCKET
+def _up(counts: np.ndarray, multiple: int) -> np.ndarray:
+    """Rounded up to a multiple."""
+    return -(-counts // multiple) * multiple
 
 
 def _longest_first(order: np.ndarray, widths: np.ndarray) -> np.ndarray:
@@ -323,13 +340,12 @@ def _longest_first(order: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return order[np.argsort(-widths[order], kind="stable")]
 
 
-def _sizes_within(widths: np.ndarray, max_tokens: int) -> list[int]:
-    """How many records each batch holds, longest first; `widths` are sorted, longest first."""
-    sizes, start = [], 0
-    while start < len(widths):
-        # 0 if one row, rounded up, is over the budget: it gets a batch of its own
-        fitting = max_tokens // max(1, int(widths[start]))
-        sizes.append(min(max(1, fitting), len(widths) - start))
+def _sizes_within(costs: np.ndarray, room: np.ndarray) -> list[int]:
+    """How many records each batch holds: what they cost fits into the room of the first, or it is alone."""
+    sizes, start, ends = [], 0, costs.cumsum()
+    while start < len(costs):
+        fitting = int(np.searchsorted(ends, ends[start] - costs[start] + room[start], side="right")) - start
+        sizes.append(max(1, fitting))
         start += sizes[-1]
     return sizes
 

@@ -148,7 +148,8 @@ class InstructionTrainer(WholeSaves):
             ValueError: see `recipe.training.sampling.plan_batches`.
         """
         # private in transformers: the batch size after auto_find_batch_size has lowered it, and the order of records
-        return plan_batches(self.train_dataset, self.args, self._train_batch_size, self._get_train_sampler)
+        parts = self.args, self._train_batch_size, self._get_train_sampler
+        return plan_batches(self.train_dataset, *parts, collate=self.data_collator)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Records of an optimizer step over all processes; with a token budget, their mean, for the log."""

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from chat_template_kinds import FAMILIES
 
+from recipe.collator import DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, UserError
 from recipe.data import load_records, load_splits
 from recipe.templates import load_template
@@ -116,6 +117,19 @@ def test_reasoning_is_learned_and_left_out_of_later_history(tmp_path):
     assert ["<think>" in text for text in texts] == [True, False] and row["turns"] == 3
     assert texts[0].endswith("<think>\nThe sky.\n</think>\n\nOf the sky.<|im_end|>")
     assert "assistant\nOf the sky.<|im_end|>" in texts[1]
+
+
+def test_a_row_counts_what_its_examples_begin_with_in_common_once(tmp_path):
+    """By all the different starts of its examples; and by the row that the collator makes."""
+    tokenizer = FAMILIES["Qwen 3"].tokenizer()
+    three = [*LONG, LONG[3], LONG[4]]
+    path = write(tmp_path / "a.jsonl", [{"messages": LONG}, {"messages": SHORT}, {"messages": three}])
+    rows = load_splits(settings(path), tokenizer)["train"]
+    collate = DataCollatorWithSharedPrefix(0, "segments")
+    assert [len(examples(row)) for row in rows] == [2, 1, 2]
+    for row in rows:
+        starts = {tuple(tokens[: end + 1]) for tokens, _ in examples(row) for end in range(len(tokens) - 1)}
+        assert row["inputs"] == len(starts) == collate([row])["input_ids"].numel()
 
 
 def test_text_of_any_turn_stays_text(tmp_path):

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import recipe.training.sampling
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.trainer import InstructionTrainer
+from recipe.training.lengths import common_start, example_lengths, record_lengths
 from recipe.training.sampling import (
     CollateShare,
     DealtBatches,
     TokenBudgetBatches,
     plan_batches,
-    record_lengths,
 )
 
 Batches = DealtBatches | TokenBudgetBatches
@@ -67,7 +67,7 @@ def padded_cost(lengths: np.ndarray, batch: list[int]) -> int:
 
 
 def test_docstring():
-    assert doctest.testmod(recipe.training.sampling) == (0, 6)
+    assert doctest.testmod(recipe.training.sampling) == (0, 7)
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------
@@ -233,6 +233,86 @@ def test_lengths_come_from_their_column_in_the_order_of_the_rows():
     for without in ([{"input_ids": [1, 2], "length": 2}], dataset.to_iterable_dataset()):
         with pytest.raises(ValueError, match="no column 'length'"):
             record_lengths(without)
+
+
+# --- what a token budget counts --------------------------------------------------------------------------------------
+
+
+def branching_rows(count: int, seed: int, start: int = 3) -> list[dict]:
+    """Rows of one to four examples, which begin with the same `start` tokens and often go on alike."""
+    draw, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        examples = [
+            [1] * start + draw.integers(2, 4, draw.integers(2, 30)).tolist() for _ in range(draw.choice([1, 1, 2, 4]))
+        ]
+        ids = records_of(examples)
+        ends = np.cumsum([len(each) for each in examples]).tolist()
+        starts = {tuple(each[: end + 1]) for each in examples for end in range(len(each) - 1)}  # each input once
+        rows.append({"input_ids": ids, "labels": ids, "length": len(ids), "row": number, "inputs": len(starts),
+                     "ends": ends if len(ends) > 1 else None})  # fmt: skip
+    return rows
+
+
+def examples_of(row: dict) -> list[list[int]]:
+    ends = row["ends"] or [row["length"]]
+    return [row["input_ids"][a:b] for a, b in itertools.pairwise([0, *ends])]
+
+
+@pytest.mark.parametrize("multiple", [None, 32])
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("layout", [DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix])
+def test_no_batch_of_conversations_is_over_the_budget_in_its_layout(layout, processes, multiple):
+    """By the batches that the collators make; and a batch could not hold the next record of its kind too."""
+    for seed in range(4):
+        rows = branching_rows(80, seed)
+        collate = layout(0, pad_to_multiple_of=multiple)
+        settings = SimpleNamespace(
+            world_size=processes, seed=seed, data_seed=None, max_tokens_per_batch=300, length_column_name="length"
+        )
+        sampler = plan_batches(Dataset.from_list(rows), settings, 8, lambda: None, collate)
+        for epoch in range(3):
+            batches = epoch_of(sampler, epoch)
+            assert sorted(records_of(batches)) == list(range(80)) and len(batches) == len(sampler)
+            assert len(batches) % processes == 0
+            sizes = [collate([rows[index] for index in batch])["input_ids"].numel() for batch in batches if batch]
+            assert max(sizes) <= 300
+            assert np.median(sizes) > (150 if multiple else 200)  # and it is used
+
+
+def test_the_costs_of_records_are_those_of_their_examples():
+    rows = branching_rows(50, seed=1)
+    longest, in_a_row, counts = example_lengths(Dataset.from_list(rows))
+    assert longest.tolist() == [max(map(len, examples_of(row))) for row in rows]
+    assert counts.tolist() == [len(examples_of(row)) for row in rows]
+    assert in_a_row.tolist() == [row["inputs"] + 1 for row in rows]
+    for row, length in zip(rows, in_a_row.tolist(), strict=True):
+        assert DataCollatorWithSharedPrefix(0, "segments")([row])["input_ids"].numel() == length - 1
+    without = Dataset.from_list(rows).remove_columns("inputs")  # of others: nothing is known to be shared
+    assert example_lengths(without)[1].tolist() == [row["length"] - len(examples_of(row)) + 1 for row in rows]
+    plain = Dataset.from_list(rows).remove_columns(["inputs", "ends"])
+    assert [each.tolist() for each in example_lengths(plain)] == [[row["length"] for row in rows]] * 2 + [[1] * 50]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_what_all_records_begin_with_is_counted_once(start):
+    rows = branching_rows(60, seed=2, start=start)
+    firsts = [examples_of(row)[0][:-1] for row in rows]
+    same = [len(set(tokens)) == 1 for tokens in zip(*firsts, strict=False)]
+    common = same.index(False) if False in same else len(same)
+    assert common_start(Dataset.from_list(rows)) == common >= start
+    plain = Dataset.from_list(rows).remove_columns("ends")
+    assert common_start(plain) == common and common_start(plain.select([7])) == rows[7]["length"] - 1
+    assert common_start(Dataset.from_dict({"length": [3]})) == 0
+
+
+def test_a_conversation_that_no_batch_may_hold_is_named_with_its_examples():
+    lengths, examples = np.array([5, 31, 7]), np.array([1, 4, 9])
+    TokenBudgetBatches(lengths, 120, examples=examples)
+    with pytest.raises(ValueError, match="record 1 alone has 120 input tokens in 4 padded examples, and max_tokens"):
+        TokenBudgetBatches(lengths, 119, examples=examples)
+    assert len(TokenBudgetBatches(lengths, 30, examples=examples, shared=0)) == 2
+    with pytest.raises(ValueError, match="record 1 alone has 64 input tokens, and max_tokens_per_batch is 63; give at"):
+        TokenBudgetBatches(np.array([5, 41, 7]), 63, shared=0, multiple=32)  # the collator would round its row up
 
 
 # --- data and samplers of other projects ----------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
 from recipe.trainer import InstructionTrainer
 from recipe.training.collator_choice import make_collator
-from recipe.training.sampling import TokenBudgetBatches, record_lengths
+from recipe.training.lengths import common_start, record_lengths
+from recipe.training.sampling import TokenBudgetBatches
 
 # --- flags ----------------------------------------------------------------------------------------------------------
 
@@ -241,10 +242,10 @@ def test_two_processes_with_a_token_budget_see_each_record_once_an_epoch_and_res
     for path, part in zip(files.values(), (lines[:45], lines[45:60]), strict=True):
         Path(path).write_text("".join(part), encoding="utf-8")
     splits = load_splits(DataArguments(data=files, test_ratio=0), demo_tokenizer)
-    lengths = record_lengths(splits["train"])
-    steps = len(TokenBudgetBatches(lengths, 300, num_processes=2)) // 2  # of an epoch
+    lengths, start = record_lengths(splits["train"]), common_start(splits["train"])
+    steps = len(TokenBudgetBatches(lengths, 200, shared=start, num_processes=2)) // 2  # of an epoch
     flags = (
-        "--data", json.dumps(files), "--test_ratio", "0", "--num_train_epochs", "2", "--max_tokens_per_batch", "300",
+        "--data", json.dumps(files), "--test_ratio", "0", "--num_train_epochs", "2", "--max_tokens_per_batch", "200",
         "--save_strategy", "steps", "--save_steps", str(steps + 2),
     )  # fmt: skip
     folder = tmp_path / "two"
