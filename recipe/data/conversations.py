@@ -172,6 +172,15 @@ def texts_of(record: Mapping[str, Any]) -> tuple[str, str, str]:
     return record["instruction"] or "", record["input"] or "", record["output"] or ""
 
 
+def beginning_of(record: Mapping[str, Any], answers: int) -> tuple[Sequence, Sequence]:
+    """What a conversation says up to so many answers, and the message that follows, if one does; of others, all."""
+    if not record.get("messages"):
+        return texts_of(record), ()
+    said = [(message["role"], message["content"]) for message in json.loads(record["messages"])]
+    end = [place for place, (role, _) in enumerate(said, start=1) if role == "assistant"][:answers][-1]
+    return said[:end], said[end : end + 1]
+
+
 def text_of(record: Mapping[str, Any]) -> str:
     """All that a record says as one text, its output last."""
     if record.get("messages"):

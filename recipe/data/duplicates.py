@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from recipe.config import UserError
 from recipe.data.conversations import select_texts, text_of, texts_of
+from recipe.data.split import group_hashes
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 128  # hash functions of a MinHash
@@ -55,11 +57,15 @@ def inspect_duplicates(
     """
     near, complete = near_duplicates(flatten(trained), threshold) if threshold else ([], True)
     records = {name: flatten({name: split}) for name, split in given.items()}
+    groups = group_hashes(given)
+    conversations = any("messages" in record for each in records.values() for record in each)
     report = []
     for earlier, later in [*itertools.combinations(given, 2), *zip(given, given, strict=True)]:
         same_prompt = _equal_records(records[later], records[earlier], 2)
-        by_kind = {
-            "exact": _equal_records(records[later], records[earlier], 3),
+        by_kind = {"exact": _equal_records(records[later], records[earlier], 3)}
+        if conversations:
+            by_kind["same_beginning"] = _alike(records, groups, later, earlier)
+        by_kind |= {
             "same_prompt": [match for match in same_prompt if match.record["output"] != match.other["output"]],
         }
         if threshold:
@@ -85,6 +91,25 @@ def _equal_records(records: Sequence[Record], others: Sequence[Record], fields: 
         first.setdefault(texts_of(other)[:fields], other)
     pairs = [(record, first.get(texts_of(record)[:fields])) for record in records]
     return [Match(record, other) for record, other in pairs if other is not None and other is not record]
+
+
+def _alike(
+    records: Mapping[str, Sequence[Record]], groups: Mapping[str, np.ndarray], later: str, earlier: str
+) -> list[Match]:
+    """Each record of one split with the first of the other that begins as it does, if none there says all that it says.
+
+    Within a split, each with the first of its group.
+    """
+    first: dict[int, Record] = {}
+    for other, group in zip(records[earlier], groups[earlier].tolist(), strict=True):
+        first.setdefault(group, other)
+    whole = set() if later == earlier else set(map(texts_of, records[earlier]))
+    pairs = [
+        (record, first[group])
+        for record, group in zip(records[later], groups[later].tolist(), strict=True)
+        if group in first and texts_of(record) not in whole
+    ]
+    return [Match(record, other) for record, other in pairs if texts_of(record) != texts_of(other)]
 
 
 def _most_similar(near: Sequence[Match], later: str, earlier: str) -> list[Match]:

@@ -27,7 +27,8 @@ def print_report(report: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
 
 
 def print_duplicates(repetition: Mapping[str, Any], dropped: int) -> None:
-    kinds = {"exact": "exact", "same_prompt": "same prompt, other response"}
+    kinds = {"exact": "exact", "same_beginning": "same beginning", "same_prompt": "same prompt, other response"}
+    kinds = {kind: heading for kind, heading in kinds.items() if kind in repetition["splits"][0]}
     if repetition["threshold"]:
         kinds["near"] = f"near (from {repetition['threshold']:g})"
     lines = [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
 from recipe.config import DataArguments, UserError
-from recipe.data.conversations import select_texts, texts_of
+from recipe.data.conversations import beginning_of, select_texts, texts_of
 from recipe.data.records import LeftOut, read_records
+
+MOST_WAYS = 3  # in which conversations go on that begin alike
 
 
 def load_records(config: DataArguments) -> tuple[DatasetDict, LeftOut]:
@@ -35,15 +38,15 @@ def load_records(config: DataArguments) -> tuple[DatasetDict, LeftOut]:
 def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
     """Take a missing `validation` and `test` out of `train`.
 
-    Records are ranked by a keyed hash of their content: the order of the file does not matter, exact duplicates have
-    neighbouring ranks, and the cut between two splits moves past them, so that a record is on one side only.
+    Records are ranked by a keyed hash of their content: the order of the file does not matter, those that may not be in
+    two splits have neighbouring ranks, and the cut between two splits moves past them.
     """
     ratios = {"test": config.test_ratio, "validation": config.validation_ratio}
     wanted = {name: ratio for name, ratio in ratios.items() if name not in splits and ratio > 0}
     if "train" not in splits or not wanted:
         return splits
     train = splits["train"]
-    hashes = content_hashes(train, key=str(config.split_seed))
+    hashes = group_hashes({"train": train}, key=str(config.split_seed))["train"]
     ranked = np.argsort(hashes, kind="stable")
     parts, start = {}, 0
     for name, ratio in wanted.items():
@@ -63,7 +66,7 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
 
 
 def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
-    """Drop and count the records of `train` and `validation` that a later split has too, word for word.
+    """Drop and count the records of `train` and `validation` that a later split has too: see `group_hashes`.
 
     Test splits stay as they are, so that scores on a published one stay comparable.
 
@@ -71,7 +74,7 @@ def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
         UserError: all records of a split are also in later ones.
     """
     kept, dropped = dict(splits), 0
-    hashes = {name: content_hashes(split) for name, split in splits.items()}
+    hashes = group_hashes(splits)
     for name in ("train", "validation"):
         own = hashes.pop(name, None)  # then only later splits are left in `hashes`
         if own is None or not hashes:
@@ -86,14 +89,43 @@ def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
     return DatasetDict(kept), dropped
 
 
-def content_hashes(dataset: Dataset, key: str = "") -> np.ndarray:
+def group_hashes(splits: Mapping[str, Dataset], key: str = "") -> dict[str, np.ndarray]:
+    """A 64-bit hash of each record, (records,) uint64: equal where two may not be in different splits.
+
+    Of a conversation it is that of its beginning, up to the first answer. Where more than `MOST_WAYS` different
+    messages follow a beginning, it is a greeting or a worked example, and the beginning goes on to the next answer.
+    """
+    found = {name: np.zeros((len(split), 2), dtype=np.uint64) for name, split in splits.items()}
+    rows, answers = {name: np.arange(len(split)) for name, split in splits.items()}, 0
+    while any(map(len, rows.values())):
+        answers += 1
+        for name, which in rows.items():
+            found[name][which] = _beginnings(splits[name].select(which), answers, key)
+        ways = np.unique(np.concatenate([*found.values()]), axis=0)  # each with what follows it, 0 for nothing
+        beginnings, counts = np.unique(ways[ways[:, 1] > 0, 0], return_counts=True)
+        common = beginnings[counts > MOST_WAYS]
+        rows = {name: np.flatnonzero(np.isin(f[:, 0], common) & (f[:, 1] > 0)) for name, f in found.items()}
+    return {name: each[:, 0] for name, each in found.items()}
+
+
+def _beginnings(dataset: Dataset, answers: int, key: str) -> np.ndarray:
+    """Hashes of all that each record says up to so many answers, and of the message that follows, (records, 2)."""
+    parts = [beginning_of(record, answers) for record in _records(dataset)]
+    return np.array([[_hash(part, key) if part else 0 for part in each] for each in parts], np.uint64).reshape(-1, 2)
+
+
+def content_hashes(dataset: Dataset) -> np.ndarray:
     """A 64-bit hash of all that each record says, (records,) uint64; the same on every machine."""
-    hashes = bytearray()
+    return np.array([_hash(texts_of(record)) for record in _records(dataset)], dtype=np.uint64)
+
+
+def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:
     for batch in select_texts(dataset).iter(batch_size=10_000):
-        for fields in zip(*batch.values(), strict=True):
-            text = json.dumps(texts_of(dict(zip(batch, fields, strict=True))))
-            hashes += hashlib.blake2b(text.encode(), digest_size=8, key=key.encode()).digest()
-    return np.frombuffer(hashes, dtype=">u8").astype(np.uint64)
+        yield from (dict(zip(batch, fields, strict=True)) for fields in zip(*batch.values(), strict=True))
+
+
+def _hash(part: Any, key: str = "") -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(part).encode(), digest_size=8, key=key.encode()).digest())
 
 
 def data_hash(splits: Mapping[str, Dataset]) -> str:

@@ -14,6 +14,8 @@ from chat_template_kinds import FAMILIES
 from recipe.collator import DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, UserError
 from recipe.data import load_records, load_splits
+from recipe.data.duplicates import inspect_duplicates
+from recipe.data.records import read_records
 from recipe.templates import load_template
 from recipe.tokens import prompt_ids, turn_of
 
@@ -372,6 +374,78 @@ def test_whole_conversations_are_split_and_no_two_splits_share_one(tmp_path):
     texts = {name: set(split["messages"][:]) for name, split in splits.items()}
     assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
     assert sum(map(len, texts.values())) == 60  # 30 equal pairs, and 30 that differ in their history alone
+
+
+def talk(*texts: str, system: str = "You are brief.") -> dict:
+    """A conversation about a system message and these turns."""
+    roles = itertools.cycle(["user", "assistant"])
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return {"messages": [{"role": "system", "content": system}, *turns]}
+
+
+def split_files(folder: Path, train: list[dict], test: list[dict]) -> DataArguments:
+    files = {name: str(write(folder / f"{name}.jsonl", rows)) for name, rows in (("train", train), ("test", test))}
+    return DataArguments(data=files, validation_ratio=0, template="tokenizer")
+
+
+RIVER = ("Where is the river?", "In the north.")
+LEAKS = {  # what train has of a test record: RIVER and two more turns, which leave train
+    "the test record goes on": talk(*RIVER),
+    "it goes on": talk(*RIVER, "How far?", "A mile.", "Is it cold?", "Yes."),
+    "it goes on in another way": talk(*RIVER, "Who lives there?", "A fisher."),
+    "its first answer is not learned": {
+        "prompt": talk(*RIVER, "Is it deep?")["messages"],
+        "completion": [{"role": "assistant", "content": "No."}],
+    },
+}
+NO_LEAKS = {
+    "the system message alone": talk("Where is the church?", "On the hill.", "How far?", "A mile."),
+    "the first question alone": talk(RIVER[0], "In the south.", "How far?", "A mile."),
+    "another system message": talk(*RIVER, "How far?", "A mile.", system="You are kind."),
+    "a later exchange": talk("Hi.", "Hello.", "How far?", "A mile."),
+}
+
+
+@pytest.mark.parametrize("name", [*LEAKS, *NO_LEAKS])
+def test_a_conversation_of_train_that_begins_as_one_of_test_is_a_leak(name, tmp_path):
+    row, other = (LEAKS | NO_LEAKS)[name], talk("Name a fish.", "A carp.")
+    if "prompt" in row:
+        other = {"prompt": other["messages"][:2], "completion": other["messages"][2:]}
+    files = split_files(tmp_path, [other, row], [talk(*RIVER, "How far?", "A mile.")])
+    splits, left_out = load_records(files)
+    leaks = name in LEAKS
+    assert (splits["train"]["row"][:], left_out.duplicates) == (([0], 1) if leaks else ([0, 1], 0))
+    given, _ = read_records(files)
+    report, _ = inspect_duplicates(given, splits, 0, show=1)
+    [across, *_] = report["splits"]
+    assert (across["records_of"], across["exact"], across["same_beginning"]) == ("test", 0, int(leaks))
+    if leaks:
+        [pair] = across["examples"]["same_beginning"]
+        assert [record["row"] for record in pair["records"]] == [0, 1]
+
+
+def test_after_a_greeting_what_follows_decides(tmp_path):
+    """Where conversations go on in more than three ways, that they begin alike is no leak; one step further it is."""
+    hello = ("Hi!", "Hello, how can I help?")
+    asked = [(f"What is {n} and {n}?", f"It is {2 * n}.") for n in range(4)]
+    test = talk(*hello, *asked[0], "Thanks!", "Gladly.")
+    for count, left in ((2, []), (3, [1, 2, 3])):  # three ways with test's own, and four
+        train = [talk(*hello, *asked[n]) for n in range(count + 1)]  # the first is what test goes on from
+        splits, left_out = load_records(split_files(tmp_path, [*train, talk("Name a fish.", "A carp.")], [test]))
+        assert splits["train"]["row"][:] == [*left, count + 1] and left_out.duplicates == count + 1 - len(left)
+
+
+def test_conversations_that_begin_alike_stay_in_one_split(tmp_path):
+    """Unrolled turn by turn, and branched; ten of them say hello first."""
+    rows = []
+    for number in range(40):
+        start = [*(("Hi!", "Hello.") if number % 4 == 0 else ()), f"Say {number}.", f"{number}."]
+        rows += [talk(*start), talk(*start, "And now?", "No."), talk(*start, "Again!", f"{number}.", "Bye.", "Bye.")]
+    path = write(tmp_path / "a.jsonl", rows)
+    splits, left_out = load_records(settings(path, validation_ratio=0.2, test_ratio=0.2))
+    numbers = {name: {row // 3 for row in split["row"][:]} for name, split in splits.items()}
+    assert left_out.duplicates == 0 and sum(map(len, splits.values())) == 120
+    assert sum(map(len, numbers.values())) == 40 and min(map(len, numbers.values())) >= 8
 
 
 def test_prompts_of_evaluation_are_those_of_the_last_turn(tmp_path):
