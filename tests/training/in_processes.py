@@ -34,6 +34,27 @@ def make_rows(count: int, start: int = 0) -> list[dict]:
     return rows
 
 
+def make_conversations(count: int, start: int = 0) -> list[dict]:
+    """Rows of one to four examples, which begin with those before them up to a turn that is then told otherwise."""
+    rows = []
+    for row in range(start, start + count):
+        draw = torch.Generator().manual_seed(row)
+        history, ids, labels, ends = [1, 10, 11, 12], [], [], []
+        for turn in range(1 + row % 4):
+            question = torch.randint(4, 40, (1 + (row + turn) % 3,), generator=draw).tolist()
+            answer = [*torch.randint(4, 40, (2 + (row * 5 + turn) % 7,), generator=draw).tolist(), END]
+            ids += history + question + answer
+            labels += [-100] * len(history + question) + answer
+            ends.append(len(ids))
+            history = history + question + answer[len(answer) // 2 :]  # its reasoning is left out
+        several = ends if len(ends) > 1 else None
+        rows.append({"input_ids": ids, "labels": labels, "ends": several, "row": row, "length": len(ids)})
+    return rows
+
+
+ROWS = {"instructions": make_rows, "conversations": make_conversations}
+
+
 def make_model(architecture: str, layout: str = "padded") -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 40}
@@ -48,7 +69,8 @@ class SeenRecords(InstructionTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self.seen.append([row for batch in batches for row in batch.get("row", torch.empty(0)).tolist()])
+        rows = [dict.fromkeys(batch["row"].tolist()) for batch in batches if "row" in batch]  # of each example
+        self.seen.append([row for each in rows for row in each])
         return batches, count
 
 
@@ -60,7 +82,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def run(architecture, layout, records, batch_size, accumulated, validation, stop_at=None, **changes) -> dict:
+def run(architecture, layout, records, batch_size, accumulated, validation, stop_at=None, of="instructions", **changes):
     """Two epochs, or to `stop_at` and then resumed by another trainer, and the evaluation of each validation set."""
     folder = [tempfile.mkdtemp() if PartialState().is_main_process else None]
     broadcast_object_list(folder)
@@ -82,7 +104,7 @@ def run(architecture, layout, records, batch_size, accumulated, validation, stop
             make_model(architecture, layout),
             InstructionTrainingArguments(**options | changes),
             data_collator=collators[layout],
-            train_dataset=Dataset.from_list(make_rows(records)),
+            train_dataset=Dataset.from_list(ROWS[of](records)),
         )
         made.seen = []
         return made
@@ -99,7 +121,7 @@ def run(architecture, layout, records, batch_size, accumulated, validation, stop
     seen = gather_object([last.seen])
     losses = {}
     for count in validation:
-        losses[count] = last.evaluate(Dataset.from_list(make_rows(count, start=100)))["eval_loss"]
+        losses[count] = last.evaluate(Dataset.from_list(ROWS[of](count, start=100)))["eval_loss"]
     return {
         "log": [entry for entry in last.state.log_history if "loss" in entry],
         "steps": [sorted(row for part in parts for row in part) for parts in zip(*seen, strict=True)],

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from in_processes import be_process, make_model, make_rows, run
+from in_processes import ROWS, be_process, make_model, run
 from packaging.version import Version
 from torch.nn import functional
 
@@ -22,14 +22,19 @@ EPOCHS, PER_STEP, LEARNING_RATE, SEED = 2, 6, 1e-2, 5  # as in in_processes.py; 
 
 
 def loss_of(model, row) -> tuple[torch.Tensor, int]:
-    """Summed over the supervised tokens of one record, by itself; and how many there are."""
-    logits, targets = model(torch.tensor([row["input_ids"]])).logits[0, :-1], torch.tensor(row["labels"][1:])
-    return functional.cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())
+    """Summed over the supervised tokens of one record, each of its examples by itself; and how many there are."""
+    total, count, start = torch.zeros((), dtype=torch.float64), 0, 0
+    for end in row.get("ends") or [len(row["input_ids"])]:
+        logits = model(torch.tensor([row["input_ids"][start:end]])).logits[0, :-1]
+        targets = torch.tensor(row["labels"][start + 1 : end])
+        total = total + functional.cross_entropy(logits, targets, reduction="sum")
+        count, start = count + int((targets != -100).sum()), end
+    return total, count
 
 
-def reference(architecture: str, count: int, order: str) -> dict:
+def reference(architecture: str, count: int, order: str, of: str) -> dict:
     """One record at a time: each step's loss is the sum of its records' losses over the count of their targets."""
-    model, rows = make_model(architecture), make_rows(count)
+    model, rows = make_model(architecture), ROWS[of](count)
     orders = [list(range(count))] * EPOCHS
     if order == "random":
         random = [torch.Generator().manual_seed(SEED + epoch) for epoch in range(EPOCHS)]
@@ -48,13 +53,16 @@ def reference(architecture: str, count: int, order: str) -> dict:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    tokens = sum(len(rows[index]["input_ids"]) - 1 for step in steps for index in step)
+    tokens = sum(
+        len(rows[index]["input_ids"]) - len(rows[index].get("ends") or [1]) for step in steps for index in step
+    )
     return {"losses": losses, "steps": [sorted(step) for step in steps], "model": model, "tokens": tokens}
 
 
 def assert_equal_to_reference(found: dict, scenario: dict) -> None:
+    of = scenario.get("of", "instructions")
     expected = reference(
-        scenario["architecture"], scenario["records"], scenario.get("train_sampling_strategy", "random")
+        scenario["architecture"], scenario["records"], scenario.get("train_sampling_strategy", "random"), of
     )
     assert found["steps"] == expected["steps"], scenario
     assert [entry["loss"] for entry in found["log"]] == pytest.approx(expected["losses"], rel=1e-6), scenario
@@ -63,7 +71,7 @@ def assert_equal_to_reference(found: dict, scenario: dict) -> None:
         assert (found["weights"][name] - weight).norm() <= 1e-6 * weight.norm(), (scenario, name)
     for count, loss in found["evaluated"].items():
         with torch.no_grad():
-            parts = [loss_of(expected["model"], row) for row in make_rows(count, start=100)]
+            parts = [loss_of(expected["model"], row) for row in ROWS[of](count, start=100)]
         by_hand = (sum(part for part, _ in parts) / sum(targets for _, targets in parts)).item()
         assert loss == pytest.approx(by_hand, rel=1e-6), (scenario, count)
 
@@ -92,7 +100,17 @@ def scenarios(sizes: list[tuple[int, int]], counts: list[int]) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("scenario", scenarios([(6, 1), (3, 2), (2, 3), (1, 6)], [1, 13, 8]), ids=str)
+def conversations(batch_size: int, accumulated: int) -> list[dict]:
+    """Records of several examples, in each layout."""
+    return [
+        each | {"of": "conversations", "batch_size": batch_size, "accumulated": accumulated}
+        for each in scenarios([(1, 1)], [13])
+    ]
+
+
+@pytest.mark.parametrize(
+    "scenario", scenarios([(6, 1), (3, 2), (2, 3), (1, 6)], [1, 13, 8]) + conversations(3, 2), ids=str
+)
 def test_one_process(scenario):
     assert_equal_to_reference(run(**scenario), scenario)
 
@@ -100,7 +118,7 @@ def test_one_process(scenario):
 @pytest.mark.parametrize(("processes", "sizes"), [(2, [(3, 1), (1, 3)]), (3, [(2, 1), (1, 2)])])
 def test_several_processes(processes, sizes, tmp_path):
     """Last steps of one record, and of two; fewer records than processes; cut off in the second epoch and resumed."""
-    wanted = scenarios(sizes, [1, 13, 8])
+    wanted = scenarios(sizes, [1, 13, 8]) + (conversations(*sizes[1]) if processes == 2 else [])
     if Version(transformers.__version__) >= Version("5.18"):  # 5.17 loads the optimizer to "cpu:0"
         wanted.append(wanted[1] | {"stop_at": 4})
     with socket.socket() as free:
