@@ -100,18 +100,14 @@ def group_hashes(splits: Mapping[str, Dataset], key: str = "") -> dict[str, np.n
     while any(map(len, rows.values())):
         answers += 1
         for name, which in rows.items():
-            found[name][which] = _beginnings(splits[name].select(which), answers, key)
-        ways = np.unique(np.concatenate([*found.values()]), axis=0)  # each with what follows it, 0 for nothing
+            parts = (beginning_of(record, answers) for record in _records(splits[name].select(which)))
+            hashes = [[_hash(part, key) if part else 0 for part in each] for each in parts]
+            found[name][which] = np.array(hashes, dtype=np.uint64).reshape(-1, 2)  # a beginning, and what follows it
+        ways = np.unique(np.concatenate([*found.values()]), axis=0)
         beginnings, counts = np.unique(ways[ways[:, 1] > 0, 0], return_counts=True)
         common = beginnings[counts > MOST_WAYS]
         rows = {name: np.flatnonzero(np.isin(f[:, 0], common) & (f[:, 1] > 0)) for name, f in found.items()}
     return {name: each[:, 0] for name, each in found.items()}
-
-
-def _beginnings(dataset: Dataset, answers: int, key: str) -> np.ndarray:
-    """Hashes of all that each record says up to so many answers, and of the message that follows, (records, 2)."""
-    parts = [beginning_of(record, answers) for record in _records(dataset)]
-    return np.array([[_hash(part, key) if part else 0 for part in each] for each in parts], np.uint64).reshape(-1, 2)
 
 
 def content_hashes(dataset: Dataset) -> np.ndarray:

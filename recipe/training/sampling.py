@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from torch.utils.data import IterableDataset as Stream
 
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
+from recipe.data.examples import example_bounds
 from recipe.data.origin import place
-from recipe.training.lengths import common_start, example_lengths, record_lengths
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -139,31 +141,28 @@ class TokenBudgetBatches(Sampler[list[int]]):
     arguments and its number alone. Every epoch has the same number of batches, a multiple of `num_processes`: the
     largest ones are halved until it is, and if all hold one record, the missing ones are empty: see `CollateShare`.
 
-    `max_tokens` bounds the inputs that the model computes for a batch. A padded batch has rows times its width, the
-    longest row rounded up to a multiple of `BUCKET`, and a record as many rows as `examples`. One row that examples
-    `shared` has what all records begin with once, and of each record the rest, rounded up likewise. The idea is that of
-    fairseq's `--max-tokens` (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
+    `max_tokens` bounds the inputs that a model computes for a batch. A padded batch has rows times width, the longest
+    row rounded up to a multiple of `BUCKET`. A shared row has what all records begin with once, and of each record the
+    rest, rounded up likewise. The idea is that of fairseq's `--max-tokens`
+    (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
 
     Args:
-        lengths: of each record's longest example, in tokens, of which all but the last are inputs. For one row: of the
-            record, what its examples have in common counted once.
+        lengths: of each record's longest example, in tokens; all but the last are inputs. With `shared`: of the record.
         max_tokens: input tokens, with padding, in a batch of one process.
-        examples: how many each record has, (records,); without it, one.
-        shared: for one row, the inputs that all records begin with; None for padded batches.
-        multiple: the collator rounds rows up to a multiple of it.
+        examples: how many each record has, (records,), each a row of a padded batch; by default one.
+        shared: for a shared row, the inputs that all records begin with.
+        multiple: what the collator rounds rows up to a multiple of.
         num_processes: processes that share the batches; batch i goes to process i modulo this.
         name: what to call a record in an error, by its index in `lengths`.
 
     Raises:
         ValueError: a record longer than `max_tokens`.
 
-    Example: 40 input tokens hold one row of 32, two of 16, or five of 8; in one row after the same 4, three of 8 more.
+    Example: 40 input tokens hold one row of 32, two of 16, or five of 8.
 
     >>> batches = TokenBudgetBatches(np.array([7, 33, 9, 14, 5, 6, 17, 8]), max_tokens=40)
     >>> sorted(sorted(batch) for batch in batches)
     [[0, 2, 4, 5, 7], [1], [3, 6]]
-    >>> list(map(len, TokenBudgetBatches(np.array([13, 12, 12, 11, 13, 11, 13, 12]), max_tokens=40, shared=4)))
-    [4, 4]
     """
 
     def __init__(
@@ -322,6 +321,48 @@ def check_accelerator_config(config: Any) -> None:
     for name, problem in problems.items():
         if problem:
             raise ValueError(f"accelerator_config: {name} {problem}; leave it out")
+
+
+def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
+    """The column of lengths in tokens, (records,), straight from Arrow: no record is read.
+
+    Raises:
+        ValueError: the dataset has no such column.
+    """
+    if not isinstance(dataset, Dataset) or column not in dataset.column_names:
+        raise ValueError(
+            f"no column {column!r} in the training data; length_column_name names the one of lengths in tokens"
+        )
+    return dataset.select_columns(column).with_format("arrow")[:][column].to_numpy()
+
+
+def example_lengths(dataset: Dataset, column: str = "length") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each record, (records,): the length of its longest example; its length in a shared row; how many examples."""
+    lengths = record_lengths(dataset, column).astype(np.int64)
+    if "ends" not in dataset.column_names:
+        return lengths, lengths, np.ones_like(lengths)
+    names = [name for name in ("ends", "inputs") if name in dataset.column_names]
+    table = dataset.select_columns(names).with_format("arrow")[:]
+    starts, stops = example_bounds(table.append_column("length", pa.array(lengths)))
+    counts = pc.list_value_length(table["ends"]).fill_null(1).to_numpy().astype(np.int64)
+    longest = np.maximum.reduceat(stops - starts, counts.cumsum() - counts)
+    return longest, table["inputs"].to_numpy() + 1 if "inputs" in names else lengths - counts + 1, counts
+
+
+def common_start(dataset: Dataset) -> int:
+    """How many inputs all records begin with; 0 if there is no column of them."""
+    if "input_ids" not in dataset.column_names:
+        return 0
+    start, names = None, [name for name in ("input_ids", "ends") if name in dataset.column_names]
+    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+        tokens, lengths = (each(table["input_ids"]).to_numpy() for each in (pc.list_flatten, pc.list_value_length))
+        firsts = lengths.cumsum() - lengths
+        if "ends" in names:  # those of each first example
+            lengths = pc.coalesce(pc.list_element(table["ends"], 0), pa.array(lengths, pa.int32())).to_numpy()
+        start = (tokens[: lengths[0]] if start is None else start)[: max(0, lengths.min() - 1)]
+        same = (tokens[firsts[:, None] + np.arange(len(start))] == start).all(axis=0)
+        start = start[: len(same) if same.all() else int(same.argmin())]
+    return 0 if start is None else len(start)
 
 
 def _record_name(dataset: Dataset, index: int) -> str:

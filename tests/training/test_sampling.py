@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import recipe.training.sampling
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.trainer import InstructionTrainer
-from recipe.training.lengths import common_start, example_lengths, record_lengths
 from recipe.training.sampling import (
     CollateShare,
     DealtBatches,
     TokenBudgetBatches,
+    common_start,
+    example_lengths,
     plan_batches,
+    record_lengths,
 )
 
 Batches = DealtBatches | TokenBudgetBatches
@@ -67,7 +69,7 @@ def padded_cost(lengths: np.ndarray, batch: list[int]) -> int:
 
 
 def test_docstring():
-    assert doctest.testmod(recipe.training.sampling) == (0, 7)
+    assert doctest.testmod(recipe.training.sampling) == (0, 6)
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------

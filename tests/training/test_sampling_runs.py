@@ -23,8 +23,7 @@ from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.data import load_splits
 from recipe.trainer import InstructionTrainer
 from recipe.training.collator_choice import make_collator
-from recipe.training.lengths import common_start, record_lengths
-from recipe.training.sampling import TokenBudgetBatches
+from recipe.training.sampling import TokenBudgetBatches, common_start, record_lengths
 
 # --- flags ----------------------------------------------------------------------------------------------------------
 
