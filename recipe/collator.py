@@ -253,7 +253,7 @@ def depth_first(rows: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     root, before = path[0], np.empty(0)
     for example in sorted(range(len(rows)), key=lambda index: rows[index].tobytes()):
         row = rows[example]
-        shared = _common_prefix(before, row)
+        shared = common_length(before, row)
         _end(path, shared)
         if path[-1].depth < shared:  # what has just ended branches off between two depths
             last = path[-1].children.pop()
@@ -285,7 +285,8 @@ def _end(path: list[_Branch], depth: int) -> None:
         path[-1].longest = max(path[-1].longest, ended.longest)
 
 
-def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+def common_length(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two rows begin with in common."""
     length = min(len(first), len(second))
     different = first[:length] != second[:length]
     return int(different.argmax()) if different.any() else length

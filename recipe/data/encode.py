@@ -33,8 +33,7 @@ COUNT, TOKENS = Value("int32"), List(Value("int32"))
 ENCODED_FEATURES = Features(
     {"input_ids": TOKENS, "labels": TOKENS, "length": COUNT, "row": Value("int64"), "truncated": Value("bool")}
 )
-# of conversations: `ends`, where each example of a row ends; `inputs` of the row, those its examples have in common
-# once; `turns`, how many are learned; and how many are too long
+# of conversations: where each example of a row ends; the row's inputs, shared ones once; turns learned, and too long
 OF_TURNS = Features({"ends": TOKENS, "inputs": COUNT, "turns": COUNT, "turns_left_out": COUNT})
 ABOUT = ("reason", "problem")  # of a bad record: why it is one, in few words and in full; null for a good one
 ALL_FEATURES = Features({**ENCODED_FEATURES, **OF_TURNS, **dict.fromkeys(ABOUT, Value("string"))})
@@ -75,9 +74,8 @@ def encode_records(
     Of a conversation each assistant turn that `learn` chooses is an example: what the template renders of its history,
     and the turn with the template's own end. `max_length` holds for each. Where an example begins with all of the one
     before it, both are one. The examples of a row that are left stand one after another in `input_ids`, and `ends` (k,)
-    says where each ends; `inputs` counts the input tokens of the row, those that its examples begin with in common
-    once; `turns` counts what is learned, `turns_left_out` what is too long with `overflow="drop"`. Splits that need
-    none of these columns do not have them.
+    says where each ends; `inputs` counts the row's inputs, those in common once; `turns` what is learned,
+    `turns_left_out` what is too long with `overflow="drop"`. Splits that need none of these columns do not have them.
 
     Raises:
         UserError: the tokenizer has no end-of-text token, `max_length` is too small, all records of a split are bad or

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from recipe.collator import IGNORE_INDEX, depth_first
+from recipe.collator import IGNORE_INDEX, common_length, depth_first
 from recipe.templates import Template, conversation_of
 
 
@@ -77,9 +77,7 @@ def _join(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
         labels = labels.copy()
         if rows:
             before, learned = rows[-1]
-            length = min(len(before), len(tokens))
-            different = np.flatnonzero(before[:length] != tokens[:length])
-            shared = int(different[0]) if len(different) else length
+            shared = common_length(before, tokens)
             labels[:shared] = IGNORE_INDEX
             if shared == len(before):
                 labels[:shared] = learned

@@ -15,7 +15,6 @@ import numpy as np
 from datasets import Dataset
 from transformers import Trainer
 
-from recipe.collator import DataCollatorWithSharedPrefix
 from recipe.config import UserError
 from recipe.console import process_rank
 from recipe.manifest import about
@@ -62,8 +61,8 @@ def what_decides(settings: Settings, trainer: Trainer) -> dict[str, Any]:
     if args.max_tokens_per_batch is None:
         found["records_per_step"] = batch * steps * processes
     else:
-        layout = "one row" if isinstance(trainer.data_collator, DataCollatorWithSharedPrefix) else "padded"
-        found |= {"gradient_accumulation_steps": steps, "processes": processes, "batch_layout": layout}
+        found |= {"gradient_accumulation_steps": steps, "processes": processes}
+        found["collator"] = type(trainer.data_collator).__name__  # what the budget counts
     found["mixed_precision"] = trainer.accelerator.mixed_precision
     splits = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     data = {name: _about_records(split) for name, split in splits.items() if isinstance(split, Dataset)}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +101,7 @@ class GroupedByLength(Sampler[int]):
 
     Each epoch shuffles all records, sets those aside that do not fill a step, sorts the others by length, cuts them
     into steps, and shuffles the steps. The records set aside come last, so they are others in each epoch. The order
-    depends on the arguments and the epoch alone, so a resumed run sees the batches of a run that never stopped, and
-    all processes see the same; transformers' `LengthGroupedSampler` draws from the global random state.
+    depends on the arguments and the epoch alone; transformers' `LengthGroupedSampler` draws from the global state.
 
     Args:
         lengths: of each record, in tokens.
@@ -114,7 +112,7 @@ class GroupedByLength(Sampler[int]):
     """
 
     def __init__(self, lengths: np.ndarray, records_per_step: int, seed: int = 0) -> None:
-        self.widths = _up(np.asarray(lengths) - 1, BUCKET)  # (records,)
+        self.widths = _rounded_up(np.asarray(lengths) - 1, BUCKET)  # (records,)
         self.records_per_step = records_per_step
         self.seed = seed
         self.epoch = 0
@@ -129,7 +127,7 @@ class GroupedByLength(Sampler[int]):
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.widths))
         whole, left = np.split(order, [len(order) - len(order) % self.records_per_step])
-        whole = _longest_first(whole, self.widths).reshape(-1, self.records_per_step)
+        whole = whole[np.argsort(-self.widths[whole], kind="stable")].reshape(-1, self.records_per_step)
         yield from generator.permutation(whole).ravel().tolist()
         yield from left.tolist()
 
@@ -142,9 +140,8 @@ class TokenBudgetBatches(Sampler[list[int]]):
     largest ones are halved until it is, and if all hold one record, the missing ones are empty: see `CollateShare`.
 
     `max_tokens` bounds the inputs that a model computes for a batch. A padded batch has rows times width, the longest
-    row rounded up to a multiple of `BUCKET`. A shared row has what all records begin with once, and of each record the
-    rest, rounded up likewise. The idea is that of fairseq's `--max-tokens`
-    (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
+    row rounded up to a multiple of `BUCKET`; a shared row what all records begin with once, and of each the rest, so
+    rounded. The idea is fairseq's (https://fairseq.readthedocs.io/en/latest/command_line_tools.html).
 
     Args:
         lengths: of each record's longest example, in tokens; all but the last are inputs. With `shared`: of the record.
@@ -179,23 +176,22 @@ class TokenBudgetBatches(Sampler[list[int]]):
     ) -> None:
         inputs = np.asarray(lengths) - 1  # (records,)
         rows = np.ones_like(inputs) if examples is None or shared is not None else np.asarray(examples)
-        alone = rows * _up(inputs, multiple)
+        alone = rows * _rounded_up(inputs, multiple)
         if alone.max() > max_tokens:
             longest = int(alone.argmax())
             record = name(longest) if name else f"record {longest}"
-            padded = f" in {rows[longest]} padded examples" if rows[longest] > 1 else ""
             raise ValueError(
-                f"{record} alone has {alone.max()} input tokens{padded}, and max_tokens_per_batch is {max_tokens}; "
-                f"give at least {alone.max()}, or a smaller max_length"
+                f"{record} alone has {alone.max()} input tokens, and max_tokens_per_batch is {max_tokens}; give at "
+                f"least {alone.max()}, or a smaller max_length"
             )
         if shared is None:
-            widths = np.maximum(1, _up(inputs, math.lcm(BUCKET, multiple)))
+            widths = np.maximum(1, _rounded_up(inputs, np.lcm(BUCKET, multiple)))
             costs, room = rows, max_tokens // widths  # in rows, of a batch that is as wide as a record
         else:
-            costs = widths = _up(inputs - shared, BUCKET)
+            costs = widths = _rounded_up(inputs - shared, BUCKET)
             room = np.full_like(inputs, max_tokens // multiple * multiple - shared)
         self.kinds = widths * (rows.max() + 1) + rows  # records of one kind cost the same
-        longest_first = np.argsort(-self.kinds, kind="stable")
+        longest_first = np.argsort(-self.kinds)
         self.num_processes = num_processes
         self.seed = seed
         self.epoch = 0
@@ -211,7 +207,8 @@ class TokenBudgetBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = _longest_first(generator.permutation(len(self.kinds)), self.kinds)
+        order = generator.permutation(len(self.kinds))
+        order = order[np.argsort(-self.kinds[order], kind="stable")]
         batches = [batch.tolist() for batch in np.split(order, np.cumsum(self.sizes[:-1]))]
         for step in generator.permutation(len(batches) // self.num_processes):  # its batches take equally long
             yield from batches[step * self.num_processes : (step + 1) * self.num_processes]
@@ -253,11 +250,7 @@ def deal(items: list, num_processes: int) -> list[list]:
 
 
 def plan_batches(
-    dataset: Any,
-    args: TrainingArguments,
-    batch_size: int,
-    stock_order: Callable[[], Sampler | None],
-    collate: Any = None,
+    dataset: Any, args: TrainingArguments, batch_size: int, stock_order: Callable[[], Any], collate: Any = None
 ) -> Batches | None:
     """The batches that the arguments ask for; None for data without an order, such as a stream.
 
@@ -339,9 +332,9 @@ def record_lengths(dataset: Dataset, column: str = "length") -> np.ndarray:
 def example_lengths(dataset: Dataset, column: str = "length") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each record, (records,): the length of its longest example; its length in a shared row; how many examples."""
     lengths = record_lengths(dataset, column).astype(np.int64)
-    if "ends" not in dataset.column_names:
-        return lengths, lengths, np.ones_like(lengths)
     names = [name for name in ("ends", "inputs") if name in dataset.column_names]
+    if "ends" not in names:
+        return lengths, lengths, np.ones_like(lengths)
     table = dataset.select_columns(names).with_format("arrow")[:]
     starts, stops = example_bounds(table.append_column("length", pa.array(lengths)))
     counts = pc.list_value_length(table["ends"]).fill_null(1).to_numpy().astype(np.int64)
@@ -350,18 +343,16 @@ def example_lengths(dataset: Dataset, column: str = "length") -> tuple[np.ndarra
 
 
 def common_start(dataset: Dataset) -> int:
-    """How many inputs all records begin with; 0 if there is no column of them."""
-    if "input_ids" not in dataset.column_names:
-        return 0
+    """How many inputs all records begin with."""
     start, names = None, [name for name in ("input_ids", "ends") if name in dataset.column_names]
     for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=10_000):
         tokens, lengths = (each(table["input_ids"]).to_numpy() for each in (pc.list_flatten, pc.list_value_length))
         firsts = lengths.cumsum() - lengths
         if "ends" in names:  # those of each first example
             lengths = pc.coalesce(pc.list_element(table["ends"], 0), pa.array(lengths, pa.int32())).to_numpy()
-        start = (tokens[: lengths[0]] if start is None else start)[: max(0, lengths.min() - 1)]
-        same = (tokens[firsts[:, None] + np.arange(len(start))] == start).all(axis=0)
-        start = start[: len(same) if same.all() else int(same.argmin())]
+        start = (tokens[: lengths[0]] if start is None else start)[: lengths.min() - 1]
+        same = (tokens[firsts[:, None] + np.arange(len(start))] == start).all(axis=0)  # (inputs,)
+        start = start[np.logical_and.accumulate(same)]
     return 0 if start is None else len(start)
 
 
@@ -371,14 +362,8 @@ def _record_name(dataset: Dataset, index: int) -> str:
     return f"record {index}" if row is None else place(dataset, row)
 
 
-def _up(counts: np.ndarray, multiple: int) -> np.ndarray:
-    """Rounded up to a multiple."""
+def _rounded_up(counts: np.ndarray, multiple: int) -> np.ndarray:
     return -(-counts // multiple) * multiple
-
-
-def _longest_first(order: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """`order` by width; records of equal width stay in their order."""
-    return order[np.argsort(-widths[order], kind="stable")]
 
 
 def _sizes_within(costs: np.ndarray, room: np.ndarray) -> list[int]:
