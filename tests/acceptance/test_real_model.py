@@ -7,6 +7,7 @@ what makes a model folder of them, and the records, lie beside the repository.
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from recipe.templates import saved_template
 from recipe.tokens import prompt_ids
 
 CURVE_STEPS, CURVE_RECORDS = 3, 4  # records in each of these steps
+TALKS = {"train": 64, "test": 24}  # conversations
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,53 @@ def test_it_answers_better_than_before(folder, base, tuned):
     assert metrics["n"] == 110
     assert metrics["metrics"]["exact_match"]["ci95"][0] > 0
     assert metrics["metrics"]["reference_loss"]["ci95"][1] < 0
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+NAMES = ["Aino", "Bram", "Chidi", "Dunja", "Emeka", "Farah", "Goran", "Hana", "Ivo", "Jana", "Kemal", "Lindiwe"]
+JOBS = ["baker", "carpenter", "dentist", "gardener", "nurse", "painter", "pilot", "teacher"]
+TOWNS = ["Bergen", "Cusco", "Dakar", "Graz", "Kyoto", "Lviv", "Nantes", "Perth", "Split", "Tartu"]
+PETS = ["cats", "goats", "hens", "parrots", "ponies", "rabbits"]
+
+
+def talk(draw: random.Random) -> list[dict[str, str]]:
+    """Somebody tells three facts, and asks for two of them afterwards."""
+    job, town, pets, count = draw.choice(JOBS), draw.choice(TOWNS), draw.choice(PETS), draw.randint(2, 9)
+    told = f"I am {draw.choice(NAMES)}, I work as a {job} in {town}, and at home I have {count} {pets}."
+    asked = [
+        ("What is my job?", f"Your job: {job}."),
+        ("Where do I work?", f"Your town: {town}."),
+        ("Which pets do I have, and how many?", f"Your pets: {count} {pets}."),
+    ]
+    turns = [(told, "I have noted three facts about you."), *draw.sample(asked, 2)]
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def test_tuned_on_conversations_it_answers_the_next_turn_better_than_before(folder, base):
+    """Held-out conversations, and the facts in them; with 95 % confidence, by how likely the answers are and by F1."""
+    draw, files = random.Random(7), {}
+    for split, count in TALKS.items():
+        files[split] = str(folder / f"talks-{split}.jsonl")
+        rows = [json.dumps({"messages": talk(draw)}) for _ in range(count)]
+        Path(files[split]).write_text("\n".join(rows), encoding="utf-8")
+    tuned = train(
+        folder, "talks", base, json.dumps(files), "--validation_ratio", "0", "--template", "tokenizer", "--batching",
+        "shared_prefix", "--learning_rate", "1e-4", "--max_steps", "8", "--per_device_train_batch_size", "8",
+    )  # fmt: skip
+    splits = json.loads((tuned / "run.json").read_text())["splits"]
+    assert (splits["train"]["turns"], splits["test"]["turns"]) == (3 * TALKS["train"], 3 * TALKS["test"])
+    run(
+        folder, "scripts/eval.py", "--model", tuned, "--baseline", base, "--output_dir", folder / "talks-evaluation",
+        "--max_new_tokens", "24",
+    )  # fmt: skip
+    metrics = json.loads((folder / "talks-evaluation" / "metrics.json").read_text())
+    found = {name: metrics["metrics"][name] for name in ("exact_match", "token_f1", "reference_loss")}
+    print(found)
+    assert metrics["n"] == TALKS["test"]
+    assert found["reference_loss"]["ci95"][1] < 0
+    assert found["token_f1"]["ci95"][0] > 0
