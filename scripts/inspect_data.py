@@ -48,10 +48,16 @@ def main(argv: list[str]) -> None:
     output_dir = results_folder(argv, args)
 
     # here, because --help and a mistake in the arguments need none of it: models, datasets, matplotlib take seconds
-    from recipe.data import template_overhead
     from recipe.data.duplicates import inspect_duplicates
     from recipe.data.encode import resolve_max_length
-    from recipe.data.inspection import inspect_lengths, inspect_records, measure_lengths, plot_lengths
+    from recipe.data.inspection import (
+        encode_trained,
+        inspect_lengths,
+        inspect_records,
+        measure_lengths,
+        plot_lengths,
+        preamble_ids,
+    )
     from recipe.data.inspection_tables import print_report
     from recipe.data.records import read_records
     from recipe.data.special_text import find_special_text
@@ -75,7 +81,8 @@ def main(argv: list[str]) -> None:
     records, lengths, examples = measure_lengths(loaded, tokenizer, data_args, left_out)
     repetition, pairs = inspect_duplicates(given, records, args.near_duplicates, args.show)
     limits = sorted({*args.limits, data_args.max_length})
-    overhead = template_overhead(load_template(data_args.template, tokenizer), tokenizer)
+    trained = encode_trained(records, tokenizer, data_args)
+    preamble = preamble_ids(load_template(data_args.template, tokenizer), tokenizer)
     settings = ("data", "template", "learn", "mask_prompt", "max_length", "overflow")
     report = {
         "command": command_line(),
@@ -88,7 +95,7 @@ def main(argv: list[str]) -> None:
         },
         "left_out_of_train_as_duplicates": dropped,
         "bad_records": left_out.reasons,
-        "splits": inspect_lengths(lengths, data_args, limits, batch_size, overhead, examples),
+        "splits": inspect_lengths(lengths, examples, trained, limits, batch_size, preamble),
         "repetition": repetition,
         **inspect_records(records, lengths, find_special_text(records, tokenizer), args.show),
     }

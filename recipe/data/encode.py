@@ -88,21 +88,10 @@ def encode_good_records(
     records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments, left_out: LeftOut
 ) -> tuple[DatasetDict, DatasetDict]:
     """`encode_records`, and the records without the bad ones that it has left out; these are added to `left_out`."""
-    arguments = _encoding_arguments(tokenizer, config)
+    arguments = encoding_arguments(tokenizer, config)
     good, encoded, problems = dict(records), DatasetDict(), []
     for name, split in records.items():
-        mapped = split.map(
-            encode_batch,
-            batched=True,
-            remove_columns=split.column_names,
-            features=ALL_FEATURES,
-            fn_kwargs={"tokenizer": tokenizer, **arguments},
-            num_proc=config.num_proc,
-            # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
-            new_fingerprint=fingerprint(split, tokenizer, arguments),
-            desc=f"Tokenizing {name}",
-        )
-        encoded[name], bad = _without_bad(mapped)
+        encoded[name], bad = _without_bad(encode_split(name, split, tokenizer, arguments, config.num_proc))
         if not bad:
             continue
         rows = split.with_format("numpy")["row"][:]
@@ -121,6 +110,21 @@ def encode_good_records(
     return DatasetDict(good), encoded
 
 
+def encode_split(name: str, split: Dataset, tokenizer: Any, arguments: dict[str, Any], num_proc: int | None) -> Dataset:
+    """One batched `datasets.map`, with the `encoding_arguments`. A bad record has no tokens, and what is `ABOUT` it."""
+    return split.map(
+        encode_batch,
+        batched=True,
+        remove_columns=split.column_names,
+        features=ALL_FEATURES,
+        fn_kwargs={"tokenizer": tokenizer, **arguments},
+        num_proc=num_proc,
+        # our own: datasets would hash the tokenizer, whose hash changes with use, and miss the cache
+        new_fingerprint=fingerprint(split, tokenizer, arguments),
+        desc=f"Tokenizing {name}",
+    )
+
+
 def _without_bad(mapped: Dataset) -> tuple[Dataset, list[dict[str, Any]]]:
     """Encoded records without the bad ones, and for each of these its row and what is `ABOUT` it."""
     about = mapped.select_columns(["row", *ABOUT])
@@ -136,7 +140,7 @@ def _without_bad(mapped: Dataset) -> tuple[Dataset, list[dict[str, Any]]]:
     return good.select(np.flatnonzero(~is_bad)), about.select(np.flatnonzero(is_bad)).to_list()
 
 
-def _encoding_arguments(tokenizer: PreTrainedTokenizerBase, config: DataArguments) -> dict[str, Any]:
+def encoding_arguments(tokenizer: PreTrainedTokenizerBase, config: DataArguments) -> dict[str, Any]:
     """The settings of `encode_batch`."""
     if tokenizer.eos_token_id is None:
         raise UserError(

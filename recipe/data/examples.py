@@ -95,14 +95,10 @@ def _inputs(tokens: np.ndarray, ends: Sequence[int]) -> int:
 
 def example_bounds(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Where each example of encoded rows starts and ends in their flattened tokens."""
-    stops = table["length"].to_numpy().cumsum()
-    if "ends" not in table.column_names:
-        return np.concatenate([[0], stops[:-1]]), stops
-    inner = [
-        [stop] if ends is None else ends
-        for stop, ends in zip(table["length"].to_pylist(), table["ends"].to_pylist(), strict=True)
-    ]
-    ends = np.concatenate(
-        [start + np.array(each) for start, each in zip([0, *stops[:-1].tolist()], inner, strict=True)]
-    )
+    lengths = table["length"].to_numpy()
+    starts = lengths.cumsum() - lengths
+    if "ends" not in table.column_names or table["ends"].null_count == len(table):
+        return starts, starts + lengths
+    inner = zip(starts.tolist(), lengths.tolist(), table["ends"].to_pylist(), strict=True)
+    ends = np.concatenate([start + np.array(ends or [length]) for start, length, ends in inner])
     return np.concatenate([[0], ends[:-1]]), ends

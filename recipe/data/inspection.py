@@ -14,21 +14,30 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import PreTrainedTokenizerBase
 
-from recipe.collator import IGNORE_INDEX
+from recipe.collator import IGNORE_INDEX, depth_first
 from recipe.config import DataArguments
 from recipe.console import UNSEEN
 from recipe.data.conversations import text_of
 from recipe.data.duplicates import Record, flatten
-from recipe.data.encode import cut_lengths, encode_good_records
+from recipe.data.encode import (
+    cut_lengths,
+    encode_good_records,
+    encode_split,
+    encoding_arguments,
+    template_overhead,
+)
 from recipe.data.examples import example_bounds
 from recipe.data.records import LeftOut
 from recipe.figures import STYLE, TEXT, paint, save_png
+from recipe.templates import Template
+from recipe.tokens import prompt_ids
 
 ODD = re.compile(f"{UNSEEN.pattern}|\ufffd")  # a decoder writes U+FFFD for bytes that it cannot read
 UNCUT = 10**9  # tokens: a max_length that cuts nothing
@@ -62,44 +71,69 @@ def measure_lengths(
     return good, lengths, examples
 
 
+def encode_trained(
+    records: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, config: DataArguments
+) -> dict[str, pa.Table]:
+    """The rows that training sees of each split without bad records, cut to `max_length` or left out.
+
+    `overflow="error"` would stop the run; these are the rows that `"drop"` would leave. All prompts are masked.
+    """
+    overflow = "drop" if config.overflow == "error" else config.overflow
+    arguments = encoding_arguments(tokenizer, replace(config, overflow=overflow, mask_prompt=True))
+    encoded = {
+        name: encode_split(name, split, tokenizer, arguments, config.num_proc) for name, split in records.items()
+    }
+    return {name: split.with_format("arrow")[:] for name, split in encoded.items()}
+
+
+def preamble_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that all prompts without a system message begin with."""
+    [prompt] = prompt_ids(template, tokenizer, [{"instruction": "Name it.", "input": ""}])
+    return prompt[: template_overhead(template, tokenizer)[0]]
+
+
 def inspect_lengths(
     lengths: Mapping[str, np.ndarray],
-    config: DataArguments,
+    examples: Mapping[str, np.ndarray],
+    trained: Mapping[str, pa.Table],
     limits: Sequence[int],
     batch_size: int,
-    overhead: tuple[int, int],
-    examples: Mapping[str, np.ndarray] | None = None,
+    preamble: Sequence[int],
 ) -> dict[str, Any]:
     """Lengths of each split, the tokens that training sees, and what each limit would cut; see docs/data.md.
 
     Args:
         lengths: from `measure_lengths`.
-        overhead: the lengths of preamble and response header, from `recipe.data.template_overhead`.
         examples: from `measure_lengths`; a limit holds for each turn of a conversation that is learned, with its
-            history. Conversations are counted as they are without a limit.
+            history.
+        trained: from `encode_trained`.
+        preamble: from `preamble_ids`.
     """
     report = {}
-    preamble, header_length = overhead
-    max_length = config.max_length or UNCUT
     for name, split in lengths.items():
-        turns = examples[name] if examples else split
-        kept = cut_lengths(split, max_length)
-        if len(turns) > len(split):
-            kept = split
-        elif config.overflow != "truncate":  # `error` would stop the run; show what `drop` would give
-            kept = split[split.sum(axis=1) <= max_length]
-        preambles = np.clip(kept[:, 0] - header_length, 0, preamble)  # a cut prompt may lose tokens of its preamble
-        in_preamble, (prompt, response) = int(preambles.sum()), kept.sum(axis=0).tolist()
+        rows = trained[name]
+        tokens, labels = (pc.list_flatten(rows[column]).to_numpy() for column in ("input_ids", "labels"))
+        in_preamble, response = _of_preamble(rows, tokens, preamble), int((labels != IGNORE_INDEX).sum())
         report[name] = {
             "records": len(split),
-            "trained_records": len(kept),
-            "turns": len(turns),
-            "tokens": {"preamble": in_preamble, "prompt": prompt - in_preamble, "response": response},
-            "batches": batch_costs(kept.sum(axis=1), batch_size, int(preambles.min(initial=preamble))),
-            "overflow": [overflow_at(turns, limit) for limit in limits],
+            "trained_records": len(rows),
+            "turns": len(examples[name]),
+            "tokens": {
+                "preamble": in_preamble, "prompt": len(tokens) - response - in_preamble, "response": response,
+            },
+            "batches": batch_costs(rows, batch_size),
+            "overflow": [overflow_at(examples[name], limit) for limit in limits],
             "lengths": {part: _describe(values) for part, values in _parts(split).items()},
-        }
+        }  # fmt: skip
     return report
+
+
+def _of_preamble(rows: pa.Table, tokens: np.ndarray, preamble: Sequence[int]) -> int:
+    """How many tokens all examples together begin with that are those of the preamble."""
+    starts, stops = example_bounds(rows)
+    place = starts[:, None] + np.arange(len(preamble))  # (examples, tokens)
+    same = (tokens.take(place, mode="clip") == preamble) & (place < stops[:, None]) if len(tokens) else place
+    return int(np.logical_and.accumulate(same, axis=1).sum())
 
 
 def overflow_at(lengths: np.ndarray, limit: int) -> dict[str, int]:
@@ -115,32 +149,36 @@ def overflow_at(lengths: np.ndarray, limit: int) -> dict[str, int]:
     }
 
 
-def batch_costs(lengths: np.ndarray, batch_size: int, shared: int) -> dict[str, float | None]:
-    """Input tokens of one epoch of random batches, padded and with shared prefixes.
+def batch_costs(rows: pa.Table, batch_size: int) -> dict[str, float | None]:
+    """Input tokens of one epoch of random batches of encoded rows, padded and with shared prefixes.
 
-    A record of n tokens has n - 1 inputs. `padded` is the mean over `SHUFFLES` orders of the records, drawn with a
-    fixed seed; `padding` is the share of it that is padding. `shared_prefix` has no padding, and holds the `shared`
-    tokens that all prompts begin with once per batch. It is an upper bound: prompts with more in common save more.
+    An example of n tokens has n - 1 inputs. `padded` is the mean over `SHUFFLES` orders of the rows, drawn with a fixed
+    seed, where each example of a row has the width of the longest example of the batch; `padding` is the share of it
+    that is padding. `shared_prefix` is what `DataCollatorWithSharedPrefix` makes of the first order.
 
-    Two records of 5 and 3 tokens have 4 and 2 inputs: padded 2 x 4, of which 2 are padding; shared 4 + 2 - 2.
+    Two rows of 5 and 3 tokens have 4 and 2 inputs: padded 2 x 4, of which 2 are padding; shared 4 + 2 - 1.
 
-    >>> batch_costs(np.array([5, 3]), 2, shared=2)
-    {'inputs': 6, 'padded': 8, 'padding': 0.25, 'shared_prefix': 4}
+    >>> batch_costs(pa.table({"input_ids": [[7, 1, 2, 3, 4], [7, 5, 6]], "length": [5, 3]}), 2)
+    {'inputs': 6, 'padded': 8, 'padding': 0.25, 'shared_prefix': 5}
     """
-    inputs = lengths - 1
-    total = int(inputs.sum())
+    begins, ends = example_bounds(rows)
+    inputs, total = ends - begins - 1, int((ends - begins - 1).sum())
     if not total:
         return {"inputs": 0, "padded": 0, "padding": None, "shared_prefix": 0}
-    starts = np.arange(0, len(inputs), batch_size)
-    sizes = np.diff(starts, append=len(inputs))  # records in each batch
+    tokens = pc.list_flatten(rows["input_ids"]).to_numpy()
+    row_ends = rows["length"].to_numpy().cumsum()
+    firsts = np.searchsorted(begins, row_ends - rows["length"].to_numpy())  # the first example of each row
+    longest, counts = np.maximum.reduceat(inputs, firsts), np.diff(firsts, append=len(inputs))
+    batches = np.arange(0, len(rows), batch_size)
     draw = np.random.default_rng(0)
-    padded = np.mean([sizes @ np.maximum.reduceat(draw.permutation(inputs), starts) for _ in range(SHUFFLES)]).item()
-    return {
-        "inputs": total,
-        "padded": round(padded),
-        "padding": 1 - total / padded,
-        "shared_prefix": total - shared * (len(inputs) - len(starts)),
-    }
+    orders = [draw.permutation(len(rows)) for _ in range(SHUFFLES)]
+    sums = [np.add.reduceat(counts[o], batches) @ np.maximum.reduceat(longest[o], batches) for o in orders]
+    padded, shared = float(np.mean(sums)), 0
+    for batch in np.split(orders[0], batches[1:]):
+        places = np.concatenate([np.arange(firsts[row], firsts[row] + counts[row]) for row in batch])
+        examples = [tokens[begins[place] : ends[place] - 1] for place in places]
+        shared += sum(len(examples[index]) - common for index, common in depth_first(examples))
+    return {"inputs": total, "padded": round(padded), "padding": 1 - total / padded, "shared_prefix": shared}
 
 
 def _parts(lengths: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,18 +1,29 @@
 """The report about data before training: each figure against a count by hand or by another method."""
 
 import itertools
+import json
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from chat_template_kinds import FAMILIES
 from conftest import DEMO
 from datasets import Dataset, DatasetDict
 
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments
-from recipe.data import encode_records, load_records, template_overhead, token_statistics
+from recipe.data import encode_records, load_records, token_statistics
 from recipe.data.encode import cut_lengths
-from recipe.data.inspection import batch_costs, inspect_lengths, inspect_records, measure_lengths, overflow_at
+from recipe.data.inspection import (
+    batch_costs,
+    encode_trained,
+    inspect_lengths,
+    inspect_records,
+    measure_lengths,
+    overflow_at,
+    preamble_ids,
+)
 from recipe.data.records import LeftOut
 from recipe.templates import load_template
 
@@ -72,22 +83,25 @@ def test_the_limits_above_cut_prompts_and_responses(varied, demo_tokenizer):
     assert 0 < costs[1]["without_end"] < costs[1]["too_long"]  # in some, only the prompt is cut
 
 
+def laid_out(rows: list[dict], batch_size: int) -> tuple[int, int]:
+    """The inputs that the collators make of rows in this order: padded, and shared."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    collators = DataCollatorForInstructionTuning(0), DataCollatorWithSharedPrefix(0, "segments")
+    padded, shared = (sum(each(batch)["input_ids"].numel() for batch in batches) for each in collators)
+    return padded, shared
+
+
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_costs_of_batches_are_those_of_the_collators(demo_tokenizer, alpaca, mask_prompt):
     """Over all orders of five records in batches of two; no two prompts are alike after the preamble."""
     rows = [("Add.", "", "3"), ("Why is that?", "b c d e", "So."), ("Say it.", "", WORDS[9]), ("Go", "", "1 2 3 4 5")]
     splits = DatasetDict(train=dataset([*rows, ("Make it plural, or else.", "a cat", "cats")]))
-    encoded = list(encode_records(splits, demo_tokenizer, DataArguments(mask_prompt=mask_prompt))["train"])
-    preamble, _ = template_overhead(alpaca, demo_tokenizer)
-    assert len({record["input_ids"][preamble] for record in encoded}) == 5
-    costs = batch_costs(np.array([r["length"] for r in encoded]), 2, preamble)
-
-    collators = DataCollatorForInstructionTuning(0), DataCollatorWithSharedPrefix(0, "segments")
-    padded, shared = [], []
-    for order in itertools.permutations(encoded):
-        batches = [order[:2], order[2:4], order[4:]]
-        padded.append(sum(collators[0](batch)["input_ids"].numel() for batch in batches))
-        shared.append(sum(collators[1](batch)["input_ids"].numel() for batch in batches))
+    config = DataArguments(mask_prompt=mask_prompt)
+    encoded = list(encode_records(splits, demo_tokenizer, config)["train"])
+    preamble = preamble_ids(alpaca, demo_tokenizer)
+    assert len({record["input_ids"][len(preamble)] for record in encoded}) == 5
+    costs = batch_costs(encode_trained(splits, demo_tokenizer, config)["train"], 2)
+    padded, shared = zip(*(laid_out(order, 2) for order in itertools.permutations(encoded)), strict=True)
     assert costs["inputs"] == sum(record["length"] - 1 for record in encoded)
     assert min(padded) <= costs["padded"] <= max(padded)
     assert costs["padded"] == pytest.approx(np.mean(padded), rel=0.05)
@@ -95,24 +109,89 @@ def test_costs_of_batches_are_those_of_the_collators(demo_tokenizer, alpaca, mas
     assert set(shared) == {costs["shared_prefix"]}
 
 
-def test_shared_prefixes_save_at_least_what_is_reported(demo_tokenizer, alpaca):
+def test_shared_prefixes_of_all_depths_are_counted(demo_tokenizer):
+    """The figure is one order's; by another, of so many records, it hardly differs."""
     records, _ = load_records(DataArguments(data=str(DEMO / "records" / "validation.jsonl")))
     encoded = list(encode_records(records, demo_tokenizer, DataArguments())["train"])
-    costs = batch_costs(np.array([r["length"] for r in encoded]), 32, template_overhead(alpaca, demo_tokenizer)[0])
-    collate = DataCollatorWithSharedPrefix(0, "segments")
-    inputs = sum(collate(encoded[i : i + 32])["input_ids"].numel() for i in range(0, len(encoded), 32))
-    assert inputs <= costs["shared_prefix"] < costs["padded"] / 1.5
+    costs = batch_costs(encode_trained(records, demo_tokenizer, DataArguments())["train"], 32)
+    padded, shared = laid_out(encoded, 32)
+    assert costs["shared_prefix"] == pytest.approx(shared, rel=0.02) and shared < costs["padded"] / 1.5
+    assert costs["padded"] == pytest.approx(padded, rel=0.05)
+    order = np.random.default_rng(0).permutation(len(encoded))
+    assert costs["shared_prefix"] == laid_out([encoded[index] for index in order], 32)[1]
+
+
+@pytest.fixture(scope="module")
+def conversations() -> DatasetDict:
+    """Of one to three questions, with and without a system message, some with reasoning; the first two begin alike."""
+    talks, draw = [], random.Random(3)
+    for number in range(5):
+        talk = [{"role": "system", "content": "You are brief."}] if number < 3 else []
+        for turn in range(1 + number % 3):
+            thought = f"<think>\n{' '.join(draw.choices(WORDS, k=4))}\n</think>\n\n" if turn < 2 else ""
+            talk += [{"role": "user", "content": f"Name a colour{', please' * number * turn}."},
+                     {"role": "assistant", "content": thought + draw.choice(["Blue.", "Red and green."])}]  # fmt: skip
+        talks.append(json.dumps(talk))
+    rows = {"messages": talks, "row": list(range(5)), **{name: ["x"] * 5 for name in ("instruction", "output")}}
+    return DatasetDict(train=Dataset.from_dict(rows | {"input": [""] * 5}))
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("overflow", ["truncate", "drop"])
+@pytest.mark.parametrize("family", ["Qwen 3", "Qwen 2.5"])
+def test_costs_of_conversations_are_those_of_the_collators(conversations, family, overflow, limited):
+    """With several examples in a row where the template leaves reasoning out, and cut or left out by the limit."""
+    tokenizer = FAMILIES[family].tokenizer()
+    config = DataArguments(max_length=1024, overflow=overflow, template="tokenizer")
+    _, lengths, examples = measure_lengths(conversations, tokenizer, config, LeftOut())
+    limit = int(np.median(examples["train"].sum(axis=1)))
+    config.max_length = limit if limited else 1024
+    encoded = list(encode_records(conversations, tokenizer, config)["train"])
+    trained = encode_trained(conversations, tokenizer, config)
+    assert limited or any(row.get("ends") for row in encoded) == (family == "Qwen 3")
+    preamble = preamble_ids(load_template("tokenizer", tokenizer), tokenizer)
+    split = inspect_lengths(lengths, examples, trained, [limit], 2, preamble)["train"]
+    bounds = [list(itertools.pairwise([0, *(row.get("ends") or [row["length"]])])) for row in encoded]
+    parts = [row["input_ids"][a:b] for row, pairs in zip(encoded, bounds, strict=True) for a, b in pairs]
+    assert split["batches"]["inputs"] == sum(len(part) - 1 for part in parts)
+    padded, shared = zip(*(laid_out(order, 2) for order in itertools.permutations(encoded)), strict=True)
+    assert split["batches"]["padded"] == pytest.approx(np.mean(padded), rel=0.05)
+    order = np.random.default_rng(0).permutation(len(encoded))
+    assert split["batches"]["shared_prefix"] == laid_out([encoded[index] for index in order], 2)[1]
+    assert min(shared) <= split["batches"]["shared_prefix"] <= max(shared)
+    assert split["tokens"]["response"] == sum(label != -100 for row in encoded for label in row["labels"])
+    same = [itertools.takewhile(lambda pair: pair[0] == pair[1], zip(part, preamble, strict=False)) for part in parts]
+    assert split["tokens"]["preamble"] == sum(len(list(each)) for each in same) and sum(
+        split["tokens"].values()
+    ) == sum(map(len, parts))
+    assert split["overflow"][0]["too_long"] > 0 and split["trained_records"] == len(encoded)
+    assert (len(encoded) < 5 or max(map(len, parts)) == limit) == limited
 
 
 def test_padding_is_that_of_random_batches():
     """Of the numbers 1 to n, the largest of b drawn ones is b (n + 1) / (b + 1) on average."""
-    costs = batch_costs(np.arange(1, 6401) + 1, 64, shared=0)
+    costs = batch_costs(as_rows(np.array([[length, 1] for length in range(1, 6401)]), 0, 0), 64)
     assert costs["padded"] == pytest.approx(6400 * 64 * 6401 / 65, rel=0.01)
 
 
+def as_rows(lengths: np.ndarray, preamble: int, header: int) -> pa.Table:
+    """Rows with prompts and responses of these lengths, with only the preamble in common, before the header."""
+    rows, labels = [], []
+    for number, (prompt, response) in enumerate(lengths.tolist()):
+        start = min(preamble, prompt - header)
+        rows.append([*range(1, start + 1), *[1000 + number] * (prompt - start), *[5] * response])
+        labels.append([-100] * prompt + [5] * response)
+    columns = {name: pa.array(each, pa.list_(pa.int32())) for name, each in (("input_ids", rows), ("labels", labels))}
+    return pa.table(columns | {"length": lengths.sum(axis=1)})
+
+
 def inspect(lengths: list[list[int]], max_length: int, overflow: str, batch_size: int, overhead: tuple[int, int]):
-    config = DataArguments(max_length=max_length, overflow=overflow)
-    return inspect_lengths({"train": np.array(lengths)}, config, [32, 1024], batch_size, overhead)["train"]
+    """As training would have them: cut to their lengths, or left out."""
+    whole = np.array(lengths)
+    kept = cut_lengths(whole, max_length) if overflow == "truncate" else whole[whole.sum(axis=1) <= max_length]
+    trained = {"train": as_rows(kept, *overhead)}
+    every = {"train": whole}
+    return inspect_lengths(every, every, trained, [32, 1024], batch_size, list(range(1, overhead[0] + 1)))["train"]
 
 
 def test_a_cut_prompt_may_lose_tokens_of_its_preamble():
@@ -123,11 +202,12 @@ def test_a_cut_prompt_may_lose_tokens_of_its_preamble():
 
 
 def test_counts_are_those_that_training_prints(varied, demo_tokenizer, alpaca):
-    overhead = template_overhead(alpaca, demo_tokenizer)
-    config = DataArguments(max_length=100)
-    report = inspect_lengths(measure_lengths(varied, demo_tokenizer, config, LeftOut())[1], config, [100], 4, overhead)
+    preamble, config = preamble_ids(alpaca, demo_tokenizer), DataArguments(max_length=100)
+    _, lengths, examples = measure_lengths(varied, demo_tokenizer, config, LeftOut())
+    trained = encode_trained(varied, demo_tokenizer, config)
+    report = inspect_lengths(lengths, examples, trained, [100], 4, preamble)
     encoded = encode_records(varied, demo_tokenizer, config)
-    for printed in token_statistics(varied, encoded, overhead[0]):
+    for printed in token_statistics(varied, encoded, len(preamble)):
         split, total = report[printed["split"]], printed["tokens"]
         assert split["records"] == printed["rows"] and split["overflow"][0]["too_long"] == printed["truncated"]
         assert sum(split["tokens"].values()) == total
