@@ -197,7 +197,7 @@ def check_unchanged(folder: Path) -> None:
     Raises:
         UserError: with the file, and what is wrong with it.
     """
-    damage = find_damage(folder) if (folder / MANIFEST).exists() else None
+    damage = find_damage(folder) if os.path.lexists(folder / MANIFEST) else None
     if damage and ".safetensors" in damage:
         raise UserError(f"{folder}: {damage}; restore it, or remove {MANIFEST} to use the folder as it is")
     if damage:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -38,6 +39,8 @@ CONVERSION = (
 )
 TRAINED_TO_NAN = "its training has diverged, or the file is damaged; take an earlier checkpoint"
 HALF_OVERFLOWS = f"float16 ends at 65,504: try --dtype float32; if that is refused too, {TRAINED_TO_NAN}"
+READ = {".json", ".jinja", ".txt", ".model", ".safetensors"}  # files of a folder that libraries open
+LEAST_OF_A_LAYER = 10_000  # bytes of its modules alone; its attention has four square matrices of 4-byte numbers
 SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -62,6 +65,10 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
             f"tokenizer {name!r} has no end-of-text token (eos_token), so a model could not learn to stop; "
             "set one and save the tokenizer, or give another --tokenizer_name"
         )
+    for role in ("eos_token", "bos_token", "pad_token"):  # one that it lacks, as "", has the id of the unknown token
+        token, index = getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")
+        if index is not None and tokenizer.convert_ids_to_tokens(index) != str(token):
+            raise UserError(f"tokenizer {name!r}: its {role}, {str(token)!r}, is no token of its vocabulary")
     return tokenizer
 
 
@@ -119,12 +126,18 @@ def fuse_activations(model: nn.Module) -> None:
 
 
 def check_folder(name: str) -> None:
-    """Refuse a missing folder, which transformers would take for a Hub id, and an adapter without its model."""
+    """Refuse a missing folder, which transformers would take for a Hub id, and what is no file or lacks its model.
+
+    Libraries wait for ever to read a pipe, and take a link to nothing for a file that is not there.
+    """
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise UserError(
             f"{name!r}: no such folder; give a folder with a model, or a Hub id such as openai-community/gpt2"
         )
+    for path in sorted(Path(name).glob("*")):
+        if path.suffix in READ and not path.is_file():
+            raise UserError(f"{name!r}: {path.name} is not a file; put the file there, or remove it")
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
         raise UserError(
             f"{name!r} is a PEFT adapter without its model; merge them first: "
@@ -195,7 +208,22 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
             ):  # a new one, so that what follows from others does: one type for each layer, sizes of heads
                 given = {key: getattr(model_config, key) for key in re.findall(r"(?:^|,)(\w+)=", overrides)}
                 model_config = AutoConfig.for_model(model_config.model_type, **defaults | given)
+        _refuse_giant(model_config, f"--config_overrides {overrides}")
     return model_config
+
+
+def _refuse_giant(model_config: PreTrainedConfig, subject: str) -> None:
+    """Refuse more layers than memory can hold: they would be built one by one until the system ends the process."""
+    text = model_config.get_text_config()
+    layers, width = getattr(text, "num_hidden_layers", 0), getattr(text, "hidden_size", 0)
+    if not isinstance(layers, int) or not isinstance(width, int):
+        return
+    need, there = layers * max(LEAST_OF_A_LAYER, 4 * 4 * width**2), psutil.virtual_memory().total
+    if need > there:
+        raise UserError(
+            f"{subject}: {layers:,} layers of width {width:,} need {need / 1e9:,.0f} GB or more, and this machine has "
+            f"{there / 1e9:,.0f} GB; give fewer or smaller ones"
+        )
 
 
 def _code(config: ModelArguments) -> dict[str, bool]:

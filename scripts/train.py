@@ -114,10 +114,13 @@ def prepare_data(model_args, data_args, training_args):
 
 def prepare_model(model_args, data_args, training_args, tokenizer, template):
     """The model, ready to be saved for chat, and where it comes from, for run.json."""
+    from recipe.manifest import check_unchanged
     from recipe.model import load_config, load_model, prepare_for_chat
     from recipe.publishing.card import hub_sources
     from recipe.training.collator_choice import default_attention
 
+    if model_args.model_name_or_path and training_args.should_log:
+        check_unchanged(Path(model_args.model_name_or_path))
     if data_args.batching == "shared_prefix" and model_args.attn_implementation is None:
         model_args.attn_implementation = default_attention(load_config(model_args, tokenizer))
     model, origin = load_model(model_args, tokenizer)

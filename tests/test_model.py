@@ -1,6 +1,8 @@
 """Where weights and tokenizers come from, and the messages where they cannot be loaded."""
 
 import copy
+import json
+import os
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 from recipe import attention
 from recipe.config import ModelArguments, UserError
 from recipe.model import (
+    check_folder,
     check_weights,
     context_length,
     fuse_activations,
@@ -122,6 +125,18 @@ def test_an_adapter_alone_is_refused(tmp_path, demo_tokenizer):
             "--config_overrides activation_function=geluu: it does not know 'geluu'",
         ),
         ({"model_type": "gpt2", "tokenizer_name": BASE, "config_overrides": "n_head=0"}, "n_head=0: integer division"),
+        (
+            {"model_type": "gpt2", "tokenizer_name": BASE, "config_overrides": "n_layer=99999999"},
+            "99,999,999 layers of",
+        ),
+        (
+            {
+                "model_type": "llama",
+                "tokenizer_name": BASE,
+                "config_overrides": "num_hidden_layers=9,hidden_size=999936",
+            },
+            "9 layers of width 999,936 need 143,982 GB or more",
+        ),
         ({"model_type": "gpt22", "tokenizer_name": BASE}, "unknown --model_type 'gpt22'"),
         ({"model_name_or_path": "no/such-model", "tokenizer_name": BASE}, "model 'no/such-model'"),
         ({"model_name_or_path": BASE, "config_overrides": "n_layers=3"}, "n_layers"),
@@ -164,6 +179,25 @@ def test_tokenizers_that_cannot_be_are_refused(tmp_path, demo_tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no end-of-text token"):
         load_tokenizer(ModelArguments(tokenizer_name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("role", ["eos_token", "bos_token", "pad_token"])
+def test_a_special_token_that_the_tokenizer_lacks_is_not_taken_for_the_unknown_one(tmp_path, role):
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content | {role: ""}))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert getattr(loaded, f"{role}_id") == loaded.unk_token_id
+    with pytest.raises(UserError, match=f"its {role}, '', is no token of its vocabulary"):
+        load_tokenizer(ModelArguments(tokenizer_name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nothing")])
+def test_what_is_no_file_is_named_before_a_library_opens_it(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is not a file"):
+        check_folder(str(tmp_path))
 
 
 def test_weights_named_as_openai_community_gpt2_names_them(tmp_path, demo_model, demo_tokenizer):

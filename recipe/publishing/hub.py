@@ -102,10 +102,17 @@ def files_to_push(folder: Path, evaluation: Path | None = None) -> dict[str, Pat
 
 
 def matching_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """Name to path of each file in a folder whose name matches one of the patterns."""
+    """Name to path of each file in a folder whose name matches one of the patterns.
+
+    Raises:
+        UserError: there is no such folder, or what has such a name is not a file.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the --output_dir of scripts/train.py or scripts/eval.py")
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, patterns))
+    paths = sorted(path for path in folder.iterdir() if matches(path.name, patterns))
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{folder}: {path.name} is not a file; put the file there, or remove it")
     return {path.name: path for path in paths}
 
 

@@ -146,11 +146,12 @@ class RunRecord(TrainerCallback):
 
 def _earlier_legs(path: Path) -> list[dict[str, Any]]:
     """The legs of the run that is resumed, if its `run.json` is there; an earlier version wrote it at the end."""
-    if not is_there(path):
-        return []
     try:
-        return read_sealed(path, {"legs": [LEG]}, "leave it")["legs"]
+        if is_there(path):
+            return read_sealed(path, {"legs": [LEG]}, "leave it")["legs"]
+        why = "it is not there"
     except UserError as error:
-        if process_rank() == "0":
-            print(f"{path} has no list of earlier starts; the list begins with this one ({error})")
-        return []
+        why = str(error)
+    if process_rank() == "0":
+        print(f"{path} has no list of earlier starts; the list begins with this one ({why})")
+    return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _say_what_is_uncertain(args: InstructionTrainingArguments, folder: Path) -> 
 
 
 def has_manifest(folder: Path) -> bool:
-    return (folder / MANIFEST).exists()
+    return os.path.lexists(folder / MANIFEST)
 
 
 def is_model_only(folder: Path) -> bool:

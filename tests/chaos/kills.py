@@ -122,7 +122,7 @@ def wait_for(moment: str, folder: Path, started: list[subprocess.Popen], draw: r
 
 
 def ended_well(codes: set[int], number: int, said: str) -> bool:
-    """Whether processes that were told to stop have stopped and saved, ended as usual, or ended before their first step.
+    """Whether processes that were told to stop have stopped and saved, or ended as usual, or before their first step.
 
     Before that a process is interrupted, or gone while it imports; of two, one may see only that the other has gone.
     """
@@ -157,7 +157,9 @@ def survive(name: str, data: Path, folder: Path, kills: int, seed: int, number: 
             survival.kills[moment] = survival.kills.get(moment, 0) + 1
             codes = {process.returncode for process in started}
             survival.stopped += codes == {STOPPED}
-            if number != signal.SIGKILL and not ended_well(codes, number, log.read_bytes()[said:].decode(errors="replace")):
+            if number != signal.SIGKILL and not ended_well(
+                codes, number, log.read_bytes()[said:].decode(errors="replace")
+            ):
                 survival.problems.append(f"told, it ended with {codes}: {log.read_text(errors='replace')[-900:]}")
                 return survival
             continue

@@ -1,6 +1,7 @@
 """Pushing to a Hub on a loopback port: what arrives, what never does, what is not sent twice, and faults on the way."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -103,6 +104,16 @@ def test_weights_that_are_not_whole_or_not_safetensors_are_refused(folder, tmp_p
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no model\.safetensors to push"):
         files_to_push(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "run.json", "evaluation/metrics.json"])
+def test_what_is_no_file_is_named_and_not_left_out(folder, tmp_path, name):
+    (tmp_path / "evaluation").mkdir()
+    place = (tmp_path if "/" in name else folder) / name
+    place.unlink(missing_ok=True)
+    os.mkfifo(place)
+    with pytest.raises(UserError, match=f"{place.name} is not a file"):
+        files_to_push(folder, tmp_path / "evaluation")
 
 
 # --- once is enough -------------------------------------------------------------------------------------------------

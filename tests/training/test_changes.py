@@ -240,7 +240,7 @@ def test_changes_take_effect_and_totals_are_of_all_legs(records, tmp_path, capsy
         train(tmp_path / "new", records, "--allow_changed", "seed")
 
 
-def test_legs_are_of_the_run_that_is_resumed_and_say_how_they_ended(records, tmp_path, monkeypatch):
+def test_legs_are_of_the_run_that_is_resumed_and_say_how_they_ended(records, tmp_path, monkeypatch, capsys):
     """Into another folder, which holds another run that goes; and one that ends with an error."""
     first, other = tmp_path / "first", tmp_path / "other"
     train(first, records)
@@ -250,6 +250,10 @@ def test_legs_are_of_the_run_that_is_resumed_and_say_how_they_ended(records, tmp
     run = json.loads((other / "run.json").read_text())
     assert [(leg["first_step"], leg["last_step"]) for leg in run["legs"]] == [(0, 8), (4, 8)] and run["seed"] == 42
     assert {path.name for path in other.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    (first / "run.json").unlink()  # copied without it
+    train(other, records, *flags)
+    assert f"{first / 'run.json'} has no list of earlier starts" in capsys.readouterr().out
+    assert len(json.loads((other / "run.json").read_text())["legs"]) == 1
 
     def fail(self, *values):
         raise RuntimeError("a fault of the machine")

@@ -177,6 +177,17 @@ def test_a_model_that_cannot_be_saved_is_found_out_before_it_is_trained(refused,
     assert content(work / "run") == before
 
 
+def test_weights_that_have_changed_since_their_run_are_no_start(work, tmp_path):
+    model = shutil.copytree(work / "run" / "checkpoint-2", tmp_path / "model")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    flags, before = arguments(work)[6:], content(work / "run")  # without model_type, tokenizer_name and shape
+    with pytest.raises(UserError, match=f"{model}: model.safetensors is not what was written .its SHA-256 differs"):
+        main_of_training()(["--model_name_or_path", str(model), *flags])
+    assert content(work / "run") == before
+
+
 def test_an_error_in_the_first_backward_pass_leaves_the_earlier_run(refused, monkeypatch):
     def backward(*args, **kwargs):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB.")
