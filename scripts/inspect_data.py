@@ -48,16 +48,9 @@ def main(argv: list[str]) -> None:
     output_dir = results_folder(argv, args)
 
     # here, because --help and a mistake in the arguments need none of it: models, datasets, matplotlib take seconds
+    from recipe.data import inspection
     from recipe.data.duplicates import inspect_duplicates
     from recipe.data.encode import resolve_max_length
-    from recipe.data.inspection import (
-        encode_trained,
-        inspect_lengths,
-        inspect_records,
-        measure_lengths,
-        plot_lengths,
-        preamble_ids,
-    )
     from recipe.data.inspection_tables import print_report
     from recipe.data.records import read_records
     from recipe.data.special_text import find_special_text
@@ -78,11 +71,11 @@ def main(argv: list[str]) -> None:
     loaded, dropped = drop_cross_split_duplicates(given)
 
     # inspect
-    records, lengths, examples = measure_lengths(loaded, tokenizer, data_args, left_out)
+    records, lengths, examples = inspection.measure_lengths(loaded, tokenizer, data_args, left_out)
     repetition, pairs = inspect_duplicates(given, records, args.near_duplicates, args.show)
     limits = sorted({*args.limits, data_args.max_length})
-    trained = encode_trained(records, tokenizer, data_args)
-    preamble = preamble_ids(load_template(data_args.template, tokenizer), tokenizer)
+    trained = inspection.encode_trained(records, tokenizer, data_args)
+    preamble = inspection.preamble_ids(load_template(data_args.template, tokenizer), tokenizer)
     settings = ("data", "template", "learn", "mask_prompt", "max_length", "overflow")
     report = {
         "command": command_line(),
@@ -95,9 +88,9 @@ def main(argv: list[str]) -> None:
         },
         "left_out_of_train_as_duplicates": dropped,
         "bad_records": left_out.reasons,
-        "splits": inspect_lengths(lengths, examples, trained, limits, batch_size, preamble),
+        "splits": inspection.inspect_lengths(lengths, examples, trained, limits, batch_size, preamble),
         "repetition": repetition,
-        **inspect_records(records, lengths, find_special_text(records, tokenizer), args.show),
+        **inspection.inspect_records(records, lengths, find_special_text(records, tokenizer), args.show),
     }
 
     # show
@@ -106,7 +99,7 @@ def main(argv: list[str]) -> None:
     if left_out.bad:
         write_json_lines(output_dir / "bad_records.jsonl", left_out.bad)
     write_json_lines(output_dir / "near_duplicates.jsonl", pairs)
-    plot_lengths(lengths, data_args.max_length, output_dir / "lengths.png")
+    inspection.plot_lengths(lengths, data_args.max_length, output_dir / "lengths.png")
     print(f"\nAll figures: {output_dir / 'inspection.json'}   Lengths drawn: {output_dir / 'lengths.png'}")
 
 
