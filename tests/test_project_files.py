@@ -118,7 +118,7 @@ def test_files_and_functions_are_short(path):
 
 
 def test_the_training_path_is_short():
-    """What runs when a model is trained: at most 7,400 lines, docstrings included."""
+    """What runs when a model is trained: at most 7,450 lines, docstrings included."""
     parts = [
         "scripts/train.py",
         *(f"recipe/{n}.py" for n in ("collator", "attention", "attention_kernels", "templates", "model", "config")),
@@ -129,4 +129,4 @@ def test_the_training_path_is_short():
         for path in (ROOT / "recipe" / "data").glob("*.py")
         if path.stem not in ("duplicates", "inspection", "inspection_tables")
     ]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= 7400
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= 7450
