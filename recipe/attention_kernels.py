@@ -179,7 +179,8 @@ def _products_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     precise = torch.promote_types(query.dtype, torch.float32)
     queries = query.index_select(1, part.slots) * scale
-    output, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2], dtype=precise)
+    output = queries.new_empty(*queries.shape[:2], value.shape[2])
+    lse = queries.new_empty(queries.shape[:2], dtype=precise)
     for bundle in part.bundles:
         asking, keys, values = _bundled(queries, key, value, part, bundle)
         scores = _scores(asking, keys, bundle)
