@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def group_hashes(splits: Mapping[str, Dataset], key: str = "") -> dict[str, np.n
     while any(map(len, rows.values())):
         answers += 1
         for name, which in rows.items():
-            parts = (beginning_of(record, answers) for record in select_texts(splits[name].select(which)))
+            parts = (beginning_of(record, answers) for record in _records(splits[name].select(which)))
             hashes = [[_hash(part, key) if part else 0 for part in each] for each in parts]
             found[name][which] = np.array(hashes, dtype=np.uint64).reshape(-1, 2)  # a beginning, and what follows it
         ways = np.unique(np.concatenate([*found.values()]), axis=0)
@@ -112,7 +112,12 @@ def group_hashes(splits: Mapping[str, Dataset], key: str = "") -> dict[str, np.n
 
 def content_hashes(dataset: Dataset) -> np.ndarray:
     """A 64-bit hash of all that each record says, (records,) uint64; the same on every machine."""
-    return np.array([_hash(texts_of(record)) for record in select_texts(dataset)], dtype=np.uint64)
+    return np.array([_hash(texts_of(record)) for record in _records(dataset)], dtype=np.uint64)
+
+
+def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    for batch in select_texts(dataset).iter(batch_size=10_000):
+        yield from (dict(zip(batch, fields, strict=True)) for fields in zip(*batch.values(), strict=True))
 
 
 def _hash(part: Any, key: str = "") -> int:
