@@ -47,7 +47,8 @@ class Plan(NamedTuple):
 class ProductAttention(torch.autograd.Function):
     """Scores of what stands above a run and of the run itself side by side, in one softmax.
 
-    Query (heads, time, head size); key and value (key heads, time, head size), contiguous. What runs stand below is
+    Query (heads, time, head size); key and value (key heads, time, head size), contiguous; values may have a size of
+    their own. What runs stand below is
     there once for all of them. Weights that take more room than `KEPT` times the queries are computed again.
     """
 
@@ -63,7 +64,7 @@ class ProductAttention(torch.autograd.Function):
         drop = Drop(dropout, ctx.seed, query.device)
         with torch.autocast(query.device.type, enabled=False):
             queries = query.index_select(1, ctx.plan.slots) * scale
-            output = torch.empty_like(queries)
+            output = queries.new_empty(*queries.shape[:2], value.shape[2])
             for bundle in ctx.plan.bundles:
                 asking = _by_key_head(queries, bundle, len(key))
                 keys, values = (_seen(states, ctx.plan, bundle) for states in (key, value))
@@ -81,7 +82,8 @@ class ProductAttention(torch.autograd.Function):
         plan, drop = ctx.plan, Drop(ctx.dropout, ctx.seed, query.device)
         with torch.autocast(query.device.type, enabled=False):
             queries = query.index_select(1, plan.slots) * ctx.scale
-            gradients = torch.zeros_like(queries).index_copy_(1, plan.taken, gradient)  # padding has none
+            gradients = gradient.new_zeros(*queries.shape[:2], value.shape[2])  # for padding
+            gradients.index_copy_(1, plan.taken, gradient)
             of_queries = torch.empty_like(queries)
             sums = [_Sum(each, plan) for each in (key, value)]
             for number, bundle in enumerate(plan.bundles):

@@ -139,6 +139,17 @@ def test_each_way_is_attention_by_definition(segments, heads, way):
     torch.testing.assert_close(results, [expected, *torch.autograd.grad(expected, states, gradient)])
 
 
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_values_may_be_of_another_size_than_keys(segments):
+    """As in DeepSeek's latent attention."""
+    states, gradient = random_states(segments, (4, 4, 12))
+    states[2] = states[2].detach()[..., :8].requires_grad_()
+    expected = by_definition(*(each[0] for each in states), segments, 12**-0.5).transpose(0, 1)[None]
+    output, _ = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
+    found, wanted = (torch.autograd.grad(each, states, gradient[..., :8].double()) for each in (output, expected))
+    torch.testing.assert_close([output, *found], [expected, *wanted])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_the_registered_attention_is_attention_by_definition(segments, dtype):
