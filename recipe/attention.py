@@ -4,12 +4,10 @@ Importing this module registers it with transformers. In batches of `DataCollato
 `attention="segments"`, a token attends to what its example has up to there. All other batches (generation, padding,
 rows with a mask) are computed by SDPA.
 
-A run is what an example adds to the row; what it shares with earlier ones stands above it. Attention within runs, and
-attention of runs to what stands above them, are computed on their own, and merged by their log-sum-exps, as in ring
-attention: keys and values of a shared start are there once. FlashAttention does both where it runs (CUDA, half
-precision, no dropout), elsewhere matrix products do.
+Keys and values of what examples share are there once. FlashAttention computes it where it runs (CUDA, half precision,
+no dropout), elsewhere matrix products do.
 
-Related work: Tree Training (arXiv:2511.00413), Prefix Grouper (arXiv:2506.05433), Ring Attention (arXiv:2310.01889).
+Related work: Tree Training (arXiv:2511.00413), Prefix Grouper (arXiv:2506.05433).
 """
 
 from __future__ import annotations
@@ -17,14 +15,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from recipe.attention_kernels import FLASH, PRODUCTS, Drop, Kernel, Segments
+from recipe.attention_flash import FLASH, MergedAttention
+from recipe.attention_products import ProductAttention
+from recipe.segments import Segments
 
 NAME = "shared_prefix"
 
@@ -63,9 +62,10 @@ def shared_prefix_attention(
         )
         return output.transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = FLASH if dropout == 0 and _flash_runs(query, key, value) else PRODUCTS
-    states = [each[0] if kernel is FLASH else each[0].contiguous() for each in (query, key, value)]
-    output = TreeAttention.apply(*states, segments, scale, dropout, kernel)
+    if dropout == 0 and _flash_runs(query, key, value):
+        output = MergedAttention.apply(query[0], key[0], value[0], segments, scale, FLASH)
+    else:
+        output = ProductAttention.apply(query[0], key[0].contiguous(), value[0].contiguous(), segments, scale, dropout)
     return output.transpose(0, 1)[None], None
 
 
@@ -77,50 +77,6 @@ def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
         and query.shape[-1] % 8 == 0
         and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, grouped))
     )
-
-
-class TreeAttention(torch.autograd.Function):
-    """The parts of a kernel, merged: (heads, time, head size) each. Scores are not kept, but computed again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        segments: Segments, scale: float, dropout: float, kernel: Kernel,
-    ) -> torch.Tensor:  # fmt: skip
-        # the backward pass drops the same weights; the seed is the CPU's, so that no host waits for a GPU
-        ctx.kernel, ctx.scale, ctx.dropout = kernel, scale, dropout
-        ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
-        ctx.parts, drop = kernel.parts(segments, query.device), Drop(ctx.dropout, ctx.seed, query.device)
-        first, *others = ctx.parts
-        with torch.autocast(query.device.type, enabled=False):
-            output, lse = kernel.forward(query, key, value, first, scale, drop)
-            part_lses = [lse]
-            for part in others:
-                above, above_lse = kernel.forward(query, key, value, part, scale, drop)
-                within, within_lse = output.index_select(1, part.queries), lse.index_select(1, part.queries)
-                merged = torch.logaddexp(within_lse, above_lse)
-                within_share, above_share = ((each - merged).exp_()[..., None] for each in (within_lse, above_lse))
-                both = (within * within_share).add_(above * above_share)
-                output = output.index_copy(1, part.queries, both.to(output.dtype))
-                lse = lse.index_copy(1, part.queries, merged)
-                part_lses.append(above_lse)
-        ctx.save_for_backward(query, key, value, output, lse, *part_lses)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output, lse, *part_lses = ctx.saved_tensors
-        totals = [torch.zeros_like(each, dtype=lse.dtype) for each in (key, value)]
-        drop = Drop(ctx.dropout, ctx.seed, query.device)
-        of_query: Any = None
-        with torch.autocast(query.device.type, enabled=False):
-            known = gradient, query, key, value, output, lse
-            for part, part_lse in zip(ctx.parts, part_lses, strict=True):
-                found = ctx.kernel.backward(*known, part_lse, part, ctx.scale, drop, totals)
-                of_query = found if of_query is None else of_query.index_add_(1, part.queries, found)
-        gradients = (each.to(query.dtype) for each in (of_query, *totals))
-        return *gradients, None, None, None, None
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:

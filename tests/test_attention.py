@@ -1,14 +1,17 @@
-"""Attention over a tree of runs, by each kernel, against attention by definition: outputs and gradients."""
+"""Attention over a tree of runs, in both ways, against attention by definition: outputs and gradients."""
 
+import collections
 import itertools
+import random
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recipe import attention, attention_kernels
-from recipe.attention_kernels import FLASH, PRODUCTS, packed_kernel
+from recipe import attention, attention_products
+from recipe.attention_flash import FLASH, Kernel, MergedAttention
+from recipe.attention_products import ProductAttention
 
 LAYERS = ["full_attention", "sliding_attention"]
 
@@ -87,7 +90,15 @@ def packed_backward(gradient, query, key, value, output, lse, *arguments, scale)
     return results
 
 
-KERNELS = {"products": PRODUCTS, "packed": packed_kernel(packed_forward, packed_backward)}
+def by_products(query, key, value, segments, scale, dropout=0.0):
+    return ProductAttention.apply(query, key, value, segments, scale, dropout)
+
+
+def by_merging(query, key, value, segments, scale):
+    return MergedAttention.apply(query, key, value, segments, scale, Kernel(packed_forward, packed_backward))
+
+
+WAYS = {"products": by_products, "merged": by_merging}
 
 
 def random_states(segments, heads, device="cpu", dtype=torch.float64):
@@ -99,25 +110,31 @@ def random_states(segments, heads, device="cpu", dtype=torch.float64):
     return [each.to(device, dtype).requires_grad_() for each in states], torch.randn(1, time, queries, size).to(device)
 
 
-@pytest.fixture(params=[(0, 8), (2**20, 2**20)], ids=["small pieces", "large pieces"])
-def pieces(request, monkeypatch):
-    cost, most = request.param
-    for name, value in (("BUNDLE_COST", cost), ("MOST_PAIRS", most), ("LONGEST", 7 if cost == 0 else 256)):
-        monkeypatch.setattr(attention_kernels, name, value)
-    attention_kernels._product_parts.cache_clear()
+SIZES = {  # of bundles
+    "small": {"BUNDLE_COST": 0, "MOST_PAIRS": 8, "LONGEST": 7, "MOST_COPIES": 0, "KEPT": 0},
+    "large": {"BUNDLE_COST": 2**20, "MOST_PAIRS": 2**20, "MOST_COPIES": 2**20, "KEPT": 2**20},
+    "as they are": {},
+}
+
+
+@pytest.fixture(params=SIZES.values(), ids=SIZES.keys())
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setattr(attention_products, name, value)
+    attention_products._plan.cache_clear()
     yield
-    attention_kernels._product_parts.cache_clear()
+    attention_products._plan.cache_clear()
 
 
-@pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
-def test_each_kernel_is_attention_by_definition(segments, heads, kernel):
+def test_each_way_is_attention_by_definition(segments, heads, way):
     states, gradient = random_states(segments, heads)
     gradient = gradient[0].transpose(0, 1).double()
     expected = by_definition(*(each[0] for each in states), segments, 0.3)
-    output = attention.TreeAttention.apply(*(each[0] for each in states), segments, 0.3, 0.0, kernel)
+    output = way(*(each[0] for each in states), segments, 0.3)
     results = [output, *torch.autograd.grad(output, states, gradient)]
     torch.testing.assert_close(results, [expected, *torch.autograd.grad(expected, states, gradient)])
 
@@ -157,14 +174,15 @@ def test_scores_of_any_size_stay_finite(size):
     states, gradient = random_states(segments, HEADS["gpt2"], dtype=torch.float32)
     query, key, value = (each[0].detach() * size for each in states)
     query, key, value = query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
-    for kernel in KERNELS.values():
-        output = attention.TreeAttention.apply(query, key, value, segments, 1.0, 0.0, kernel)
+    for way in WAYS.values():
+        output = way(query, key, value, segments, 1.0)
         gradients = torch.autograd.grad(output, (query, key, value), gradient[0].transpose(0, 1))
         expected = by_definition(query, key, value, segments, 1.0)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4 * size)
         assert all(each.isfinite().all() for each in gradients)
 
 
+@pytest.mark.usefixtures("sizes")
 def test_dropped_weights_are_the_same_in_both_passes():
     """With the weights dropped that the forward pass dropped, the gradient is that of finite differences."""
     segments = SEGMENTS["deep"]
@@ -173,13 +191,13 @@ def test_dropped_weights_are_the_same_in_both_passes():
 
     def attend(*states):
         torch.manual_seed(5)
-        return attention.TreeAttention.apply(*states, segments, 0.3, 0.5, PRODUCTS)
+        return by_products(*states, segments, 0.3, 0.5)
 
     assert torch.autograd.gradcheck(attend, rows, fast_mode=True)
-    assert not torch.equal(attend(*rows), attention.TreeAttention.apply(*rows, segments, 0.3, 0.5, PRODUCTS))
+    assert not torch.equal(attend(*rows), by_products(*rows, segments, 0.3, 0.5))
     kept = by_definition(*rows, segments, 0.3)
     torch.manual_seed(0)
-    mean = sum(attention.TreeAttention.apply(*rows, segments, 0.3, 0.5, PRODUCTS) for _ in range(400)) / 400
+    mean = sum(by_products(*rows, segments, 0.3, 0.5) for _ in range(400)) / 400
     assert (mean - kept).norm() < 0.1 * kept.norm()
 
 
@@ -188,23 +206,38 @@ def test_gradients_of_what_is_shared_are_summed_in_float32():
     segments = ((0, 2), *((1, 1) for _ in range(512)))
     states, _ = random_states(segments, (1, 1, 8), dtype=torch.bfloat16)
     query, key, value = (each[0].detach().zero_().requires_grad_() for each in states)
-    for kernel in KERNELS.values():
-        output = attention.TreeAttention.apply(query, key, value, segments, 1.0, 0.0, kernel)
+    for way in WAYS.values():
+        output = way(query, key, value, segments, 1.0)
         gradient = torch.autograd.grad(output, value, torch.full_like(output, 2.0))[0]
         # each of 513 examples gives its half to the shared value, which also keeps all of its own
         assert gradient[0, 0, 0].item() == pytest.approx(2 + 513, rel=0.01)
 
 
-def test_runs_are_bundled_without_much_padding():
-    assert attention_kernels.bundle_sizes([410, 400, 14, 12, 10]) == [1, 1, 3]
-    generator = torch.Generator().manual_seed(0)
-    lengths = sorted(torch.randint(1, 256, (500,), generator=generator).tolist(), reverse=True)
-    sizes = attention_kernels.bundle_sizes(lengths)
-    assert sum(sizes) == len(lengths)
+@pytest.mark.parametrize("above", [0, 30])
+def test_runs_are_bundled_without_much_padding(above):
+    assert attention_products.bundle_sizes([(410, 0), (400, 0), (14, 0), (12, 3), (10, 0)], above=0) == [1, 1, 3]
+    draw = random.Random(0)
+    shapes = sorted(((draw.randrange(1, 256), draw.choice((0, 0, 5))) for _ in range(500)), reverse=True)
+    sizes = attention_products.bundle_sizes(shapes, above)
+    assert sum(sizes) == len(shapes) and max(sizes) > 5
     for start, end in itertools.pairwise([0, *itertools.accumulate(sizes)]):
-        pairs = (end - start) * lengths[start] ** 2
-        assert end - start == 1 or pairs <= attention_kernels.MOST_PAIRS
-        assert pairs - sum(length**2 for length in lengths[start:end]) <= attention_kernels.BUNDLE_COST
+        members = shapes[start:end]
+        pairs = len(members) * members[0][0] * (above + max(copied for _, copied in members) + members[0][0])
+        assert len(members) == 1 or pairs <= attention_products.MOST_PAIRS
+        needed = sum(length * (above + copied + length) for length, copied in members)
+        assert pairs - needed <= attention_products.BUNDLE_COST
+
+
+@pytest.mark.parametrize(("members", "copies"), [(2, {0, 3}), (99, {0})])
+def test_few_runs_below_a_few_tokens_more_go_with_others_and_many_do_not(members, copies):
+    """Some branches share three tokens with one another that the other twelve do not."""
+    segments = ((0, 60), *((33, 21) for _ in range(members)), *((30, 20) for _ in range(12)))
+    bundles = attention_products._plan(segments, torch.device("cpu"), torch.float32).bundles
+    assert {bundle.missing.shape[1] for bundle in bundles} == copies
+    runs = collections.Counter()
+    for bundle in bundles:
+        runs[bundle.above] += bundle.runs
+    assert runs == ({(): 1, ((0, 30),): 14} if members == 2 else {(): 1, ((0, 30),): 12, ((0, 33),): 99})
 
 
 def test_rotary_embeddings_in_float32_under_autocast():
@@ -262,11 +295,10 @@ def test_flash_attention_has_the_arguments_that_are_given():
     segments = SEGMENTS["deep"]
     states, _ = random_states(segments, (2, 2, 8), dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
-        attention.TreeAttention.apply(*(each[0] for each in states), segments, 1.0, 0.0, FLASH)
-    part = FLASH.parts(segments, torch.device("cpu"))[1]
-    rows = [each[0].detach() for each in states]
+        MergedAttention.apply(*(each[0] for each in states), segments, 1.0, FLASH)
+    output = MergedAttention.apply(*(each[0] for each in states), segments, 1.0, Kernel(packed_forward, FLASH.backward))
     with pytest.raises(NotImplementedError, match="_flash_attention_backward"):
-        FLASH.backward(rows[0], *rows, rows[0], torch.zeros(2, 47), None, part, 1.0, None, rows[1:])
+        output.sum().backward()
 
 
 def test_the_definition_equals_sdpa_on_one_sequence():

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
-from recipe import attention
+from recipe import attention, attention_products
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.trainer import InstructionTrainer
@@ -108,20 +108,21 @@ def test_a_model_that_drops_segments_trains_with_a_mask_and_the_run_says_so(arch
 
 @pytest.mark.parametrize("wrong", ["raises", "forward", "backward"])
 def test_a_kernel_that_is_wrong_on_this_device_gives_way(wrong, tmp_path, monkeypatch, capsys):
-    """As a GPU's might be; here the kernel of the CPU is spoiled."""
+    """As a GPU's might be; here the one of the CPU is spoiled."""
 
-    good = attention.PRODUCTS
+    class Spoiled(attention.ProductAttention):
+        @staticmethod
+        def forward(*args):
+            if wrong == "raises":
+                raise RuntimeError("no kernel image is available")
+            return attention_products.ProductAttention.forward(*args) * (1.1 if wrong == "forward" else 1)
 
-    def forward(*args):
-        if wrong == "raises":
-            raise RuntimeError("no kernel image is available")
-        output, lse = good.forward(*args)
-        return (1.1 * output if wrong == "forward" else output), lse
+        @staticmethod
+        def backward(*args):
+            of_query, *others = attention_products.ProductAttention.backward(*args)
+            return of_query * (1.1 if wrong == "backward" else 1), *others
 
-    def backward(*args):
-        return good.backward(*args) * (1.1 if wrong == "backward" else 1)
-
-    monkeypatch.setattr(attention, "PRODUCTS", good._replace(forward=forward, backward=backward))
+    monkeypatch.setattr(attention, "ProductAttention", Spoiled)
     trainer = trainer_for(small_model("llama", attention.NAME), "segments", tmp_path)
     assert trainer.data_collator.attention == "mask"
     expected = {"raises": "no kernel image", "forward": "logits are off", "backward": "gradients are off"}[wrong]
