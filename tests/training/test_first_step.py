@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments
 from recipe.evaluation.measures import MEASURES
+from recipe.precision import is_native
 from recipe.templates import load_template
 from recipe.trainer import InstructionTrainer
 from recipe.training.checks import OF_ANSWERS, OF_TIME, OF_TOKENS
 from recipe.training.errors import Settings
 from recipe.training.first_step import FirstStep
+
+NATIVE = "bf16" if is_native(torch.bfloat16, "cpu") else "no"
 
 
 def make_trainer(folder, tokenizer, **settings):
@@ -98,7 +101,8 @@ def metrics_of(trainer) -> set[str]:
 @pytest.mark.parametrize(
     ("environment", "flags", "ran"),
     [
-        ({}, [], {"mixed_precision": "no", "compiler": "no", "optimizer": "AdamW", "attention": "sdpa"}),
+        ({}, [], {"mixed_precision": NATIVE, "compiler": "no", "optimizer": "AdamW", "attention": "sdpa"}),
+        ({}, ["--bf16", "false"], {"mixed_precision": "no"}),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--optim", "sgd"], {"mixed_precision": "bf16", "optimizer": "SGD"}),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--fp16", "true"], {"mixed_precision": "fp16"}),
         ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, ["--attn_implementation", "eager", "--data_seed", "7"],
@@ -119,7 +123,10 @@ def test_run_and_card_tell_what_ran_wherever_it_was_set(tmp_path, monkeypatch, e
     ])  # fmt: skip
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["ran"] | ran == run["ran"]
-    assert run["config"]["training"]["bf16"] is ("--bf16" in flags)  # what was asked
-    mixed = "" if ran.get("mixed_precision", "no") == "no" else f", mixed {ran['mixed_precision']}"
+    asked = (
+        "true" in flags if "--bf16" in flags else False if environment.keys() & {"ACCELERATE_MIXED_PRECISION"} else None
+    )
+    assert run["config"]["training"]["bf16"] is asked
+    mixed = "" if run["ran"]["mixed_precision"] == "no" else f", mixed {run['ran']['mixed_precision']}"
     expected = f"| precision | weights in {ran.get('weights', 'float32')}{mixed} |"
     assert expected in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
