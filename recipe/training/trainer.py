@@ -236,7 +236,7 @@ class InstructionTrainer(WholeSaves):
         return hidden, head, targets
 
     def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
-        """Whether we can apply the head: not with PEFT, sharding, a model compiled whole, or float16 (scales the loss)."""
+        """Whether we can apply the head: not with PEFT, sharding, a model compiled whole, float16 (scales the loss)."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         outside = not self.args.torch_compile or compiles_blocks(self.args)
         plain = outside and self.accelerator.mixed_precision != "fp16"  # wherever it was set
