@@ -25,7 +25,7 @@ def make_collator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataCollatorForInstructionTuning | DataCollatorWithSharedPrefix:
-    """The collator of `--batching`; under `torch.compile` it pads 2 to 5 % more, so that few shapes occur.
+    """The collator of `--batching`; under `torch.compile` rows and masks are padded more, so that few shapes occur.
 
     A shared row is not tried here, but by the trainer, where the model trains: see `fitting_collator`.
 
@@ -42,7 +42,9 @@ def make_collator(
         raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
     # where the whole model is compiled, a row with a mask is one graph for all lengths; segments would break it
     segments = attention_of(model) == attention.NAME and (not compiled or compiles_blocks(training_args))
-    return DataCollatorWithSharedPrefix(pad_id, "segments" if segments else "mask", 32 if compiled else None)
+    if segments:  # no graph depends on the runs, and each takes any length from the second one on
+        return DataCollatorWithSharedPrefix(pad_id, "segments")
+    return DataCollatorWithSharedPrefix(pad_id, "mask", 32 if compiled else None)
 
 
 def _why_not_these_settings(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:
