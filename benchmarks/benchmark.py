@@ -30,11 +30,12 @@ from recipe.data import load_records
 from recipe.data.split import data_hash
 from recipe.files import read_json, write_whole
 from recipe.model import context_length, load_model, load_tokenizer
+from recipe.precision import is_native
 from recipe.provenance import command_line, hardware, versions
-from recipe.training.checks import has_bfloat16_instructions
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipe" / "demo"
+MOST_SAMPLES = 64  # of a micro-batch; contenders that take conversations apart accumulate gradients beyond it
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
@@ -58,10 +59,8 @@ class BenchmarkArguments:
 
     def __post_init__(self) -> None:
         if self.precision == "auto":
-            native = has_bfloat16_instructions()
-            if torch.cuda.is_available():
-                native = torch.cuda.is_bf16_supported(including_emulation=False)
-            self.precision = "bf16" if native else "fp32"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.precision = "bf16" if is_native(torch.bfloat16, device) else "fp32"
 
 
 def main(argv: list[str]) -> None:
@@ -146,6 +145,7 @@ def plan(args: BenchmarkArguments) -> list[dict[str, Any]]:
         for part in args.only
         for name in args.contenders
         if HAS_TRL or not name.startswith("trl")
+        if PARTS[part].turns or name != "trl_conversations"
     ]
     rounds = [keys[::-1] if number % 2 else keys for number in range(args.rounds)]
     return [{**key, "round": number} for number, keys in enumerate(rounds) for key in keys]
@@ -162,7 +162,8 @@ def measure_all(args: BenchmarkArguments, inputs: Inputs, attention: str | None,
         measurement = {**key, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "code": code_hash()}
         measurement["load_before"] = round(os.getloadavg()[0], 2)
         job = {**key, "folder": str(inputs.folder), "attention": attention, "warmup": args.warmup}
-        measurement |= run_job(job | {"batch_size": PARTS[key["part"]].batch_size, "rows": rows[key["part"]]})
+        job |= {"batch_size": PARTS[key["part"]].batch_size, "most_samples": MOST_SAMPLES}
+        measurement |= run_job(job | rows[key["part"]])
         others = [m for m in results["measurements"] if not key.items() <= m.items()]
         results["measurements"] = [*others, measurement]
         write_results(Path(args.output), results)

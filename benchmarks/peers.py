@@ -25,7 +25,10 @@ IGNORE_INDEX = -100
 LEARNING_RATE = 5e-5  # constant and without weight decay for all, so that their losses can be compared
 
 Job = dict[str, Any]
-Rows = list[dict[str, Any]]  # input_ids, labels (aligned, not shifted), length, row, prompt, completion
+# input_ids, labels (aligned, not shifted), length, row, ends, prompt, completion, messages
+Rows = list[dict[str, Any]]
+# who takes conversations as they are; the others take each learned turn with its history as a sample of its own
+TAKE_CONVERSATIONS = ("recipe_shared_prefix", "recipe_padded", "trainer_shared_mask", "trl_conversations")
 
 
 def make_model(job: Job, attention: str | None = None) -> Any:
@@ -49,15 +52,32 @@ def peak_memory() -> int:
 
 def measure(job: Job) -> dict[str, Any]:
     """Optimizer steps of one contender on the rows of one part: the warm-up steps, then the timed ones."""
-    rows, first_timed = job["rows"], job["warmup"] * job["batch_size"]
+    rows, size = job["rows"], job["batch_size"]
+    # what the step is worth, the same for all, however often a contender computes a history
+    work = [
+        {"records": size, "tokens": sum(len(row["input_ids"]) for row in rows[start : start + size])}
+        for start in range(0, len(rows), size)
+    ]
+    if "samples" in job and job["contender"] not in TAKE_CONVERSATIONS:
+        each = len(job["samples"]) // len(rows)
+        most = max(each, job["most_samples"])
+        accumulate = next(n for n in range(1, size + 1) if size % n == 0 and each * size <= most * n)
+        rows, size = job["samples"], each * size
+        job = job | {"batch_size": size, "accumulate": accumulate}
+    first_timed = job["warmup"] * size
     if job["contender"].endswith("by_length"):
         rows[first_timed:] = sorted(rows[first_timed:], key=lambda row: -len(row["input_ids"]))
-    meter = Meter(warmup=job["warmup"], steps=len(rows) // job["batch_size"])
+    meter = Meter(warmup=job["warmup"], steps=len(rows) // size, accumulate=job.get("accumulate", 1))
     TRAINERS[job["contender"]](job, rows, meter)
-    batches = meter.batches[: meter.steps]  # a loader may fetch one more
+    batches = [
+        {name: sum(batch[name] for batch in of_step) for name in of_step[0]} for of_step in meter.by_step(meter.batches)
+    ]
+    if "samples" in job:
+        batches = [batch | of_step for batch, of_step in zip(batches, work, strict=True)]
+    losses = [sum(of_step) for of_step in meter.by_step(torch.stack(meter.losses).tolist())]
     return {
         "seconds": [round(end - start, 5) for start, end in itertools.pairwise(meter.ticks)],
-        "losses": [round(loss, 6) for loss in torch.stack(meter.losses).tolist()],
+        "losses": [round(loss, 6) for loss in losses],
         "warmup": meter.warmup,
         **{name: [batch[name] for batch in batches] for name in batches[0]},
     }
@@ -65,13 +85,18 @@ def measure(job: Job) -> dict[str, Any]:
 
 @dataclass
 class Meter(TrainerCallback):
-    """Records the time, the loss and the batch of each optimizer step."""
+    """Records the time of each optimizer step, and the loss and the content of each micro-batch."""
 
     warmup: int  # steps before the timed ones
     steps: int  # all of them
+    accumulate: int = 1  # micro-batches of a step
     ticks: list[float] = field(default_factory=list)  # the start of the first step, then the end of each
-    losses: list[torch.Tensor] = field(default_factory=list)  # nats per target
+    losses: list[torch.Tensor] = field(default_factory=list)  # nats, over the targets of the step
     batches: list[dict[str, int]] = field(default_factory=list)
+
+    def by_step(self, values: list[Any]) -> list[list[Any]]:
+        """Those of each step together, without what a loader has fetched beyond the last."""
+        return [values[n * self.accumulate : (n + 1) * self.accumulate] for n in range(self.steps)]
 
     def tick(self) -> None:
         """Record a step's end. Waits for the GPU only before and after all timed steps, so the host can run ahead."""
@@ -124,7 +149,8 @@ def trainer_arguments(job: Job, rows: Rows) -> dict[str, Any]:
     """The arguments of all Trainers; everything else keeps its default."""
     return {
         "output_dir": f"{job['folder']}/trainer",  # nothing is saved there
-        "per_device_train_batch_size": job["batch_size"],
+        "per_device_train_batch_size": job["batch_size"] // job.get("accumulate", 1),
+        "gradient_accumulation_steps": job.get("accumulate", 1),
         "max_steps": len(rows) // job["batch_size"],
         "train_sampling_strategy": "sequential",  # the rows are already in order
         "learning_rate": LEARNING_RATE,
@@ -151,7 +177,8 @@ def train_recipe(job: Job, rows: Rows, meter: Meter, batching: Literal["padded",
     fuse_activations(model)
     arguments = InstructionTrainingArguments(**trainer_arguments(job, rows))
     collator = make_collator(DataArguments(batching=batching), arguments, model, tokenizer)
-    dataset = Dataset.from_list(rows).select_columns(["input_ids", "labels", "length", "row"])
+    columns = [name for name in ("input_ids", "labels", "length", "row", "ends") if name in rows[0]]
+    dataset = Dataset.from_list(rows).select_columns(columns)
     meter.run(InstructionTrainer(model, arguments, collator, dataset, processing_class=tokenizer))
 
 
@@ -161,12 +188,15 @@ def train_stock(job: Job, rows: Rows, meter: Meter, our_collator: bool = False) 
 
     tokenizer = load_tokenizer(job)
     collator: Any = DataCollatorForSeq2Seq(tokenizer)
+    columns = ["input_ids", "labels"]
     if our_collator:
         from recipe.collator import DataCollatorWithSharedPrefix
 
         collator = DataCollatorWithSharedPrefix(tokenizer.eos_token_id, attention="mask")
-    dataset = Dataset.from_list(rows).select_columns(["input_ids", "labels"])
-    meter.run(Trainer(make_model(job), TrainingArguments(**trainer_arguments(job, rows)), collator, dataset))
+        columns += ["ends"] if "ends" in rows[0] else []
+    dataset = Dataset.from_list(rows).select_columns(columns)
+    arguments = TrainingArguments(**trainer_arguments(job, rows), remove_unused_columns=False)
+    meter.run(Trainer(make_model(job), arguments, collator, dataset))
 
 
 def train_trl(job: Job, rows: Rows, meter: Meter, **options: Any) -> None:
@@ -176,6 +206,22 @@ def train_trl(job: Job, rows: Rows, meter: Meter, **options: Any) -> None:
     arguments = SFTConfig(**trainer_arguments(job, rows), **options)
     dataset = Dataset.from_list(rows).select_columns(["prompt", "completion"])
     meter.run(SFTTrainer(make_model(job), arguments, train_dataset=dataset, processing_class=load_tokenizer(job)))
+
+
+def train_trl_on_conversations(job: Job, rows: Rows, meter: Meter) -> None:
+    """TRL's `SFTTrainer` on whole conversations, of which it trains on what the assistant says.
+
+    A turn is learned behind what the template renders of the whole conversation. Where a template drops something from
+    a history (reasoning, a system message), that is not what inference shows, and the loss is that of other work.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = load_tokenizer(job)
+    tokenizer.chat_template = job["chat_template"]
+    options = {"gradient_checkpointing": False, "assistant_only_loss": True}
+    arguments = SFTConfig(**trainer_arguments(job, rows), **options)
+    dataset = Dataset.from_list(rows).select_columns(["messages"])
+    meter.run(SFTTrainer(make_model(job), arguments, train_dataset=dataset, processing_class=tokenizer))
 
 
 def train_plain(job: Job, rows: Rows, meter: Meter) -> None:
@@ -193,16 +239,22 @@ def train_plain(job: Job, rows: Rows, meter: Meter) -> None:
 
     model = make_model(job).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    loader: Any = torch.utils.data.DataLoader(rows, job["batch_size"], collate_fn=meter.counting(collate))  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(
+        rows, job["batch_size"] // meter.accumulate, collate_fn=meter.counting(collate)
+    )  # type: ignore[arg-type]
+    batches = iter(loader)
     meter.tick()
-    for batch in loader:
+    while step := list(itertools.islice(batches, meter.accumulate)):
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=job["precision"] == "bf16"):
-            logits = model(batch["input_ids"].to(device), use_cache=False).logits  # (batch, time, vocab)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten().to(device))
-        loss.backward()
+        targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in step)
+        for batch in step:
+            with torch.autocast(device, torch.bfloat16, enabled=job["precision"] == "bf16"):
+                logits = model(batch["input_ids"].to(device), use_cache=False).logits  # (batch, time, vocab)
+                labels = batch["labels"].flatten().to(device)
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum") / targets
+            loss.backward()
+            meter.losses.append(loss.detach())
         optimizer.step()
-        meter.losses.append(loss.detach())
         meter.tick()
 
 
@@ -218,6 +270,7 @@ TRAINERS: dict[str, Callable[[Job, Rows, Meter], None]] = {
     "trl_default": train_trl,
     "trl_by_length": lean_trl,
     "trl_padding_free": partial(lean_trl, padding_free=True, max_length=None),
+    "trl_conversations": train_trl_on_conversations,
     "plain_loop": train_plain,
 }
 

@@ -15,6 +15,7 @@ Measurement = dict[str, Any]
 Row = dict[str, Any]  # all rounds of one contender on one part, in one precision
 Groups = dict[tuple[str, str], list[Row]]  # by part and precision, fastest first
 
+SAME_LOSS = 1e-3  # relative, also in bf16
 OURS = ("recipe", "trainer_shared_mask")  # contenders with code of the recipe; their names begin so
 
 
@@ -52,8 +53,15 @@ def summarize_rounds(rounds: Sequence[Measurement]) -> Row:
         "work": (records, tokens, targets),
         "tokens": tokens / len(timed(first, "seconds")) / median,  # per second, without padding
         "positions": positions / tokens,  # that the model computes for each token
+        "first_loss": first["losses"][0],  # before any update, on the same rows for all
         "losses": f"{first['losses'][0]:.4f}–{first['losses'][-1]:.4f}",
     }
+
+
+def is_same_work(rows: Sequence[Row]) -> bool:
+    """Whether all contenders of a part learned as many targets and had the same first loss, but for rounding."""
+    losses = [row["first_loss"] for row in rows]
+    return len({row["work"] for row in rows}) == 1 and max(losses) - min(losses) <= SAME_LOSS * min(losses)
 
 
 def timed(measurement: Measurement, name: str) -> list[Any]:
@@ -78,7 +86,7 @@ def tables(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     days = ", ".join(sorted({m["date"][:10] for m in measurements}))
     hashes = ", ".join(sorted({m["code"] for m in measurements if m["contender"].startswith(OURS)}))
-    different = [part for (part, _), rows in groups.items() if len({row["work"] for row in rows}) > 1]
+    different = [part for (part, _), rows in groups.items() if not is_same_work(rows)]
     lines = [
         f"# {settings['model']}, {settings['parameters'] / 1e6:.0f}M parameters, on {settings['device']}",
         "",

@@ -53,6 +53,14 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    return _over_segments(query, key, value, dropout, scaling, segments), None
+
+
+@torch.compiler.disable  # runs differ from batch to batch: as Python values they would be compiled anew each time
+def _over_segments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None,
+    segments: Segments,
+) -> torch.Tensor:  # fmt: skip
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
     if len(segments) == 1 and (query.is_cuda or (query.dtype == torch.float32 and dropout == 0)):
         # one example; on a CPU SDPA is slow in half precision, and keeps all scores where it drops some
@@ -60,13 +68,13 @@ def shared_prefix_attention(
         output = functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-        return output.transpose(1, 2), None
+        return output.transpose(1, 2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0 and _flash_runs(query, key, value):
         output = MergedAttention.apply(query[0], key[0], value[0], segments, scale, FLASH)
     else:
         output = ProductAttention.apply(query[0], key[0].contiguous(), value[0].contiguous(), segments, scale, dropout)
-    return output.transpose(0, 1)[None], None
+    return output.transpose(0, 1)[None]
 
 
 def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

@@ -18,6 +18,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from recipe.config_file import ConfigFileError, read_config
+from recipe.peers import meeting_others
+from recipe.precision import is_native
 from recipe.setting_checks import json_problem, range_problem, type_problem, what_instead
 
 
@@ -126,6 +128,11 @@ class InstructionTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = setting(False, "Hide NaN and Inf losses in the log.")
     # Kept in the saved config, so that the model generates fast; InstructionTrainer itself trains without a cache.
     use_cache: bool = setting(True, "Whether the saved model generates with a KV cache.")
+    bf16: bool | None = setting(  # type: ignore[assignment]
+        False,
+        "Mixed precision in bfloat16. Unset in file and flags, it is on where the device has instructions for bfloat16 "
+        "and nothing else asks for a precision; in Python that is None, and False is the default.",
+    )
     # The Trainer's own default searches the graph at each step for parameters that a causal model does not have.
     ddp_find_unused_parameters: bool | None = setting(False, "For models in which the loss leaves parameters unused.")
     max_tokens_per_batch: int | None = setting(
@@ -176,10 +183,29 @@ class InstructionTrainingArguments(TrainingArguments):
             self.torch_compile, self.torch_compile_backend = True, compiler
         # without an accelerator the CPU is meant, also for several processes (DDP over gloo)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        chosen = self.bf16 is None and self._may_choose_precision()
+        if self.bf16 is None:
+            self.bf16 = chosen and is_native(torch.bfloat16, "cpu" if self.use_cpu else _accelerator())
         if torch.cuda.is_available() and self.dataloader_pin_memory and self.accelerator_config is None:
             # a blocking copy would wait for the step before it; now the host prepares the next batch meanwhile
             self.accelerator_config = {"non_blocking": True}
-        super().__post_init__()
+        with meeting_others():
+            super().__post_init__()
+        if chosen:
+            self.bf16 = None  # what was asked; `mixed_precision` is what came of it
+
+    def _may_choose_precision(self) -> bool:
+        """Whether neither a flag, nor accelerate's file, nor one of DeepSpeed asks for a precision.
+
+        "no" in accelerate's file asks for none: it is what `accelerate launch` sets where nothing is said.
+        """
+        by_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        return not (self.fp16 or by_deepspeed) and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
+
+
+def _accelerator() -> str:
+    device = torch.accelerator.current_accelerator()
+    return "cpu" if device is None else device.type
 
 
 def parse_arguments(
@@ -187,6 +213,8 @@ def parse_arguments(
     defaults_from: str = "defaults",
 ) -> tuple:  # fmt: skip
     """Fill `dataclass_types` from `[CONFIG.yaml] --flag value …`: `defaults`, over them the YAML file, then the flags.
+
+    A default of None reaches the dataclass, also where its own default is another.
 
     >>> model, data = parse_arguments([ModelArguments, DataArguments], ["--data", "a.json", "--max_length", "64"], "")
     >>> data.data, data.max_length, data.template
@@ -202,6 +230,7 @@ def parse_arguments(
     config_path = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if config_path else argv
     settings = defaults or {}
+    known |= {name: None for name, value in settings.items() if value is None and name in known}
     _check_keys(settings, known, defaults_from)
     _check_types(settings, dataclass_types, defaults_from)
     if config_path:
@@ -216,8 +245,9 @@ def parse_arguments(
         settings = {**settings, **content}
 
     # Lists and mappings are checked here; everything else goes through the type checks of the flags.
-    values = Namespace(**{name: value for name, value in settings.items() if isinstance(value, list | dict)})
-    as_flags = [f"--{name}={value}" for name, value in settings.items() if name not in values and value is not None]
+    kept = {name: value for name, value in settings.items() if value is None or isinstance(value, list | dict)}
+    values = Namespace(**kept)
+    as_flags = [f"--{name}={value}" for name, value in settings.items() if name not in values]
     for source, words in ((config_path or defaults_from, as_flags), ("command line", flags)):
         try:
             values, rest = parser.parse_known_args(words, values)

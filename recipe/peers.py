@@ -1,12 +1,15 @@
-"""The other processes of a run: which errors come from them, and what their launcher shows of ours."""
+"""The other processes of a run: how they meet, which errors come from them, and what their launcher shows of ours."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 GONE = "another process of this run has ended; what it said is the cause"
 CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
@@ -14,7 +17,31 @@ CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe"
 TIMED_OUT = re.compile(r"Timed out waiting (\d+)ms|timeout after (\d+)ms|Timeout\(ms\)=(\d+)")
 NO_BATCH = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 DEAD_WORKER = re.compile(r"DataLoader worker .*(?:killed by signal|exited unexpectedly)")
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as torchrun and MPI launchers set
 SHOWN = 600  # characters of a message in the launcher's table
+
+
+@contextmanager
+def meeting_others() -> Iterator[None]:
+    """While processes meet, SIGTERM, SIGHUP and Ctrl-C end each at once.
+
+    The main process waits for the others inside torch, where no handler of Python's is run: if they were told to stop,
+    too, and have gone, it would wait until the time is up.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    alone = all(os.environ.get(name, "1") == "1" for name in SIZES)
+    if alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        for number in numbers:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
 
 
 def peer_error(error: BaseException) -> str | None:

@@ -35,11 +35,13 @@ from recipe.evaluation.verdict import verdict
 from recipe.files import check_place, is_there, sweep
 from recipe.lock import hold_folder
 from recipe.manifest import check_unchanged
+from recipe.peers import meeting_others
 from recipe.provenance import read_run
 
 
 def main(argv: list[str]) -> None:
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    with meeting_others():
+        state = PartialState(cpu=not torch.accelerator.is_available())
     transformers.logging.set_verbosity_error()  # it warns of end-of-text tokens behind finished answers
     args, data_args, judge_args, run = parse(argv, state)
     gates = [parse_gate(text) for text in args.gate]

@@ -26,9 +26,9 @@ from recipe.training.stopping import STOPPED, StopOnSignal, end_with_launcher
 def main(argv: list[str]) -> None:
     """Settings, and one run at a time in its folder."""
     end_with_launcher()
-    model_args, data_args, training_args = parse_arguments(
-        [ModelArguments, DataArguments, InstructionTrainingArguments], argv, description=__doc__.split("\n")[0]
-    )
+    types = [ModelArguments, DataArguments, InstructionTrainingArguments]
+    by_device = {"bf16": None}
+    model_args, data_args, training_args = parse_arguments(types, argv, __doc__.split("\n")[0], by_device)
     with hold_folder(training_args.output_dir) if process_rank() == "0" else nullcontext():
         run(Settings(model_args, data_args, training_args))
 

@@ -18,6 +18,7 @@ from recipe.evaluation import answers, ask, endpoints
 from recipe.evaluation.headline import check_headline, choose_headline
 from recipe.evaluation.stored import START_OVER, read_begun, was_edited
 from recipe.files import file_hash, write_sealed
+from recipe.precision import is_native, slow_note
 from recipe.provenance import command_line, hardware, versions, weights_hash
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class EvalArguments:
     seed: int = setting(123, "Seed of the sampling.")
     batch_size: int = setting(32, "Prompts generated together on each process.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Of the weights; auto: bfloat16 on a GPU that has it, else float32."
+        "auto", "Of the weights; auto: bfloat16 on an NVIDIA or AMD GPU with instructions for it, else float32."
     )
     trust_remote_code: bool = setting(False, RUN_CODE)
     endpoint_key_env: list[str] = setting(
@@ -110,7 +111,7 @@ class EvalArguments:
                     f"--overwrite_output_dir would remove {name}, the answers to score; name another folder"
                 )
         if self.dtype == "auto":
-            has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            has_bfloat16 = torch.cuda.is_available() and is_native(torch.bfloat16, "cuda")
             self.dtype = "bfloat16" if has_bfloat16 else "float32"
 
     def endpoint(self, name: str) -> endpoints.Endpoint:
@@ -134,6 +135,8 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     templates = choose_templates(weights, tokenizers, data_args.template)
     for name in weights.values():
         check_finite(name)
+    if weights and (note := slow_note(getattr(torch, args.dtype), state.device.type)):
+        state.print(f"{note}: try --dtype float32")
     ends = {str(tokenizer.eos_token) for tokenizer in tokenizers.values()}
     predictions = [strip_end(prediction, ends) for prediction in predictions]
     evaluation: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from recipe.config import (
     ModelArguments,
     UserError,
 )
+from recipe.precision import name_of, slow_note
 from recipe.setting_checks import did_you_mean
 
 if TYPE_CHECKING:
@@ -190,14 +192,25 @@ def print_model(origin: str, model: PreTrainedModel, args: InstructionTrainingAr
         print_once(
             f"{threads} thread(s) a process on {cores} cores: set OMP_NUM_THREADS={cores // args.world_size} to use all"
         )
-    if args.device.type == "cpu" and args.mixed_precision == "bf16" and not has_bfloat16_instructions():
-        way_out = "--bf16 false" if args.bf16 else 'mixed_precision: "no" in accelerate\'s file'
-        print_once(f"This CPU has no instructions for bfloat16: {way_out} is faster")
+    for line in about_precision(args, model.dtype):
+        print_once(line)
 
 
-def has_bfloat16_instructions() -> bool:
-    """Whether the CPU has native bfloat16 instructions; True where torch cannot tell."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # not in every torch that is supported
-        return True
-    capabilities = torch.cpu.get_capabilities()
-    return not capabilities or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+def about_precision(
+    args: InstructionTrainingArguments, weights: torch.dtype, instructions: Collection[str] | None = None
+) -> list[str]:
+    """Which precision was chosen for the device, and that one that was asked for is slow there.
+
+    Args:
+        instructions: see `recipe.precision.is_native`.
+    """
+    kind, lines = args.device.type, []
+    if args.bf16 is None:
+        chosen, has = ("bf16", "has") if args.mixed_precision == "bf16" else ("fp32", "has no known")
+        line = f"Precision: {chosen}, as this {name_of(kind)} {has} instructions for bfloat16"
+        lines = [f"{line} (--bf16 true or false decides otherwise)"]
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
+    by_flag = args.fp16 or args.bf16
+    faster = f"--{args.mixed_precision} false" if by_flag else 'mixed_precision: "no" in accelerate\'s file'
+    notes = {faster: slow_note(mixed, kind, instructions), "--dtype float32": slow_note(weights, kind, instructions)}
+    return lines + [f"{note}: try {faster}" for faster, note in notes.items() if note]

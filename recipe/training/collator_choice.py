@@ -10,7 +10,7 @@ from recipe import attention
 from recipe.collator import DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.config import DataArguments, InstructionTrainingArguments, UserError
 from recipe.model import context_length
-from recipe.training.layout_check import why_never_one_row, why_not
+from recipe.training.layout_check import compiles_blocks, why_never_one_row, why_not
 
 
 def default_attention(config: PreTrainedConfig) -> str | None:
@@ -25,7 +25,7 @@ def make_collator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataCollatorForInstructionTuning | DataCollatorWithSharedPrefix:
-    """The collator of `--batching`; under `torch.compile` it pads 2 to 5 % more, so that few shapes occur.
+    """The collator of `--batching`; under `torch.compile` rows and masks are padded more, so that few shapes occur.
 
     A shared row is not tried here, but by the trainer, where the model trains: see `fitting_collator`.
 
@@ -40,9 +40,11 @@ def make_collator(
         return DataCollatorForInstructionTuning(pad_id, pad_to_multiple_of=8 if compiled and fits else None)
     if reason := why_never_one_row(model) or _why_not_these_settings(model, training_args):
         raise UserError(f"--batching shared_prefix: {reason}; use --batching padded")
-    # a compiled row with a mask is one graph for all lengths; segments are Python values and break the graph
-    segments = not compiled and attention_of(model) == attention.NAME
-    return DataCollatorWithSharedPrefix(pad_id, "segments" if segments else "mask", 32 if compiled else None)
+    # where the whole model is compiled, a row with a mask is one graph for all lengths; segments would break it
+    segments = attention_of(model) == attention.NAME and (not compiled or compiles_blocks(training_args))
+    if segments:  # no graph depends on the runs, and each takes any length from the second one on
+        return DataCollatorWithSharedPrefix(pad_id, "segments")
+    return DataCollatorWithSharedPrefix(pad_id, "mask", 32 if compiled else None)
 
 
 def _why_not_these_settings(model: PreTrainedModel, args: InstructionTrainingArguments) -> str | None:

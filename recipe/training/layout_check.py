@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.model import virtual_tokens
@@ -145,6 +145,16 @@ def _computing_type(model: nn.Module) -> torch.dtype:
     weights = next(p for p in model.parameters() if p.is_floating_point())
     device = weights.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.dtype
+
+
+def compiles_blocks(args: TrainingArguments) -> bool:
+    """Whether `torch.compile` compiles each block of the model (accelerate's regional compilation).
+
+    The head stays ours then, and segments are attended to between two graphs. Several processes and DeepSpeed compile
+    the whole model as it is wrapped, which nobody has tried otherwise.
+    """
+    alone = args.world_size == 1 and args.deepspeed_plugin is None and not args.fsdp_plugin_args
+    return bool(args.torch_compile) and alone
 
 
 def fitting_collator(

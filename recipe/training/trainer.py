@@ -30,7 +30,7 @@ from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
 from recipe.training.changes import apply_changed
 from recipe.training.counts import NO_TOTALS, Counts
-from recipe.training.layout_check import NOT_FOR_THE_MODEL, fitting_collator
+from recipe.training.layout_check import NOT_FOR_THE_MODEL, compiles_blocks, fitting_collator
 from recipe.training.loss import (
     cross_entropy,
     linear_cross_entropy,
@@ -97,6 +97,8 @@ class InstructionTrainer(WholeSaves):
         check_accelerator_config(args.accelerator_config)
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # the default dispatches streams
         super().__init__(model, args, *further, compute_metrics=token_weighted_metrics, **kwargs)  # type: ignore[misc]
+        if compiles_blocks(args):
+            self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         self.layout_note: str | None = None  # why batches have another layout than was asked for
         if isinstance(self.data_collator, DataCollatorWithSharedPrefix):
             with self.accelerator.autocast():
@@ -123,9 +125,8 @@ class InstructionTrainer(WholeSaves):
             return shield_workers(loader, self.args.ddp_timeout)
         loader = self.accelerator.prepare_data_loader(loader_of(batches, loader))
         loader.set_sampler(batches)  # accelerate passes the epoch to samplers, but not to a batch sampler that it wraps
-        self._records_per_step = (
-            batches.records_per_epoch / len(batches) * args.gradient_accumulation_steps * args.world_size
-        )
+        batches_per_step = args.gradient_accumulation_steps * args.world_size
+        self._records_per_step = batches.records_per_epoch / len(batches) * batches_per_step
         return shield_workers(loader, self.args.ddp_timeout)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
@@ -163,9 +164,7 @@ class InstructionTrainer(WholeSaves):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and the count of their targets over all processes."""
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed at its end: the stock loop would take one more step
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where the stock loop takes a step
             return [], None
         self.counts.window_start = self.counts.window_start or time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -238,9 +237,10 @@ class InstructionTrainer(WholeSaves):
         return hidden, head, targets
 
     def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
-        """Whether we can apply the head ourselves: no PEFT, sharding, compiling, or float16 (which scales the loss)."""
+        """Whether we can apply the head: not with PEFT, sharding, a model compiled whole, float16 (scales the loss)."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        plain = not self.args.torch_compile and self.accelerator.mixed_precision != "fp16"  # wherever it was set
+        outside = not self.args.torch_compile or compiles_blocks(self.args)
+        plain = outside and self.accelerator.mixed_precision != "fp16"  # wherever it was set
         parameters = inspect.signature(type(causal_model).forward).parameters
         return type(head) is nn.Linear and "logits_to_keep" in parameters and whole and plain
 

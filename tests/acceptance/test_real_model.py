@@ -70,7 +70,7 @@ def train(folder: Path, name: str, base: Path, data: Path, *flags: str | Path) -
     run(
         folder, "scripts/train.py", "--model_name_or_path", base, "--data", data, "--output_dir", folder / name,
         "--lr_scheduler_type", "constant", "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none",
-        "--num_sample_generations", "0", "--use_cpu", "true", *flags,
+        "--num_sample_generations", "0", "--use_cpu", "true", "--bf16", "false", *flags,
     )  # fmt: skip
     return folder / name
 

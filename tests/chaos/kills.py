@@ -34,7 +34,7 @@ COMMON = {
     "model_name_or_path": DEMO / "base", "validation_ratio": 0.2, "test_ratio": 0, "max_steps": 18,
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3,
     "eval_strategy": "steps", "eval_steps": 6, "logging_steps": 4, "report_to": "none", "disable_tqdm": True,
-    "num_sample_generations": 1, "max_length": 96,
+    "num_sample_generations": 1, "max_length": 96, "bf16": False,
 }  # fmt: skip
 CONFIGURATIONS = {  # beside COMMON
     "padded": {},

@@ -3,15 +3,17 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fills
 import kills
 import processes
 import pytest
-from conftest import ROOT
+from conftest import DEMO, ROOT
 
 from recipe.peers import GONE, peer_error, tell_launcher
 
@@ -74,6 +76,34 @@ def end(started: list[subprocess.Popen]) -> None:
     for process in started:
         processes.kill_group(process)
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "number"),
+    [
+        ("train.py", ["--model_name_or_path", DEMO / "base", "--data", DEMO / "records"], signal.SIGTERM),
+        ("eval.py", ["--model", DEMO / "base"], signal.SIGINT),
+    ],
+)
+def test_a_process_that_waits_for_others_to_begin_ends_when_it_is_told_to(script, flags, number, tmp_path):
+    """The other one was told, too, and has gone before they met."""
+    environment = processes.ranks_environment(config_of(2), 2)[0]
+    process = processes.start(
+        [sys.executable, ROOT / "scripts" / script, *flags, "--output_dir", tmp_path / "run"], cwd=ROOT,
+        env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for _ in range(600):  # until it listens for the other one
+            with socket.socket() as other:
+                if not other.connect_ex((environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))):
+                    break
+            time.sleep(0.1)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=30) == -number
+    finally:
+        processes.kill_group(process)
+        process.wait()
 
 
 def reports(folder: Path) -> dict[str, str]:

@@ -68,7 +68,7 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
         "train", "--model_name_or_path", "recipe/demo/base", "--data", json.dumps(data), "--max_steps", "6",
         "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--learning_rate", "2e-3",
         "--eval_strategy", "steps", "--eval_steps", "6", "--num_sample_generations", "0", "--max_length", "64",
-        "--save_strategy", "no", "--output_dir", str(folder / "run"), cache=folder / "cache",
+        "--save_strategy", "no", "--bf16", "false", "--output_dir", str(folder / "run"), cache=folder / "cache",
     )  # fmt: skip
     script(
         "eval", "--model", str(folder / "run"), "--baseline", "recipe/demo/base", "--max_new_tokens", "16",

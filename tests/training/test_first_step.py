@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 from recipe.collator import DataCollatorForInstructionTuning
 from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments
 from recipe.evaluation.measures import MEASURES
+from recipe.precision import is_native
 from recipe.templates import load_template
 from recipe.trainer import InstructionTrainer
 from recipe.training.checks import OF_ANSWERS, OF_TIME, OF_TOKENS
 from recipe.training.errors import Settings
 from recipe.training.first_step import FirstStep
+
+NATIVE = "bf16" if is_native(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu") else "no"
 
 
 def make_trainer(folder, tokenizer, **settings):
@@ -96,17 +99,19 @@ def metrics_of(trainer) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("environment", "flags", "ran"),
+    ("environment", "flags", "asked", "ran"),
     [
-        ({}, [], {"mixed_precision": "no", "compiler": "no", "optimizer": "AdamW", "attention": "sdpa"}),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--optim", "sgd"], {"mixed_precision": "bf16", "optimizer": "SGD"}),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--fp16", "true"], {"mixed_precision": "fp16"}),
-        ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, ["--attn_implementation", "eager", "--data_seed", "7"],
+        ({}, [], None, {"mixed_precision": NATIVE, "compiler": "no", "optimizer": "AdamW", "attention": "sdpa"}),
+        ({}, ["--bf16", "false"], False, {"mixed_precision": "no"}),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--optim", "sgd"], False,
+         {"mixed_precision": "bf16", "optimizer": "SGD"}),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--fp16", "true"], False, {"mixed_precision": "fp16"}),
+        ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, ["--attn_implementation", "eager", "--data_seed", "7"], None,
          {"compiler": "eager", "attention": "eager", "data_seed": 7}),
-        ({}, ["--bf16", "true", "--dtype", "bfloat16"], {"mixed_precision": "bf16", "weights": "bfloat16"}),
+        ({}, ["--bf16", "true", "--dtype", "bfloat16"], True, {"mixed_precision": "bf16", "weights": "bfloat16"}),
     ],
 )  # fmt: skip
-def test_run_and_card_tell_what_ran_wherever_it_was_set(tmp_path, monkeypatch, environment, flags, ran):
+def test_run_and_card_tell_what_ran_wherever_it_was_set(tmp_path, monkeypatch, environment, flags, asked, ran):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     rows = (DEMO / "records" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:20]
@@ -119,7 +124,7 @@ def test_run_and_card_tell_what_ran_wherever_it_was_set(tmp_path, monkeypatch, e
     ])  # fmt: skip
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["ran"] | ran == run["ran"]
-    assert run["config"]["training"]["bf16"] is ("--bf16" in flags)  # what was asked
-    mixed = "" if ran.get("mixed_precision", "no") == "no" else f", mixed {ran['mixed_precision']}"
+    assert run["config"]["training"]["bf16"] is asked  # by a flag; None: the device was to choose
+    mixed = "" if run["ran"]["mixed_precision"] == "no" else f", mixed {run['ran']['mixed_precision']}"
     expected = f"| precision | weights in {ran.get('weights', 'float32')}{mixed} |"
     assert expected in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
