@@ -340,7 +340,10 @@ def json_rows(path: str, columns: Columns) -> Iterator[Row]:
 def parquet_rows(path: str, columns: Columns) -> Iterator[pa.RecordBatch]:
     with _arrow_errors("parquet"), pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        wanted = wanted_columns(names, columns, lambda: _first_values(next(file.iter_batches(1), None)))
+        known = [name for name in names if name in columns.candidates]
+        is_enough = any(set(shape) <= set(known) for shape in columns.shapes)  # another column may be damaged
+        first = file.iter_batches(1, columns=known if is_enough else None)
+        wanted = wanted_columns(names, columns, lambda: _first_values(next(first, None)))
         yield from file.iter_batches(BATCH, columns=wanted)
 
 
@@ -356,7 +359,7 @@ def _arrow_errors(kind: str) -> Iterator[None]:
     """What Arrow says of a damaged file, in one line: it is one problem."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, for the name of a column
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise UnreadableFileError(f" cannot be read as {kind}: {' '.join(str(error).split())}") from error

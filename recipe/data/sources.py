@@ -207,7 +207,7 @@ def _is_saved_to_disk(folder: Path) -> bool:
 def _saved_to_disk(folder: str, notes: list[str]) -> Source:
     try:
         loaded = load_from_disk(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever comes of features of another type, as an AttributeError
         raise UserError(
             f"data {folder!r}: a folder of save_to_disk that cannot be loaded ({' '.join(str(error).split())})"
         ) from error

@@ -206,6 +206,35 @@ def test_a_damaged_page_is_one_problem(tmp_path, column):
         assert refuse(path).startswith(f"{path} cannot be read as parquet: ") and len(refuse(path).splitlines()) == 1
 
 
+def test_a_damaged_column_that_is_not_needed_costs_nothing(tmp_path):
+    path, texts = tmp_path / "a.parquet", [f"{i} text" for i in range(200)]
+    table = pa.table({"note": texts, "instruction": texts, "output": texts})
+    pq.write_table(table, path, use_dictionary=False, compression="none")
+    chunk, content = pq.ParquetFile(path).metadata.row_group(0).column(0), bytearray(path.read_bytes())
+    content[chunk.data_page_offset : chunk.data_page_offset + 99] = b"\xfe" * 99
+    path.write_bytes(content)
+    with pytest.raises(OSError):
+        pq.read_table(path)
+    assert load(path)[0]["train"]["output"][:] == texts
+
+
+def test_the_name_of_a_column_may_be_no_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"instruction": ["a"], "noteworthy": ["b"], "output": ["c"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"noteworthy", b"note\xb7orthy"))
+    assert refuse(path).startswith(f"{path} cannot be read as parquet: ")
+
+
+@pytest.mark.parametrize("kind", ["Value", {"a": "Value"}, "x", 5])
+def test_features_of_another_type_are_the_folders_fault(tmp_path, kind):
+    Dataset.from_list([GOOD]).save_to_disk(str(tmp_path / "saved"))
+    path = tmp_path / "saved" / "dataset_info.json"
+    content = json.loads(path.read_text())
+    content["features"]["instruction"] = kind
+    path.write_text(json.dumps(content))
+    assert "a folder of save_to_disk that cannot be loaded" in refuse(tmp_path / "saved")
+
+
 # --- halves of characters, and NaN ------------------------------------------------------------------------------------
 
 
