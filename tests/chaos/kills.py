@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -187,10 +188,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", default="SIGKILL")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="CONFIGURATION"
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    each, found, begun = -(-arguments.kills // len(CONFIGURATIONS)), {}, time.monotonic()
-    for name in CONFIGURATIONS:
+    each, found, begun = -(-arguments.kills // len(arguments.only)), {}, time.monotonic()
+    for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             data = records(Path(folder) / "records.jsonl")
             survival = survive(name, data, Path(folder), each, arguments.seed, getattr(signal, arguments.signal))
@@ -200,7 +204,7 @@ def main() -> None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             total = sum(sum(each["kills"].values()) for each in found.values())
             content = {
-                "command": f"python tests/chaos/kills.py {' '.join(sys.argv[1:])}", "versions": versions(),
+                "command": shlex.join(["python", "tests/chaos/kills.py", *sys.argv[1:]]), "versions": versions(),
                 "seconds": round(time.monotonic() - begun), "kills": total,
                 "problems": sum(len(each["problems"]) for each in found.values()), "configurations": found,
             }  # fmt: skip
