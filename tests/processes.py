@@ -235,7 +235,8 @@ def run(
 def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
     """Send a signal to a process and, if it was forked, to those that it has started."""
     if process.poll() is None and isinstance(process, Forked):
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, number)
     else:
         process.send_signal(number)
 

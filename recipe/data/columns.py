@@ -90,7 +90,8 @@ def with_shape(columns: Columns, rows: Iterable[Mapping[str, Any]]) -> Columns:
                 f": its records are conversations, in the column {others[0]!r}; say so with --messages_column "
                 f"{others[0]}"
             )
-    if len(found) == 1 or any(is_chat(row.get(name)) for name in found):
+    chats = [is_chat(row.get(name)) for name in found]  # of a completion, its text will do
+    if len(found) == 1 or all(chats) or (chats[0] and found == PAIR):
         return columns._replace(turns=found)
     fields = {**columns.fields, "instruction": found[0], "output": found[1]}
     return columns._replace(fields=fields, turns=())

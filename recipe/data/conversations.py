@@ -147,7 +147,14 @@ def another_shape(columns: Columns, row: Mapping[str, Any]) -> Problem | None:
     if not columns.turns and all(isinstance(row.get(name), str) for name in own):
         return None
     if columns.turns and all(row.get(name) is not None for name in own):
-        return None
+        place = row.get(columns.fields["input"]) if len(own) == 2 else None
+        if not isinstance(place, str) or not place.strip():
+            return None
+        reason = "an input beside messages"
+        said = (
+            f"has the input {shorten(repr(place))} beside {own[0]!r}, which holds messages in the file's first record"
+        )
+        return Problem(reason, f"{said}; put it into the messages, or remove it")
     loose = columns._replace(turns=None, fields={**columns.fields, "instruction": "instruction", "output": "output"})
     found = shape_of(row, loose)
     if found is None or found == own:

@@ -287,6 +287,23 @@ def test_rows_of_another_shape_are_named(tmp_path):
     assert "row 1: has 'messages' where the file's first record has 'instruction' and 'output'" in line
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_bad_first_record_does_not_lose_the_input_of_the_others(tmp_path, suffix):
+    """Were its list taken for messages, all others would be conversations, which have no input."""
+    good = [{"instruction": "Add.", "input": f"{number} and 1", "output": f"{number + 1}"} for number in range(3)]
+    for odd in (HI[:1], [{"role": "user"}], json.dumps(HI[:1])):
+        path = write(tmp_path / f"a{suffix}", [{**good[0], "instruction": odd}, *good])
+        read = load_records(settings(path, bad_records="drop"))[0]["train"]
+        assert read["input"][-3:] == [record["input"] for record in good] and "messages" not in read.column_names
+    chats = {**good[0], "instruction": HI[:1], "output": HI[1:]}  # no text at all: messages
+    path = write(tmp_path / f"b{suffix}", [{**chats, "input": ""}, *good, chats])
+    said = "has the input '0 and 1' beside 'instruction', which holds messages in the file's first record"
+    lines = refuse(path)[1:]
+    assert len(lines) == 4 and f"row 1: {said}; put it into the messages, or remove it" in lines[0]
+    read = load_records(settings(write(path, [{**chats, "input": None}] * 2)))[0]["train"]
+    assert len(read) == 2 and all(read["messages"])
+
+
 def test_what_a_template_refuses_is_a_bad_record(tmp_path):
     tokenizer = FAMILIES["Gemma"].tokenizer()
     twice = [LONG[1], *LONG[1:3]]
