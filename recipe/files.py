@@ -212,6 +212,8 @@ def read_sealed(path: Path, shape: Any, way_out: str) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: it is {shown(content)}, not an object; {way_out}")
+    if not _is_finite(content):
+        raise UserError(f"{path}: it holds NaN or Infinity, which nothing here writes; {way_out}")
     if SEAL not in content:
         print(f"note: {path} holds no hash of itself, so whether it was changed is not known", file=sys.stderr)
     elif content.pop(SEAL) != own_hash(content):
@@ -227,10 +229,14 @@ def read_json_lines(path: Path) -> list[Any]:
     """The rows of a JSON lines file of ours; only a newline ends a row.
 
     Raises:
-        UserError: a line is not JSON.
+        UserError: a line is not JSON, or holds NaN or Infinity.
     """
     lines = enumerate(read_file(path).split(b"\n"), start=1)
-    return [_parse(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    rows = {number: _parse(line, f"{path} line {number}") for number, line in lines if line.strip()}
+    for number, row in rows.items():
+        if not _is_finite(row):
+            raise UserError(f"{path} line {number}: it holds NaN or Infinity, which nothing here writes; fix it")
+    return [*rows.values()]
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -250,6 +256,15 @@ def parse_json(content: str | bytes) -> Any:
         if not level:
             return value
     raise ValueError(TOO_DEEP)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value can be written again: `json.loads` takes NaN, and reads 1e999 as Infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse(content: bytes, where: str) -> Any:

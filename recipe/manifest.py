@@ -49,7 +49,7 @@ class Seal:
         self.folder = folder
         self.content: dict[str, Any] = {"format": FORMAT, "code": code_version(), "part_bytes": PART}
         self._saved = Event()
-        self._flushing = Thread(target=self._flush_large_files)
+        self._flushing = Thread(target=self._flush_large_files, daemon=True)  # no process waits for it that is stopped
         self._flushing.start()
         self._completing: Thread | None = None
 

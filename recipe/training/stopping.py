@@ -115,7 +115,7 @@ class StopOnSignal(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._over = True
+        self._begun = self._over = True  # a run that is resumed at its last step has taken none
 
     def _told(self) -> bool:
         """Whether any process was told to stop; the same on all."""

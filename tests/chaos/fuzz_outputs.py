@@ -255,7 +255,7 @@ def found(reader: str, folder: Path, done: subprocess.CompletedProcess) -> dict:
     # sizes of files are another where the file is
     results = {
         "printed": re.sub(
-            r".*\d of \d+ answers of .*|\W*[\w./-]+ +[\d.,]+\W*$|\d+ files, .*", "", printed, flags=re.MULTILINE
+            r".*\d of \d+ answers of .*|\W*[\w./-]+[ │]+[\d.,]+\W*$|\d+ files, .*", "", printed, flags=re.MULTILINE
         )
     }
     if reader in ("continue", "tune"):

@@ -23,7 +23,16 @@ from recipe.config import ModelArguments, UserError
 from recipe.evaluation import stored
 from recipe.evaluation.answers import read_answers
 from recipe.evaluation.judge.run import answers_hash, read_cache
-from recipe.files import file_hash, parse_json, read_json, read_sealed, sealed, write_json_lines, write_sealed
+from recipe.files import (
+    file_hash,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_sealed,
+    sealed,
+    write_json_lines,
+    write_sealed,
+)
 from recipe.manifest import Seal, check_unchanged, read_manifest
 from recipe.model import check_finite, load_tokenizer
 from recipe.provenance import read_run
@@ -332,6 +341,17 @@ def test_a_run_with_settings_that_are_none_is_refused_by_name(tmp_path, name, va
     with pytest.raises(UserError, match=message) as error:
         read_run(tmp_path)
     assert refused(error).startswith(f"{tmp_path / 'run.json'}: ") and "train again or remove it" in refused(error)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_what_could_not_be_written_again_is_refused_when_it_is_read(tmp_path, number):
+    path = tmp_path / "evaluation.json"
+    path.write_text('{"models": [{"note": ' + number + "}]}")
+    with pytest.raises(UserError, match=r"evaluation\.json: it holds NaN or Infinity, .*; start over"):
+        read_sealed(path, {}, "start over")
+    path.write_text('{"a": 1}\n\n{"note": [' + number + "]}\n")
+    with pytest.raises(UserError, match=r"evaluation\.json line 3: it holds NaN or Infinity"):
+        read_json_lines(path)
 
 
 def test_weights_that_were_changed_are_refused_and_settings_are_told(tmp_path, capsys):

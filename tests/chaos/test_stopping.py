@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_runs import tiny_trainer
 from transformers import TrainerCallback
 
@@ -132,6 +134,26 @@ def test_before_the_first_step_it_ends_at_once(tmp_path):
 def test_in_the_last_step_it_ends_as_usual(tmp_path, capfd):
     trainer, _ = stopped(tmp_path, Tell(8, signal.SIGTERM))
     assert not trainer.stopped and trainer.state.global_step == 8
+
+
+def test_a_run_that_is_resumed_at_its_last_step_ends_as_usual(tmp_path, capfd):
+    """It takes no step; it is told to stop while its model is saved."""
+    stopped(tmp_path, save_steps=8)
+    again = tiny_trainer(tmp_path, max_steps=8, save_steps=8)
+    again.add_callback(stop := StopOnSignal(again))
+    with stop.listening():
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+        send(signal.SIGTERM, os.getpid())
+        again.save_model()
+    assert not again.stopped and (tmp_path / "model.safetensors").is_file()
+    assert "SIGTERM: the run is at its end, and ends when it is saved" in capfd.readouterr().err
+
+
+def test_no_process_waits_for_a_save_that_was_cut_off(tmp_path):
+    """Whatever cuts it off, as Ctrl-C between two lines: its thread flushes until the save ends."""
+    code = "from pathlib import Path; from recipe.manifest import Seal; Seal(Path()); raise KeyboardInterrupt"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert ended.returncode == 1 and b"KeyboardInterrupt" in ended.stderr
 
 
 def test_a_signal_that_is_ignored_stays_ignored_and_all_handlers_come_back(tmp_path):
