@@ -83,7 +83,8 @@ def trained_for_a_step(folder: Path, args: Arguments) -> InstructionTrainer:
     )  # fmt: skip
     data = Dataset.from_list([{"input_ids": row, "labels": row, "length": LENGTH} for row in rows])
     collator = DataCollatorForInstructionTuning(pad_token_id=0)
-    trainer = InstructionTrainer(AutoModelForCausalLM.from_config(config), training, collator, train_dataset=data)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    trainer = InstructionTrainer(model, training, collator, train_dataset=data)
     trainer.train()
     return trainer
 
