@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
 def trained_for_a_step(folder: Path, args: Arguments) -> InstructionTrainer:
     """A trainer whose optimizer has its state, so that a checkpoint is as large as that of a run."""
     config = AutoConfig.for_model(args.model_type)
-    config.update_from_string(args.config_overrides)
+    if args.config_overrides:
+        config.update_from_string(args.config_overrides)
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(config.vocab_size, (64, LENGTH), generator=draw).tolist()
     training = InstructionTrainingArguments(

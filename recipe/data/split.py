@@ -79,7 +79,7 @@ def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:
         own = hashes.pop(name, None)  # then only later splits are left in `hashes`
         if own is None or not hashes:
             continue
-        in_later = np.isin(own, np.concatenate(list(hashes.values())))
+        in_later = np.isin(own, np.concatenate(list(hashes.values())), kind="sort")
         if in_later.all():
             later = " or ".join(hashes)
             raise UserError(f"all records of the {name} split are also in {later}; add others")
@@ -106,7 +106,9 @@ def group_hashes(splits: Mapping[str, Dataset], key: str = "") -> dict[str, np.n
         ways = np.unique(np.concatenate([*found.values()]), axis=0)
         beginnings, counts = np.unique(ways[ways[:, 1] > 0, 0], return_counts=True)
         common = beginnings[counts > MOST_WAYS]
-        rows = {name: np.flatnonzero(np.isin(f[:, 0], common) & (f[:, 1] > 0)) for name, f in found.items()}
+        # not by a table, which numpy 2.0 cannot make of numbers above 2**63
+        goes_on = {name: np.isin(f[:, 0], common, kind="sort") & (f[:, 1] > 0) for name, f in found.items()}
+        rows = {name: np.flatnonzero(each) for name, each in goes_on.items()}
     return {name: each[:, 0] for name, each in found.items()}
 
 
