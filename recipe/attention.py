@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from recipe.attention_flash import FLASH, MergedAttention
 from recipe.attention_products import ProductAttention
-from recipe.segments import Segments
+from recipe.segments import Opaque, Segments
 
 NAME = "shared_prefix"
 
@@ -36,7 +36,7 @@ def shared_prefix_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    segments: Segments | Opaque | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention of each token to its own example.
@@ -59,8 +59,9 @@ def shared_prefix_attention(
 @torch.compiler.disable  # runs differ from batch to batch: as Python values they would be compiled anew each time
 def _over_segments(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None,
-    segments: Segments,
+    segments: Segments | Opaque,
 ) -> torch.Tensor:  # fmt: skip
+    segments = segments.segments if isinstance(segments, Opaque) else segments
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
     if len(segments) == 1 and (query.is_cuda or (query.dtype == torch.float32 and dropout == 0)):
         # one example; on a CPU SDPA is slow in half precision, and keeps all scores where it drops some

@@ -28,6 +28,7 @@ from recipe.disk import AGAIN, disk_error, explain_disk
 from recipe.keys import clean_hub_token
 from recipe.peers import GONE, peer_error, tell_launcher
 from recipe.redaction import redact, redact_message
+from recipe.signals import STOPPING
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as torchrun and MPI launchers set them
 SECONDS_OF_PATIENCE = 5  # of a process for the main one, which should have met the same error
@@ -63,9 +64,8 @@ def run_script(
     """
     stopped = False
     atexit.register(_ignore_signals)
-    for name in ("SIGTERM", "SIGHUP"):  # not what is ignored, as SIGHUP under `nohup`, and not on Windows
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+    for number in STOPPING:
+        if signal.getsignal(number) is signal.SIG_DFL:  # not what is ignored, as SIGHUP under `nohup`
             signal.signal(number, signal.default_int_handler)
     try:
         with safe_output():
@@ -92,9 +92,8 @@ def run_script(
 
 def _ignore_signals() -> None:
     """When all is done and Python ends, SIGTERM or Ctrl-C would only turn the exit code into another one."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # not on Windows
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class SafeStream(io.TextIOWrapper):

@@ -171,9 +171,18 @@ def read_file(path: Path) -> bytes:
     Raises:
         UserError: it is no file.
     """
+    refuse_no_file(path)
+    return path.read_bytes()
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuse what is there and no file, before somebody waits to read it, or takes it for missing.
+
+    Raises:
+        UserError: it is a folder, a pipe or a link to nothing.
+    """
     if is_there(path) and not path.is_file():
         raise UserError(f"{path}: a folder, a pipe or a link to nothing, not a file; remove it, or put the file back")
-    return path.read_bytes()
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:

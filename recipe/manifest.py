@@ -17,7 +17,7 @@ from typing import Any
 
 import recipe
 from recipe.config import UserError
-from recipe.files import draft_of, flush, own_hash, parse_json, read_file
+from recipe.files import draft_of, flush, is_there, own_hash, parse_json, read_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -197,7 +197,7 @@ def check_unchanged(folder: Path) -> None:
     Raises:
         UserError: with the file, and what is wrong with it.
     """
-    damage = find_damage(folder) if os.path.lexists(folder / MANIFEST) else None
+    damage = find_damage(folder) if is_there(folder / MANIFEST) else None
     if damage and ".safetensors" in damage:
         raise UserError(f"{folder}: {damage}; restore it, or remove {MANIFEST} to use the folder as it is")
     if damage:

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from recipe.config import ModelArguments, UserError
+from recipe.files import refuse_no_file
 from recipe.templates import Template
 from recipe.tokens import end_id, turn_of
 
@@ -136,8 +137,8 @@ def check_folder(name: str) -> None:
             f"{name!r}: no such folder; give a folder with a model, or a Hub id such as openai-community/gpt2"
         )
     for path in sorted(Path(name).glob("*")):
-        if path.suffix in READ and not path.is_file():
-            raise UserError(f"{name!r}: {path.name} is not a file; put the file there, or remove it")
+        if path.suffix in READ:
+            refuse_no_file(path)
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
         raise UserError(
             f"{name!r} is a PEFT adapter without its model; merge them first: "

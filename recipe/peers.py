@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from recipe.signals import taken_by
+
 GONE = "another process of this run has ended; what it said is the cause"
 CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
           "remote process exited")  # fmt: skip  # gloo's words, the store's and NCCL's
@@ -28,20 +30,12 @@ def meeting_others() -> Iterator[None]:
     The main process waits for the others inside torch, where no handler of Python's is run: if they were told to stop,
     too, and have gone, it would wait until the time is up.
     """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
     alone = all(os.environ.get(name, "1") == "1" for name in SIZES)
     if alone or threading.current_thread() is not threading.main_thread():
         yield
         return
-    try:
-        for number in numbers:
-            if before[number] is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
+    with taken_by(signal.SIG_DFL):
         yield
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
 
 
 def peer_error(error: BaseException) -> str | None:

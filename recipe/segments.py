@@ -13,6 +13,16 @@ Segments = tuple[tuple[int, int], ...]  # of each run: how many tokens its examp
 Slices = tuple[tuple[int, int], ...]  # first token and end of each
 
 
+class Opaque:
+    """The segments of a row as one value that `torch.compile` does not look into.
+
+    It would make a graph for each number of runs, until it gives up.
+    """
+
+    def __init__(self, segments: Segments) -> None:
+        self.segments = segments
+
+
 def runs_of(segments: Segments, longest: int | None = None) -> list[tuple[int, int, Slices]]:
     """First token and end of each run, and what of the row stands above it; runs that are too long are cut.
 

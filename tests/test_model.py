@@ -196,7 +196,7 @@ def test_a_special_token_that_the_tokenizer_lacks_is_not_taken_for_the_unknown_o
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nothing")])
 def test_what_is_no_file_is_named_before_a_library_opens_it(tmp_path, name, make):
     make(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name} is not a file"):
+    with pytest.raises(UserError, match=f"{name}: a folder, a pipe or a link to nothing, not a file"):
         check_folder(str(tmp_path))
 
 

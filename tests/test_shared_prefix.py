@@ -8,7 +8,7 @@ import torch
 from conftest import DEMO
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from recipe import attention
 from recipe.collator import (
@@ -418,6 +418,18 @@ def test_generation_with_the_registered_attention_equals_sdpa(demo_tokenizer):
     assert responses[0] == responses[1]
 
 
+class GraphsAtEachStep(TrainerCallback):
+    """How many graphs the compiler has made when a step ends."""
+
+    def __init__(self):
+        self.made = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        from torch._dynamo.utils import counters
+
+        self.made.append(counters["stats"]["unique_graphs"])
+
+
 def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp_path):
     """Twelve batches of different lengths and an evaluation: graphs of each part for the first and for other shapes."""
     from torch._dynamo.utils import counters
@@ -442,10 +454,11 @@ def test_compiled_training_makes_few_graphs_and_the_losses_of_padded_batches(tmp
         trainer = InstructionTrainer(
             make_model("gpt2", "mask"), args, train_dataset=rows, eval_dataset=rows[:20], data_collator=collator
         )
+        trainer.add_callback(graphs := GraphsAtEachStep())
         trainer.train()
         logged = trainer.state.log_history
         results[compiled] = [log["loss"] for log in logged if "loss" in log] + [logged[-2]["eval_loss"]]
-    assert 1 <= counters["stats"]["unique_graphs"] <= 20
+    assert 1 <= counters["stats"]["unique_graphs"] <= 20 and graphs.made[2] == graphs.made[-1]
     assert len(results[True]) == 13 and results[True] == pytest.approx(results[False], rel=1e-4)
 
 
@@ -471,10 +484,11 @@ def test_compiled_blocks_leave_the_head_and_the_segments_to_us(tmp_path):
         collator = make_collator(DataArguments(batching="shared_prefix"), args, model, tokenizer)
         assert collator.attention == "segments"
         trainer = InstructionTrainer(model, args, train_dataset=rows, data_collator=collator)
+        trainer.add_callback(graphs := GraphsAtEachStep())
         trainer.train()
         assert trainer._head_makes_logits and trainer.layout_note is None
         results[compiled] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    assert 1 <= counters["stats"]["unique_graphs"] <= 25
+    assert 1 <= counters["stats"]["unique_graphs"] <= 25 and graphs.made[2] == graphs.made[-1], graphs.made
     assert len(results[True]) == 6 and results[True] == pytest.approx(results[False], rel=1e-5)
 
 

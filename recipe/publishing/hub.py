@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from recipe.config import UserError
-from recipe.files import read_json
+from recipe.files import read_json, refuse_no_file
 from recipe.keys import checked_key
 from recipe.publishing.public_paths import public_files
 from recipe.publishing.secret_check import refuse_secrets
@@ -111,8 +111,7 @@ def matching_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
         raise UserError(f"{folder}: no such folder; name the --output_dir of scripts/train.py or scripts/eval.py")
     paths = sorted(path for path in folder.iterdir() if matches(path.name, patterns))
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{folder}: {path.name} is not a file; put the file there, or remove it")
+        refuse_no_file(path)
     return {path.name: path for path in paths}
 
 

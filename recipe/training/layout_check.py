@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
 from recipe.model import virtual_tokens
+from recipe.segments import Opaque
 
 Layout = Literal["padded", "mask", "segments"]
 
@@ -257,10 +258,15 @@ def example_features(model: PreTrainedModel) -> list[dict[str, Any]]:
     return features
 
 
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes of a batch; the segments as one value, so that `torch.compile` makes one graph for all."""
+    found = {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
+    return found | {"segments": Opaque(found["segments"])} if "segments" in found else found
+
+
 def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     device = next(model.parameters()).device
-    inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
-    logits: torch.Tensor = model(**send_to_device(inputs, device), use_cache=False).logits
+    logits: torch.Tensor = model(**send_to_device(model_inputs(batch), device), use_cache=False).logits
     return logits.float()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from transformers import TrainerState
 
 from recipe.config import InstructionTrainingArguments, UserError
-from recipe.files import parse_json
+from recipe.files import is_there, parse_json
 from recipe.manifest import MANIFEST, about, find_damage, is_hashed
 from recipe.training.checkpoints import INDEX, STATE, WEIGHTS, numbered, step_of
 
@@ -106,7 +105,7 @@ def _say_what_is_uncertain(args: InstructionTrainingArguments, folder: Path) -> 
 
 
 def has_manifest(folder: Path) -> bool:
-    return os.path.lexists(folder / MANIFEST)
+    return is_there(folder / MANIFEST)
 
 
 def is_model_only(folder: Path) -> bool:

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from accelerate.data_loader import DataLoaderAdapter
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from recipe.signals import STOPPING, taken_by
+
 if TYPE_CHECKING:
     from recipe.training.saving import WholeSaves
 
 STOPPED = 75  # exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, "try again later"
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 ROUNDING = 1e-6  # of the epoch, which the Trainer adds up in parts
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed", b"torch/distributed")
@@ -55,19 +56,9 @@ class StopOnSignal(TrainerCallback):
         self._own, self._parent = os.getpid(), os.getppid()
         self._group: Any = None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Take the signals; what happened to them before, happens again afterwards."""
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        before = {number: signal.getsignal(number) for number in numbers}
-        try:
-            for number in numbers:
-                if before[number] is not signal.SIG_IGN:
-                    signal.signal(number, self._receive)
-            yield
-        finally:
-            for number in numbers:
-                signal.signal(number, before[number])
+        return taken_by(self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._own:  # a worker that was just forked
@@ -141,7 +132,7 @@ def shield_workers(loader: DataLoader, patience: int) -> DataLoader:
 
 
 def _start_worker(first: Callable[[int], None] | None, worker: int) -> None:
-    numbers = {getattr(signal, name) for name in SIGNALS}
+    numbers = set(STOPPING)
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     threading.Thread(target=_end_with_parent, args=(numbers,), daemon=True).start()
     if first is not None:

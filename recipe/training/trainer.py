@@ -30,7 +30,7 @@ from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
 from recipe.training.changes import apply_changed
 from recipe.training.counts import NO_TOTALS, Counts
-from recipe.training.layout_check import NOT_FOR_THE_MODEL, compiles_blocks, fitting_collator
+from recipe.training.layout_check import compiles_blocks, fitting_collator, model_inputs
 from recipe.training.loss import (
     cross_entropy,
     linear_cross_entropy,
@@ -189,7 +189,7 @@ class InstructionTrainer(WholeSaves):
                 hidden, head, supervised = states
                 loss = linear_cross_entropy(hidden, head.weight, head.bias, supervised)
         if states is None:
-            outputs = model(**_model_inputs(inputs), use_cache=False)
+            outputs = model(**model_inputs(inputs), use_cache=False)
             loss = cross_entropy(outputs.logits, targets, reduction="sum")
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE_INDEX).sum()
@@ -217,7 +217,7 @@ class InstructionTrainer(WholeSaves):
         if not self._head_makes_logits:
             return None
         # logits only at the last position, for the comparison below
-        outputs = model(**_model_inputs(inputs) | {"logits_to_keep": 1, "use_cache": False} | LAST_HIDDEN_STATES)
+        outputs = model(**model_inputs(inputs) | {"logits_to_keep": 1, "use_cache": False} | LAST_HIDDEN_STATES)
         if not outputs.hidden_states or outputs.hidden_states[-1] is None:  # mllama and blenderbot do not return them
             self._head_makes_logits = False
             return None
@@ -262,7 +262,7 @@ class InstructionTrainer(WholeSaves):
                 with self.accelerator.autocast():
                     losses, correct = token_losses(hidden, head.weight, head.bias, supervised)
             else:
-                logits = model(**_model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
+                logits = model(**model_inputs(inputs), use_cache=False).logits  # (batch, time, vocab)
                 losses = cross_entropy(logits, targets, reduction="none")
                 supervised = targets.flatten()
                 correct = logits.argmax(-1).flatten() == supervised  # never at -100, which is no token
@@ -394,7 +394,3 @@ def _targets(inputs: Batch) -> torch.Tensor:
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
     return functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _model_inputs(inputs: Batch) -> Batch:
-    return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}

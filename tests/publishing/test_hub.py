@@ -112,7 +112,7 @@ def test_what_is_no_file_is_named_and_not_left_out(folder, tmp_path, name):
     place = (tmp_path if "/" in name else folder) / name
     place.unlink(missing_ok=True)
     os.mkfifo(place)
-    with pytest.raises(UserError, match=f"{place.name} is not a file"):
+    with pytest.raises(UserError, match=f"{place.name}: a folder, a pipe or a link to nothing, not a file"):
         files_to_push(folder, tmp_path / "evaluation")
 
 
