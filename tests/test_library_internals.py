@@ -195,6 +195,24 @@ def test_the_trainer_orders_records_and_counts_tokens_in_methods_of_its_own(tmp_
     assert trainer.state.num_input_tokens_seen == 6
 
 
+def test_the_trainer_clips_gradients_in_a_method_of_its_own(tmp_path):
+    """transformers' `Trainer._clip_grad_norm`, called with the model once a step; its result is the logged norm."""
+    norms = []
+
+    class Clipped(Trainer):
+        def _clip_grad_norm(self, model):
+            norms.append(super()._clip_grad_norm(model))
+            return norms[-1]
+
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=16, vocab_size=50)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=2, logging_steps=1, report_to="none")
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 16)
+    trainer = Clipped(AutoModelForCausalLM.from_config(config), args, train_dataset=rows)
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == [norm.item() for norm in norms] and len(norms) == 2
+
+
 def test_the_trainer_saves_a_checkpoint_in_a_method_of_its_own_below_a_folder_of_its_own(tmp_path):
     """transformers' `Trainer._save_checkpoint` and `Trainer._get_output_dir`, between which a save goes aside."""
 

@@ -75,3 +75,22 @@ class Counts(TrainerCallback):
         self.unchecked, self.real, self.computed, self.supervised = [], 0, 0, 0
         self.window = [before + new for before, new in zip(self.window, tokens, strict=True)]
         return tokens, []
+
+    def first_bad(self, finite: list[bool]) -> list[tuple[int, float, list[int] | None]]:
+        """Step, loss and rows of the first loss of this process that is not finite, as `fetch` told; or nothing."""
+        if all(finite):
+            return []
+        step, loss, rows = self.unchecked[finite.index(False)]
+        return [(step, loss.item(), None if rows is None else rows.tolist())]
+
+    def end_window(self) -> dict[str, float]:
+        """What the log tells of the window, which the next step begins anew: docs/trackers.md has the names."""
+        real, computed, supervised = self.window
+        seconds = time.perf_counter() - (self.window_start or 0)
+        self.window, self.window_start = [0, 0, 0], None
+        return {
+            "tokens_per_second": round(real / seconds, 1),
+            "padding": round(max(0.0, 1 - real / max(1, computed)), 4),
+            "shared": round(max(0.0, 1 - computed / max(1, real)), 4),
+            "supervised": round(supervised / max(1, real), 4),
+        }

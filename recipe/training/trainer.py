@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -30,6 +30,7 @@ from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
 from recipe.training.changes import apply_changed
 from recipe.training.counts import NO_TOTALS, Counts
+from recipe.training.gradients import clip_where_needed, embedding_rows_only
 from recipe.training.layout_check import compiles_blocks, fitting_collator, model_inputs
 from recipe.training.loss import (
     cross_entropy,
@@ -239,8 +240,7 @@ class InstructionTrainer(WholeSaves):
     def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
         """Whether we can apply the head: not with PEFT, sharding, a model compiled whole, float16 (scales the loss)."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        outside = not self.args.torch_compile or compiles_blocks(self.args)
-        plain = outside and self.accelerator.mixed_precision != "fp16"  # wherever it was set
+        plain = not self._compiled_whole() and self.accelerator.mixed_precision != "fp16"  # wherever it was set
         parameters = inspect.signature(type(causal_model).forward).parameters
         return type(head) is nn.Linear and "logits_to_keep" in parameters and whole and plain
 
@@ -319,13 +319,7 @@ class InstructionTrainer(WholeSaves):
         counts = self.counts
         if "loss" in logs and counts.window_start is not None:
             self._fetch_counts()
-            real, computed, supervised = counts.window
-            logs["tokens_per_second"] = round(real / (time.perf_counter() - counts.window_start), 1)
-            logs["padding"] = round(max(0.0, 1 - real / max(1, computed)), 4)
-            logs["shared"] = round(max(0.0, 1 - computed / max(1, real)), 4)
-            logs["supervised"] = round(supervised / max(1, real), 4)
-            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-            counts.window, counts.window_start = [0, 0, 0], None
+            logs.update(counts.end_window(), num_input_tokens_seen=self.state.num_input_tokens_seen)
         if "train_loss" in logs and counts.loss_sum is not None:  # the stock one forgets what was before a checkpoint
             self._fetch_counts()
             logs["train_loss"] = counts.loss_sum / max(1, self.state.global_step)
@@ -335,9 +329,22 @@ class InstructionTrainer(WholeSaves):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """`Trainer.train`, which then checks and counts what was not logged: later, processes may be on their own."""
-        output = super().train(*args, **kwargs)
+        with embedding_rows_only(self.model if self._alone_on_cpu() and not self._compiled_whole() else None):
+            output = super().train(*args, **kwargs)
         self._fetch_counts()
         return output
+
+    def _compiled_whole(self) -> bool:
+        return bool(self.args.torch_compile) and not compiles_blocks(self.args)
+
+    def _alone_on_cpu(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.NO and self.args.device.type == "cpu"
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """The stock one (private in transformers); on a CPU, gradients that are short enough are not touched."""
+        if self._alone_on_cpu() and self.accelerator.scaler is None:
+            return clip_where_needed(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The stock one; with the totals of the run, and the settings that may change."""
@@ -380,11 +387,7 @@ class InstructionTrainer(WholeSaves):
         """Nothing: the stock Trainer would count a shared row by its mask, and wait for the device at each batch."""
 
     def _stop_on_bad_loss(self, finite: list[bool]) -> None:
-        first_bad = []  # of this process
-        if not all(finite):
-            step, loss, rows = self.counts.unchecked[finite.index(False)]
-            first_bad = [(step, loss.item(), None if rows is None else rows.tolist())]
-        step, loss, rows = min(gather_object(first_bad), key=lambda bad: bad[0])
+        step, loss, rows = min(gather_object(self.counts.first_bad(finite)), key=lambda bad: bad[0])
         where = "" if rows is None else f" in the batch of {rows_in_words(self.train_dataset, rows)}"
         raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
 
