@@ -19,9 +19,10 @@ def clip_where_needed(parameters: Iterable[nn.Parameter], max_norm: float) -> to
     Returns:
         The norm of all gradients before, a scalar.
 
-    Example::
-
-        norm = clip_where_needed(model.parameters(), max_norm=1.0)
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_where_needed([weight], max_norm=1.0), weight.grad
+    (tensor(5.), tensor([0.6000, 0.8000]))
     """
     with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_gradients])  # type: ignore[misc]
