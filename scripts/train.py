@@ -7,6 +7,10 @@ Each step imports what it needs, so that --help and mistakes in the arguments do
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB on Linux; torch reads it when it is imported
+
 import sys
 from contextlib import nullcontext
 from itertools import islice

@@ -1,12 +1,15 @@
 """Private corners of libraries that the recipe uses, each in one function: a release that changes one fails here."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
-from conftest import DEMO
+from conftest import DEMO, ROOT
 from datasets import Dataset
 from packaging.version import Version
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
@@ -161,6 +164,23 @@ def test_a_class_tells_whether_it_takes_attentions_by_name(model_type, by_name):
     else:
         with pytest.raises(KeyError):
             AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+
+
+def test_torch_reads_whether_to_use_huge_pages_after_the_script_has_said_so():
+    """`THP_MEM_ALLOC_ENABLE` is read once, when torch is loaded, and documented nowhere but in its source."""
+    program = """
+import importlib.abc, os, sys
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("THP_MEM_ALLOC_ENABLE"))
+sys.meta_path.insert(0, Watch())
+import scripts.train
+"""
+    for given, expected in (({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")):
+        variables = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"} | given
+        ran = subprocess.run([sys.executable, "-c", program], env=variables, cwd=ROOT, capture_output=True, text=True)
+        assert set(ran.stdout.split()) == {expected}  # torch is looked for more than once
 
 
 def test_a_batch_size_that_is_lowered_reaches_the_plan_of_batches(tmp_path):
