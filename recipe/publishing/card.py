@@ -220,13 +220,11 @@ def example_prompt(output_dir: Path, trusted: bool) -> dict[str, str]:
 
     `trusted` says whether the folder may run code of its own, as in training.
     """
-    from transformers import AutoTokenizer  # here: --help needs none of it
-
-    from recipe.model import library_errors
+    from recipe.config import ModelArguments  # here: --help needs none of it
+    from recipe.model import load_tokenizer
     from recipe.templates import saved_template
 
-    with library_errors(f"tokenizer {str(output_dir)!r}"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(ModelArguments(model_name_or_path=str(output_dir), trust_remote_code=trusted))
     template = saved_template(tokenizer, f"{output_dir}")
     return {
         "chat": json.dumps(template.messages(EXAMPLE), ensure_ascii=False), "prompt": template.prompt(EXAMPLE),
