@@ -85,6 +85,13 @@ class WholeSaves(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The stock one (private in transformers); beside an adapter, where PEFT saves no more, what ends an answer."""
+        super()._save(output_dir, state_dict)
+        adapted: Any = self.model
+        if hasattr(adapted, "peft_config") and self.args.should_save and adapted.generation_config is not None:
+            adapted.generation_config.save_pretrained(output_dir)
+
     def save_state(self) -> None:
         """`Trainer.save_state`, whole or not at all."""
         if self.is_world_process_zero():
