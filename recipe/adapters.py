@@ -179,8 +179,9 @@ def base_of(name: str) -> Base | None:
     """What the adapter in a folder, or of a Hub id, belongs to; None if it is a whole model.
 
     Raises:
-        UserError: its adapter_config.json does not say it, or asks to import a module.
+        UserError: its adapter_config.json does not say it, names a folder that is not there, or a module to import.
     """
+    check_folder(name)
     path = Path(name) / CONFIG
     if not Path(name).is_dir():
         with library_errors(f"model {name!r}"):
@@ -191,7 +192,22 @@ def base_of(name: str) -> Base | None:
     check_shape(content := read_json(path), {"base_model_name_or_path": str, "revision?": text}, str(path), way_out)
     if content.get("megatron_config"):
         raise UserError(f"{path}: with megatron_config, PEFT would import a module that this file names; remove it")
-    return Base(content["base_model_name_or_path"], content.get("revision") or "main", path.parent)
+    base = Base(content["base_model_name_or_path"], content.get("revision") or "main", path.parent)
+    with _told_of(name, base):
+        check_folder(base.name)
+    return base
+
+
+@contextmanager
+def _told_of(name: str, base: Base) -> Iterator[None]:
+    """Errors of the base model say whose it is, and where it is looked for."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"adapter {name!r} belongs to the model {base.name!r}: {error}; start in the folder where it was trained, "
+            f"or write where the model is into base_model_name_or_path in {base.adapter / CONFIG}"
+        ) from error
 
 
 def load_adapter(
@@ -204,27 +220,20 @@ def load_adapter(
             with; the adapter does not fit it, is not whole, or its weights are no safetensors.
     """
     peft, name = import_peft(), str(config.model_name_or_path)
-    belongs = f"adapter {name!r} belongs to the model {base.name!r}"
     if Path(name).is_dir():
         check_weights(name)
     else:  # beside its config, in the cache
         with library_errors(f"adapter {name!r}"):
             hf_hub_download(name, WEIGHTS, revision=base.adapter.name)
     check_finite(str(base.adapter))
-    try:
-        check_folder(base.name)
+    with _told_of(name, base):
         wanted = ((read_run(base.adapter) or {}).get("adapter") or {}).get("base_weights")
         if wanted and Path(base.name).is_dir() and (found := weights_hash(base.name)) != wanted:
             raise UserError(f"its weights are others ({found}) than those it was trained with ({wanted})")
         whole = replace(config, model_name_or_path=base.name, model_revision=base.revision)
         model, _ = load_model(whole, tokenizer)
-    except UserError as error:
-        raise UserError(
-            f"{belongs}: {error}; start in the folder where it was trained, or write where the model is into "
-            f"base_model_name_or_path in {base.adapter / CONFIG}"
-        ) from error
     own = copy.deepcopy(model.generation_config)
-    with library_errors(f"{belongs}, which it does not fit"), warnings.catch_warnings():
+    with library_errors(f"adapter {name!r} does not fit the model {base.name!r}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be as if untrained
         adapted = peft.PeftModel.from_pretrained(model, str(base.adapter), torch_device="cpu")

@@ -175,14 +175,12 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     state.wait_for_everyone()
     for label, name in models.items():
         missing = [p for p in predictions if label not in answered.get(p["id"], {})]
-        if len(missing) < len(predictions):
+        if some := len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
-        if missing:
-            template, some = templates.get(label), len(missing) < len(predictions)
-            asked = label, name, missing, path, args, data_args, template, state, opens
-            if unsent := append_answers_of(*asked, ends, some):
-                evaluation["left_out"][label] = unsent
-                write_sealed(output_dir / "evaluation.json", evaluation)
+        asked = missing, path, args, data_args, templates.get(label), state, opens, ends, some
+        if missing and (unsent := append_answers_of(label, name, *asked)):
+            evaluation["left_out"][label] = unsent
+            write_sealed(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))

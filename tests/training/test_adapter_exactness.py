@@ -56,7 +56,7 @@ def by_hand(architecture: str, lora: LoraArguments, weights: dict[str, torch.Ten
     model = stock_model(architecture).requires_grad_(False)
     learned = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     scale = ALPHA / (math.sqrt(RANK) if lora.use_rslora else RANK)
-    changed = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    changed = dict(model.named_parameters(remove_duplicate=False))
     for name in [name for name in learned if "lora_A" in name]:
         place = name.removeprefix("base_model.model.").partition(".lora_A")[0]
         stored = changed[f"{place}.weight"]
