@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -36,7 +37,7 @@ from recipe.shapes import check_shape
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, ENDS = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
 ALL_LINEAR = "all-linear"
 CAN_BE_ADAPTED = (nn.Linear, nn.Embedding, Conv1D)
 INSTALL = "pip install 'gpt2-instruction-recipe[lora]' (or pip install peft)"
@@ -225,6 +226,8 @@ def load_adapter(
     else:  # beside its config, in the cache
         with library_errors(f"adapter {name!r}"):
             hf_hub_download(name, WEIGHTS, revision=base.adapter.name)
+            with suppress(EntryNotFoundError):
+                hf_hub_download(name, ENDS, revision=base.adapter.name)
     check_finite(str(base.adapter))
     with _told_of(name, base):
         wanted = ((read_run(base.adapter) or {}).get("adapter") or {}).get("base_weights")
@@ -237,8 +240,9 @@ def load_adapter(
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be as if untrained
         adapted = peft.PeftModel.from_pretrained(model, str(base.adapter), torch_device="cpu")
-    with suppress(OSError):  # PEFT itself saves none
-        model.generation_config = GenerationConfig.from_pretrained(name)
+    if (base.adapter / ENDS).is_file():  # PEFT itself saves none
+        with library_errors(f"adapter {name!r}: {ENDS}"):
+            model.generation_config = GenerationConfig.from_pretrained(str(base.adapter))
     return adapted, own
 
 

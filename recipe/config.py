@@ -76,7 +76,7 @@ class LoraArguments:
         None, "Names of the layers to adapt, or all-linear (all but the head); default: PEFT's for the architecture."
     )
     use_rslora: bool = setting(False, "Scale the adapter by the root of its rank (rsLoRA).")
-    use_dora: bool = setting(False, "Learn lengths of the weights' columns too (DoRA): closer to full, and slower.")
+    use_dora: bool = setting(False, "Learn the length of each output's weights too (DoRA); slower.")
     load_in_4bit: bool = setting(False, "Keep the frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes.")
 
     def __post_init__(self) -> None:
