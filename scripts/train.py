@@ -135,7 +135,7 @@ def prepare_model(settings, tokenizer, template):
     about = {"weights_from": origin, "hub": hub}
     if settings.lora.lora_r:
         model, about["adapter"] = add_adapter(model, settings.lora, hub["base_commit"])
-    print_model(origin, model, training_args, about.get("adapter"))
+    print_model(about, model, training_args)
     return model, about
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 ASIDE = "_unfinished"
 STATE = "trainer_state.json"
 PICKLED_ARGUMENTS = "training_args.bin"  # the Trainer's; nothing reads it, and it may hold a token
-NOT_KEPT = (PICKLED_ARGUMENTS, "README.md")  # and a card by PEFT, whose place ours takes
 LAST = ("config.json", "adapter_config.json", MANIFEST)  # a folder without its config is no model to anyone
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", INDEX, "adapter_model.safetensors")
@@ -58,8 +57,7 @@ def whole_checkpoint(trainer: Trainer, run_dir: Path, about: Mapping[str, Any]) 
         if args.should_save:
             if moved:
                 state.save_to_json(str(draft / STATE))
-            for name in NOT_KEPT:
-                (draft / name).unlink(missing_ok=True)
+            (draft / PICKLED_ARGUMENTS).unlink(missing_ok=True)
             seal.close({"step": state.global_step, "world_size": args.world_size, **about})
             _put_in_place(draft, final)
             remove_older(final, args.save_total_limit, state.best_model_checkpoint)
@@ -148,8 +146,7 @@ def whole_model(folder: Path, writes: bool) -> Iterator[Path]:
     try:
         yield draft
         if writes and draft.is_dir():  # FSDP may keep its shards in checkpoints alone
-            for name in NOT_KEPT:
-                (draft / name).unlink(missing_ok=True)
+            (draft / PICKLED_ARGUMENTS).unlink(missing_ok=True)
             seal.close({})
             add_hashes(draft, seal.content)
             write_manifest(draft, seal.content)

@@ -186,17 +186,15 @@ def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokeniz
         )
 
 
-def print_model(
-    origin: str, model: PreTrainedModel, args: InstructionTrainingArguments, adapter: dict[str, Any] | None = None
-) -> None:
+def print_model(about: dict[str, Any], model: PreTrainedModel, args: InstructionTrainingArguments) -> None:
     """Print which model trains on what, and settings that make a CPU slower than it could be."""
     print_once = PartialState().print
+    origin, adapter = about["weights_from"], about.get("adapter")
     count = adapter["frozen"] if adapter else model.num_parameters()
     print_once(f"Model: {origin}, {count:,} parameters; {args.world_size} process(es) on {args.device}")
     if adapter:
-        print_once(
-            f"Adapter: {adapter['trained']:,} parameters on {', '.join(adapter['targets'])}; no others are trained"
-        )
+        layers = ", ".join(adapter["targets"])
+        print_once(f"Adapter: {adapter['trained']:,} parameters on {layers}; no others are trained")
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     if args.device.type == "cpu" and threads * args.world_size < cores:
         print_once(
