@@ -28,8 +28,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from recipe import attention
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
+from recipe.model import base_model
 from recipe.trainer import InstructionTrainer
-from recipe.training.layout_check import base_model, why_never_one_row, why_not
+from recipe.training.layout_check import why_never_one_row, why_not
 
 LAYOUTS = {"padded": None, "mask": "sdpa", "segments": attention.NAME}  # and the attention a model is loaded with
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative

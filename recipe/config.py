@@ -66,6 +66,27 @@ class ModelArguments:
 
 
 @dataclass
+class LoraArguments:
+    """An adapter beside frozen weights, in place of full fine-tuning; the words are those of `peft.LoraConfig`."""
+
+    lora_r: int | None = setting(None, "Rank of a LoRA adapter; unset: all weights of the model are trained.")
+    lora_alpha: int = setting(32, "The adapter counts lora_alpha / lora_r times, with use_rslora / sqrt(lora_r).")
+    lora_dropout: float = setting(0.0, "Share of an adapter's inputs that training leaves out.")
+    lora_target_modules: list[str] | None = setting(
+        None, "Names of the layers to adapt, or all-linear (all but the head); default: PEFT's for the architecture."
+    )
+    use_rslora: bool = setting(False, "Scale the adapter by the root of its rank (rsLoRA).")
+    use_dora: bool = setting(False, "Learn the length of each output's weights too (DoRA); slower.")
+    load_in_4bit: bool = setting(False, "Keep the frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        asked = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if asked and self.lora_r is None:
+            raise UserError(f"--{', --'.join(asked)}: for adapters alone; add --lora_r 16, or leave it out")
+
+
+@dataclass
 class DataArguments:
     """Which records, how they are split, and how a record becomes tokens."""
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from recipe.memory import halve_if_out_of_memory
-from recipe.model import context_length, virtual_tokens
+from recipe.model import base_model, context_length, virtual_tokens
 from recipe.templates import common_prefix
 from recipe.tokens import as_ids
 
@@ -158,6 +158,8 @@ def iter_responses(
     """
     if not prompts:
         return
+    if not virtual_tokens(model):  # PEFT's wrapper would hide that the model has a cache
+        model = base_model(model)
     token_ids, ends = as_ids(tokenizer, prompts), ends_of(model, tokenizer)
     positions = (context_length(model.config) or sys.maxsize) - virtual_tokens(model)
     was_training, saved_config = model.training, model.generation_config

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -73,12 +74,14 @@ def load_tokenizer(config: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, str]:
+def load_model(
+    config: ModelArguments, tokenizer: PreTrainedTokenizerBase, quantization: BitsAndBytesConfig | None = None
+) -> tuple[PreTrainedModel, str]:
     """The model in `config.dtype`, and where its weights come from: "random weights (gpt2)", or its name.
 
     Raises:
         UserError: neither or both of `model_name_or_path` and `model_type`, a model that is not found or does not fit
-            its overrides, or fewer embeddings than the tokenizer has tokens.
+            its overrides, an adapter (see `recipe.adapters`), or fewer embeddings than the tokenizer has tokens.
     """
     name, subject = config.model_name_or_path, f"model {config.model_name_or_path or config.model_type!r}"
     origin = f"random weights ({config.model_type})" if name is None else name
@@ -94,6 +97,7 @@ def load_model(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tu
             model = AutoModelForCausalLM.from_config(**options, **_code(config))
         else:
             options |= {"revision": config.model_revision, "use_safetensors": True, "output_loading_info": True}
+            options |= {} if quantization is None else {"quantization_config": quantization}
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **_code(config))
             model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
@@ -139,11 +143,6 @@ def check_folder(name: str) -> None:
     for path in sorted(Path(name).glob("*")):
         if path.suffix in READ:
             refuse_no_file(path)
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        raise UserError(
-            f"{name!r} is a PEFT adapter without its model; merge them first: "
-            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED)"
-        )
 
 
 def check_weights(name: str) -> None:
@@ -190,6 +189,10 @@ def load_config(config: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> P
     name, model_type, overrides = config.model_name_or_path, config.model_type, config.config_overrides
     if model_type is not None and model_type not in CONFIG_MAPPING:
         raise UserError(f"unknown --model_type {model_type!r}; for example gpt2, llama, qwen2")
+    if (Path(name or "") / "adapter_config.json").is_file() and not (Path(name or "") / "config.json").is_file():
+        raise UserError(
+            f"{name!r} is an adapter, not a whole model; make one: python scripts/merge.py {name} --output_dir FOLDER"
+        )
     with library_errors(f"model {name!r}"):
         if name is not None and model_type is None:
             model_config = AutoConfig.from_pretrained(name, revision=config.model_revision, **_code(config))
@@ -275,6 +278,12 @@ def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.padding_side = "left"
     # undocumented in transformers: `save_pretrained` writes only the attributes that `init_kwargs` names
     tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's, whose layers hold the adapter, or the model itself."""
+    causal_model: Any = model
+    return causal_model.get_base_model() if hasattr(causal_model, "get_base_model") else causal_model
 
 
 def virtual_tokens(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import find_adapter_config_file
 
 from recipe.config import DataArguments, ModelArguments, UserError
 from recipe.files import file_hash, is_there, read_sealed
@@ -31,7 +32,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
-def weights_hash(model: str) -> str | None:
+def weights_hash(model: str, revision: str = "main") -> str | None:
     """What identifies a model's weights: a hash of its safetensors files, or the commit of a Hub id.
 
     Raises:
@@ -39,7 +40,8 @@ def weights_hash(model: str) -> str | None:
     """
     if not Path(model).is_dir():
         try:
-            return Path(hf_hub_download(model, "config.json")).parent.name
+            config = find_adapter_config_file(model, revision=revision)
+            return Path(config or hf_hub_download(model, "config.json", revision=revision)).parent.name
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(f"model {model!r}: {' '.join(str(error).split())[:300]}") from error
     hashes = [file_hash(path) for path in sorted(Path(model).glob("*.safetensors"))]
@@ -127,7 +129,9 @@ def read_run(output_dir: str | Path) -> dict[str, Any] | None:
     shapes["data"] = shapes.pop("data?")
     training = {"load_best_model_at_end?": bool}
     way_out = "train again or remove it"
-    run = read_sealed(path, {"config": {"data": shapes, "training": training}, "data_hash": str}, way_out)
+    adapter = (None, {"base_weights": (None, str)})
+    shape = {"config": {"data": shapes, "training": training}, "data_hash": str, "adapter?": adapter}
+    run = read_sealed(path, shape, way_out)
     settings = run["config"]["data"]
     for name in sorted(settings.keys() - {shape.rstrip("?") for shape in shapes}):
         del settings[name]

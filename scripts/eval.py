@@ -85,7 +85,8 @@ def parse(
     types: list[type] = [EvalArguments, DataArguments, JudgeArguments]
     description = (__doc__ or "").split("\n")[0]
     args, data_args, judge_args = parse_arguments(types, argv, description)
-    from recipe.model import check_folder, check_weights  # here: models take two seconds, and --help needs none
+    from recipe.adapters import base_of  # here: models take two seconds, and --help needs none
+    from recipe.model import check_folder, check_weights
 
     check_place(args.output_dir)
     run = None
@@ -93,7 +94,8 @@ def parse(
         if model_kind(name) == "weights":
             check_folder(name)
             check_weights(name)
-            if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            is_whole = (Path(name) / "config.json").is_file()
+            if Path(name).is_dir() and not is_whole and base_of(name) is None:
                 raise UserError(
                     f"--model {name}: no finished model is there (no config.json); name a finished run's folder"
                 )
@@ -108,6 +110,9 @@ def parse(
         raise UserError(
             f"--model {absent[0]}: no such folder; for a model of the Hub, name the records too: --data FILE"
         )
+    if args.baseline is None and args.model and model_kind(args.model[0]) == "weights":
+        base = base_of(args.model[0])
+        args.baseline = base.name if base else None
     if args.split == ["all"]:  # every record counts, held out or not
         data_args.validation_ratio = data_args.test_ratio = 0.0
     return args, data_args, judge_args, run

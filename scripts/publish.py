@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from recipe.config import UserError, parse_arguments, setting
 from recipe.console import print_table, run_script
-from recipe.files import write_whole
+from recipe.files import read_json, write_json, write_whole
 from recipe.manifest import check_unchanged
 from recipe.provenance import read_run
 from recipe.publishing.card import RUN, make_model_card, read_evaluation
@@ -19,6 +20,7 @@ from recipe.publishing.hub import (
     check_reference,
     check_repo_id,
     files_to_push,
+    is_local,
     open_repository,
     push_files,
     refuse_local_folders,
@@ -34,6 +36,7 @@ class PublishArguments:
     model: str | None = setting(None, "Output folder of a run; the flag can be left out.")
     repo_id: str | None = setting(None, "owner/name on the Hub; created if it is missing.")
     evaluation: str | None = setting(None, "Output folder of scripts/eval.py, for the card.")
+    base: str | None = setting(None, "Hub id of the model that an adapter belongs to, in place of a local folder.")
     revision: str | None = setting(None, "Branch to push to; created if it is missing.")
     tag: str | None = setting(None, "A tag for the commit, such as v1; it is never moved.")
     private: bool | None = setting(None, "Make a new repository private; default: as its owner has set.")
@@ -53,6 +56,14 @@ def main(argv: list[str]) -> None:
     folder, evaluation = Path(args.model or ""), Path(args.evaluation) if args.evaluation else None
     files = files_to_push(folder, evaluation)
     check_unchanged(folder)
+    with TemporaryDirectory() as drafts:
+        if args.base is not None:
+            files |= with_base(files, args.base, Path(drafts))
+        publish(args, folder, evaluation, files)
+
+
+def publish(args: PublishArguments, folder: Path, evaluation: Path | None, files: dict[str, Path]) -> None:
+    """Look for what must not be sent, then push."""
     card = draft_card(args, folder, evaluation)
     if card:  # written later, when it is known that it can be pushed
         files.pop("README.md", None)
@@ -90,6 +101,25 @@ def parse(argv: list[str]) -> PublishArguments:
     return args
 
 
+def with_base(files: Mapping[str, Path], base: str, folder: Path) -> dict[str, Path]:
+    """The adapter's config as it is pushed, written to a folder: it names the base model on the Hub.
+
+    Raises:
+        UserError: there is no adapter, or the name is none of the Hub.
+    """
+    check_repo_id(base)
+    if is_local(base):
+        raise UserError(f"--base {base}: this is a folder here; name the model's id on the Hub")
+    if "adapter_config.json" not in files:
+        raise UserError(
+            f"--base {base}: no adapter_config.json is there, and a whole model needs no base; leave it out"
+        )
+    write_json(
+        folder / "adapter_config.json", read_json(files["adapter_config.json"]) | {"base_model_name_or_path": base}
+    )
+    return {"adapter_config.json": folder / "adapter_config.json"}
+
+
 def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) -> str:
     """The new README.md; empty if the one that is there is pushed.
 
@@ -103,6 +133,9 @@ def draft_card(args: PublishArguments, folder: Path, evaluation: Path | None) ->
         check_shape(
             run, RUN, str(folder / "run.json"), "train again, or push the README.md that is there: --card false"
         )
+        if args.base is not None:
+            run["config"]["model"] |= {"model_name_or_path": args.base, "model_revision": "main"}
+            run["hub"] |= {"base": True}
         return make_model_card(folder, run, scores, repo_id=args.repo_id, license=args.license, language=args.language)
     reason = "--card false" if not args.card else "a checkpoint" if is_checkpoint else f"no run.json in {folder}"
     if args.license or args.language:

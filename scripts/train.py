@@ -18,7 +18,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, parse_arguments
+from recipe.config import DataArguments, InstructionTrainingArguments, LoraArguments, ModelArguments, parse_arguments
 from recipe.console import process_rank, run_script
 from recipe.lock import hold_folder
 from recipe.training.checks import check_settings, check_splits, check_trackers, fit_max_length, print_model
@@ -30,18 +30,18 @@ from recipe.training.stopping import STOPPED, StopOnSignal, end_with_launcher
 def main(argv: list[str]) -> None:
     """Settings, and one run at a time in its folder."""
     end_with_launcher()
-    types = [ModelArguments, DataArguments, InstructionTrainingArguments]
+    types = [ModelArguments, DataArguments, InstructionTrainingArguments, LoraArguments]
     by_device = {"bf16": None}
-    model_args, data_args, training_args = parse_arguments(types, argv, __doc__.split("\n")[0], by_device)
-    with hold_folder(training_args.output_dir) if process_rank() == "0" else nullcontext():
-        run(Settings(model_args, data_args, training_args))
+    settings = Settings(*parse_arguments(types, argv, __doc__.split("\n")[0], by_device))
+    with hold_folder(settings.training.output_dir) if process_rank() == "0" else nullcontext():
+        run(settings)
 
 
 def run(settings: Settings) -> None:
     """Data, model, trainer, train, save, push."""
     model_args, data_args, training_args = settings.model, settings.data, settings.training
     checkpoint = find_checkpoint(training_args)
-    check_settings(model_args, data_args, training_args)
+    check_settings(settings)
     check_trackers(training_args)
     push = None
     if training_args.push_to_hub:  # asks for access now: a wrong token must not cost a training run
@@ -51,7 +51,7 @@ def run(settings: Settings) -> None:
     set_seed(training_args.seed)
 
     tokenizer, template, records, splits, bad_records, about_data = prepare_data(model_args, data_args, training_args)
-    model, about_model = prepare_model(model_args, data_args, training_args, tokenizer, template)
+    model, about_model = prepare_model(settings, tokenizer, template)
     from recipe.training.first_step import FirstStep
     from recipe.training.record import keep_record
 
@@ -116,22 +116,27 @@ def prepare_data(model_args, data_args, training_args):
     return tokenizer, template, records, splits, left_out.bad, about
 
 
-def prepare_model(model_args, data_args, training_args, tokenizer, template):
+def prepare_model(settings, tokenizer, template):
     """The model, ready to be saved for chat, and where it comes from, for run.json."""
+    from recipe.adapters import add_adapter, quantization
     from recipe.manifest import check_unchanged
     from recipe.model import load_config, load_model, prepare_for_chat
     from recipe.publishing.card import hub_sources
     from recipe.training.collator_choice import default_attention
 
+    model_args, data_args, training_args = settings.model, settings.data, settings.training
     if model_args.model_name_or_path and training_args.should_log:
         check_unchanged(Path(model_args.model_name_or_path))
     if data_args.batching == "shared_prefix" and model_args.attn_implementation is None:
         model_args.attn_implementation = default_attention(load_config(model_args, tokenizer))
-    model, origin = load_model(model_args, tokenizer)
+    model, origin = load_model(model_args, tokenizer, quantization(settings.lora))
     hub = hub_sources(model_args.model_name_or_path, data_args.data, model_args.model_revision)
     prepare_for_chat(model, tokenizer, template)
-    print_model(origin, model, training_args)
-    return model, {"weights_from": origin, "hub": hub}
+    about = {"weights_from": origin, "hub": hub}
+    if settings.lora.lora_r:
+        model, about["adapter"] = add_adapter(model, settings.lora, hub["base_commit"])
+    print_model(about, model, training_args)
+    return model, about
 
 
 def make_trainer(model, tokenizer, template, records, splits, settings, first_step, push):

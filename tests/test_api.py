@@ -175,6 +175,11 @@ def run_trainer(block, tmp_path):
     assert space["trainer"].state.global_step == 2
 
 
+def run_add_adapter(block, tmp_path):
+    pytest.importorskip("peft", reason="the extra `lora` installs it")
+    assert run_block(block, namespace("recipe.adapters") | {"model": load()[1]}) == (["c_attn"], 6 * 16 * (128 + 384))
+
+
 def run_samples(block, tmp_path):
     from recipe.data import load_records
     from recipe.templates import load_template
@@ -246,6 +251,7 @@ RUN = {
     "recipe.data.load_splits": run_load_splits,
     "recipe.training.loss.linear_cross_entropy": run_linear_cross_entropy,
     "recipe.trainer.InstructionTrainer": run_trainer,
+    "recipe.adapters.add_adapter": run_add_adapter,
     "recipe.training.samples.SampleGenerations": run_samples,
     "recipe.generation.generate_responses": run_generation,
     "recipe.evaluation.likelihood.reference_losses": run_likelihood,

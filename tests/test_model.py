@@ -111,8 +111,8 @@ def test_overrides_change_a_trained_models_dropout(demo_tokenizer):
 def test_an_adapter_alone_is_refused(tmp_path, demo_tokenizer):
     demo_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a PEFT adapter without its model; merge them first"):
-        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"is an adapter, not a whole model; make one: python scripts/merge\.py"):
+        load_model(ModelArguments(model_name_or_path=str(tmp_path)), demo_tokenizer)
 
 
 @pytest.mark.parametrize(

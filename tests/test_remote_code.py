@@ -12,6 +12,7 @@ import torch
 from conftest import DEMO, ROOT
 from transformers import AutoModelForCausalLM
 
+from recipe.adapters import base_of, load_adapter
 from recipe.config import ModelArguments, UserError
 from recipe.model import load_config, load_model, load_tokenizer
 from recipe.publishing.card import make_model_card
@@ -104,8 +105,18 @@ def test_the_base_of_an_adapter_is_not_run(folder, canary, tmp_path, demo_tokeni
     with pytest.raises(UserError):
         load_model(ModelArguments(str(adapter)), demo_tokenizer)
     (adapter / "config.json").unlink()
-    with pytest.raises(UserError, match="is a PEFT adapter without its model; merge them first"):
-        load_tokenizer(ModelArguments(str(adapter)))
+    alone = ModelArguments(str(adapter))
+    with pytest.raises(UserError, match="is an adapter, not a whole model"):
+        load_model(alone, demo_tokenizer)
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"belongs to the model '{base}': .*{SAID}"):
+        load_adapter(alone, base_of(str(adapter)), demo_tokenizer)
+    (adapter / "adapter_config.json").write_text(json.dumps(about | {"megatron_config": {}, "megatron_core": "canary"}))
+    assert base_of(str(adapter)) is not None  # nothing to import for
+    about |= {"megatron_config": {"x": 1}, "megatron_core": "canary"}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="PEFT would import a module that this file names"):
+        base_of(str(adapter))
     assert not canary.exists()
 
 

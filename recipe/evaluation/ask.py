@@ -17,6 +17,7 @@ from recipe.reasoning import opened_by, split_scored
 from recipe.templates import plain_messages
 
 if TYPE_CHECKING:
+    from recipe.adapters import Models
     from recipe.generation import Decoding, Response
     from recipe.templates import Template
 
@@ -32,26 +33,27 @@ def ask_weights(
     batch_size: int,
     template: Template,
     state: PartialState,
+    models: Models,
 ) -> None:
     """Append a model's answers batch by batch, each with how likely the model finds the reference."""
     from recipe.evaluation.likelihood import reference_losses  # here, as below: models take seconds
     from recipe.generation import iter_responses
-    from recipe.model import load_model, load_tokenizer, stop_at
+    from recipe.model import base_model, load_tokenizer, stop_at
     from recipe.tokens import prompt_ids
 
     tokenizer = load_tokenizer(model_args)
-    model, _ = load_model(model_args, tokenizer)
-    if not tokenizer.chat_template or tokenizer.chat_template not in template.chat_template:
-        stop_at(model, tokenizer, template)  # with its own template, it stops where `generate` does
-    model.to(state.device)
-    prompts = prompt_ids(template, tokenizer, predictions)
-    references = [prediction["output"] for prediction in predictions]
-    bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
-    losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0], template)
-    opened = [opened_by(tokenizer, prompt) for prompt in prompts]
-    for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
-        rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
-        keep_answers(path, label, [predictions[i] for i in indices], rows, [opened[i] for i in indices])
+    with models.opened(model_args, tokenizer) as model:
+        if not tokenizer.chat_template or tokenizer.chat_template not in template.chat_template:
+            stop_at(base_model(model), tokenizer, template)  # with its own template, it stops where `generate` does
+        model.to(state.device)
+        prompts = prompt_ids(template, tokenizer, predictions)
+        references = [prediction["output"] for prediction in predictions]
+        bars = [f"{work} ({label})" if state.is_main_process else None for work in ("Reference loss", "Generating")]
+        losses = reference_losses(model, tokenizer, prompts, references, batch_size, bars[0], template)
+        opened = [opened_by(tokenizer, prompt) for prompt in prompts]
+        for indices, responses in iter_responses(model, tokenizer, prompts, decoding, batch_size, bars[1]):
+            rows = [as_answer(response, losses[index]) for index, response in zip(indices, responses, strict=True)]
+            keep_answers(path, label, [predictions[i] for i in indices], rows, [opened[i] for i in indices])
 
 
 def ask_endpoint(

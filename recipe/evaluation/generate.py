@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedTokenizerBase
 
+    from recipe.adapters import Models
     from recipe.generation import Decoding
     from recipe.templates import Template
 
@@ -46,7 +47,9 @@ class EvalArguments:
         "The fine-tuned model, and further ones to compare. Each a folder or Hub id, an OpenAI-compatible "
         "endpoint (http://localhost:8000/v1#name), a file of recorded answers, or `echo`.",
     )
-    baseline: str | None = setting(None, "What to compare with, in the same forms.")
+    baseline: str | None = setting(
+        None, "What to compare with, in the same forms. Default: of an adapter, its base model; else nothing."
+    )
     split: list[str] = setting(
         list, "Splits to score, or `all` records as one. Default: test, and all of recorded answers."
     )
@@ -124,6 +127,7 @@ class EvalArguments:
 
 def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dict | None, state: PartialState) -> None:
     """Append every answer that is missing to predictions.jsonl, then merge its lines by record."""
+    from recipe.adapters import Models
     from recipe.data.split import data_hash  # here, as below: datasets and models take seconds, and --help needs none
     from recipe.model import check_finite, load_tokenizer
 
@@ -131,7 +135,8 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
         records, predictions = select_records(args, data_args, run)
     models = name_models(args)
     weights = {label: name for label, name in models.items() if model_kind(name) == "weights"}
-    tokenizers = {label: load_tokenizer(model_arguments(name, args)) for label, name in weights.items()}
+    opens = Models(weights.values())
+    tokenizers = {label: load_tokenizer(model_arguments(name, args, opens)) for label, name in weights.items()}
     templates = choose_templates(weights, tokenizers, data_args.template)
     for name in weights.values():
         check_finite(name)
@@ -141,7 +146,8 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     predictions = [strip_end(prediction, ends) for prediction in predictions]
     evaluation: dict[str, Any] = {
         "models": {
-            label: describe_model(name, tokenizers.get(label), templates.get(label)) for label, name in models.items()
+            label: describe_model(name, tokenizers.get(label), templates.get(label), opens.revision(name))
+            for label, name in models.items()
         },
         "headline": args.headline or choose_headline([prediction["output"] for prediction in predictions]),
         "data": data_args.data or args.model[0],
@@ -169,13 +175,12 @@ def generate_predictions(args: EvalArguments, data_args: DataArguments, run: dic
     state.wait_for_everyone()
     for label, name in models.items():
         missing = [p for p in predictions if label not in answered.get(p["id"], {})]
-        if len(missing) < len(predictions):
+        if some := len(missing) < len(predictions):
             state.print(f"{len(predictions) - len(missing)} of {len(predictions)} answers of {label} are there already")
-        if missing:
-            template, some = templates.get(label), len(missing) < len(predictions)
-            if unsent := append_answers_of(label, name, missing, path, args, data_args, template, state, ends, some):
-                evaluation["left_out"][label] = unsent
-                write_sealed(output_dir / "evaluation.json", evaluation)
+        asked = missing, path, args, data_args, templates.get(label), state, opens, ends, some
+        if missing and (unsent := append_answers_of(label, name, *asked)):
+            evaluation["left_out"][label] = unsent
+            write_sealed(output_dir / "evaluation.json", evaluation)
     state.wait_for_everyone()
     if state.is_main_process:
         answers.merge_answers(path, predictions, list(evaluation["models"]))
@@ -278,7 +283,7 @@ def choose_templates(
 
 
 def describe_model(
-    name: str, tokenizer: PreTrainedTokenizerBase | None, template: Template | None
+    name: str, tokenizer: PreTrainedTokenizerBase | None, template: Template | None, revision: str = "main"
 ) -> dict[str, str | None]:
     """What evaluation.json holds of a model: its name, hashes of weights and tokenizer, and how it is asked."""
     from recipe.evaluation.likelihood import tokenizer_hash
@@ -288,7 +293,10 @@ def describe_model(
         asked = (template.name, template.chat_template)
     else:
         asked = ("chat messages" if model_kind(name) == "endpoint" else None, None)
-    hashes = {"weights": content_hash(name), "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer)}
+    hashes = {
+        "weights": content_hash(name, revision),
+        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
+    }
     return {"name": name, **hashes, "template_name": asked[0], "template": asked[1]}
 
 
@@ -308,6 +316,7 @@ def append_answers_of(
     data_args: DataArguments,
     template: Template | None,
     state: PartialState,
+    opens: Models,
     ends: Iterable[str] = (),
     others_answered: bool = False,
 ) -> list[str]:
@@ -320,8 +329,8 @@ def append_answers_of(
     if template is not None:
         with state.split_between_processes(predictions) as share:
             try:
-                model = model_arguments(name, args)
-                ask.ask_weights(label, model, share, path, decoding, args.batch_size, template, state)
+                model = model_arguments(name, args, opens)
+                ask.ask_weights(label, model, share, path, decoding, args.batch_size, template, state, opens)
             except UserError as error:
                 if not state.is_main_process:  # the main process prints its own error
                     print(f"error: process {state.process_index}: {error}", file=sys.stderr, flush=True)
@@ -339,10 +348,10 @@ def append_answers_of(
     return []
 
 
-def model_arguments(name: str, args: EvalArguments) -> ModelArguments:
+def model_arguments(name: str, args: EvalArguments, opens: Models) -> ModelArguments:
     """How weights are loaded."""
     dtype: Any = args.dtype  # auto is resolved
-    return ModelArguments(name, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    return ModelArguments(name, opens.revision(name), dtype=dtype, trust_remote_code=args.trust_remote_code)
 
 
 def decoding_of(args: EvalArguments) -> Decoding:
@@ -376,11 +385,12 @@ def model_kind(name: str) -> Literal["weights", "endpoint", "file", "echo"]:
     return "file" if answers.is_answer_file(name) else "weights"
 
 
-def content_hash(name: str) -> str | None:
+def content_hash(name: str, revision: str = "main") -> str | None:
     """A hash of weights or of recorded answers, which tells a model from another of the same name."""
-    hashes = {"weights": weights_hash, "file": file_hash}
     kind = model_kind(name)
-    return hashes[kind](name) if kind in hashes else None
+    if kind == "weights":
+        return weights_hash(name, revision)
+    return file_hash(name) if kind == "file" else None
 
 
 def split_names(predictions: list[dict[str, Any]]) -> list[str]:

@@ -31,10 +31,12 @@ RUN = {  # what the card takes of a run.json; see `recipe.shapes`
     "command": str, "versions": {str: str}, "hardware": str, "seed": int, "processes": COUNT, "weights_from": str,
     "ran?": (None, {"mixed_precision": TEXT}), "data_hash": str, "splits": {str: SPLIT, "train": SPLIT},
     "hub": {"base": bool, "base_commit?": TEXT, "data": [str]},
+    "adapter?": (None, {"targets": [str]}),
     "rows": {**dict.fromkeys(("truncated", "dropped", "left_out_of_train_as_duplicates"), COUNT), "bad?": COUNT},
     "bad_records?": {str: COUNT}, "result": {"steps": COUNT, "eval?": (None, {"eval_loss": float})},
     "config": {
         "model": {"model_name_or_path": TEXT, "model_revision": str, "dtype": str, "trust_remote_code?": bool},
+        "lora?": (None, {"lora_r": (None, COUNT), "lora_alpha": COUNT}),
         "data": {"batching": str, "mask_prompt": bool, "overflow": str, "template": str, "split_seed": int},
         "training": {
             **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), COUNT),

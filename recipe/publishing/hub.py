@@ -129,9 +129,13 @@ def refuse_local_folders(files: Mapping[str, Path]) -> None:
         field = NAMES_OF_MODELS.get(path)
         name = _read(file, {}).get(field) if field else None
         if isinstance(name, str) and name and is_local(name):
+            way_out = "set it to the model's id on the Hub, such as openai-community/gpt2"
+            if path == "adapter_config.json":
+                way_out = "name that model's id on the Hub: scripts/publish.py --base HUB_ID; or push what "
+                way_out += "scripts/merge.py makes of the adapter"
             raise UserError(
                 f"{file}: {field!r} is {name!r}, a folder of this machine, which nobody else has and which may name "
-                "its user; set it to the model's id on the Hub, such as openai-community/gpt2"
+                f"its user; {way_out}"
             )
 
 

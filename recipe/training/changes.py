@@ -43,7 +43,8 @@ OF_OPTIMIZER = {
     "adam_epsilon": ("eps",),
 }
 # the state of one optimizer or model is none of another, and what the checkpoint holds would replace the new value
-NEVER = ("optim", "optim_args", "optim_target_modules", "model_type")
+NEVER = ("optim", "optim_args", "optim_target_modules", "model_type", "lora_r", "lora_alpha", "lora_target_modules",
+         "use_rslora", "use_dora", "base_weights")  # fmt: skip
 
 
 def what_decides(settings: Settings, trainer: Trainer) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def what_decides(settings: Settings, trainer: Trainer) -> dict[str, Any]:
     """
     args = settings.training
     found: dict[str, Any] = {}
-    for part in (settings.model, settings.data, args):
+    for part in (settings.model, settings.data, settings.lora, args):
         found |= {f.name: _plain(getattr(part, f.name)) for f in fields(part) if not FREE.fullmatch(f.name)}
     batch, steps, processes = trainer._train_batch_size, args.gradient_accumulation_steps, args.world_size
     if args.max_tokens_per_batch is None:

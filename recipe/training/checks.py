@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -26,15 +26,20 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
+    from recipe.training.errors import Settings
+
 OF_TOKENS = ("loss", "perplexity", "next_token_accuracy")  # what every evaluation measures
 OF_ANSWERS = {"predictions", "references", "stop_reasons"}  # what --eval_generate has, for more
 OF_TIME = ("runtime", "samples_per_second", "steps_per_second")
 
 
-def check_settings(model_args: ModelArguments, data_args: DataArguments, args: InstructionTrainingArguments) -> None:
+def check_settings(settings: Settings) -> None:
     """Refuse settings that do not fit together, as far as that needs neither data nor weights."""
-    from recipe.model import check_weights  # here, as below: --help needs none of it
+    from recipe.adapters import check_lora  # here, as below: --help needs none of it
+    from recipe.model import check_weights
 
+    model_args, data_args, args = settings.model, settings.data, settings.training
+    check_lora(settings.lora, model_args, bool(args.push_to_hub))
     check_weights(model_args.model_name_or_path or "")
     check_best_metric(args)
     if args.neftune_noise_alpha is not None and data_args.batching == "shared_prefix":
@@ -181,12 +186,15 @@ def fit_max_length(data_args: DataArguments, model_args: ModelArguments, tokeniz
         )
 
 
-def print_model(origin: str, model: PreTrainedModel, args: InstructionTrainingArguments) -> None:
+def print_model(about: dict[str, Any], model: PreTrainedModel, args: InstructionTrainingArguments) -> None:
     """Print which model trains on what, and settings that make a CPU slower than it could be."""
     print_once = PartialState().print
-    print_once(
-        f"Model: {origin}, {model.num_parameters():,} parameters; {args.world_size} process(es) on {args.device}"
-    )
+    origin, adapter = about["weights_from"], about.get("adapter")
+    count = adapter["frozen"] if adapter else model.num_parameters()
+    print_once(f"Model: {origin}, {count:,} parameters; {args.world_size} process(es) on {args.device}")
+    if adapter:
+        layers = ", ".join(adapter["targets"])
+        print_once(f"Adapter: {adapter['trained']:,} parameters on {layers}; no others are trained")
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     if args.device.type == "cpu" and threads * args.world_size < cores:
         print_once(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import textwrap
 import traceback
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from recipe.config import DataArguments, InstructionTrainingArguments, ModelArguments, UserError
+from recipe.config import DataArguments, InstructionTrainingArguments, LoraArguments, ModelArguments, UserError
 from recipe.disk import disk_error
 from recipe.memory import is_out_of_memory
 from recipe.peers import peer_error
@@ -65,6 +65,7 @@ class Settings:
     model: ModelArguments
     data: DataArguments
     training: InstructionTrainingArguments
+    lora: LoraArguments = field(default_factory=LoraArguments)
 
     def asked(self, names: tuple[str, ...]) -> list[str]:
         """Those of the named settings that differ from their default, as flags with their values.
@@ -73,7 +74,7 @@ class Settings:
         ['--dtype float16']
         """
         found = {}
-        for part in (self.model, self.data, self.training):
+        for part in (self.model, self.data, self.training, self.lora):
             for setting in fields(part):
                 value = getattr(part, setting.name)
                 if setting.name in names and isinstance(value, PLAIN) and value not in (_default(setting), []):

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -125,7 +125,7 @@ def try_save(trainer: Trainer, checkpoint: str | None) -> None:
     Raises:
         UserError: the disk has no room for the real weights.
     """
-    args, model = trainer.args, trainer.model
+    args, model = trainer.args, cast(Any, trainer.model)
     if not args.should_save or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     Path(args.output_dir or "").mkdir(parents=True, exist_ok=True)
@@ -135,6 +135,8 @@ def try_save(trainer: Trainer, checkpoint: str | None) -> None:
         if isinstance(model, PreTrainedModel):
             small = _one_number_each(model.state_dict())
             model.save_pretrained(folder, state_dict=small, save_original_format=False)
+        elif hasattr(model, "peft_config"):  # small
+            model.save_pretrained(folder)
     check_disk(args, model, checkpoint)  # type: ignore
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from recipe.collator import IGNORE_INDEX, DataCollatorForInstructionTuning, DataCollatorWithSharedPrefix
-from recipe.model import virtual_tokens
+from recipe.model import base_model, virtual_tokens
 from recipe.segments import Opaque
 
 Layout = Literal["padded", "mask", "segments"]
@@ -70,12 +70,6 @@ def why_never_one_row(model: nn.Module) -> str | None:
     if field := _field_other_than_full(config):
         return f"{kind} does not attend to all tokens ({field}), which a shared row does not respect"
     return None
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside PEFT's, or the model itself."""
-    causal_model: Any = model
-    return causal_model.get_base_model() if hasattr(causal_model, "get_base_model") else causal_model
 
 
 def takes_boolean_mask(model: PreTrainedModel) -> bool:
@@ -194,7 +188,7 @@ def differences(model: nn.Module, layout: Layout) -> tuple[Difference, Differenc
     """How far logits and gradients in a batch of this layout, and in a padded one, are from those of single examples.
 
     Logits relative to their deviation from their mean; gradients are those of the first of the smallest weights, which
-    all layers have a part in.
+    all layers have a part in. Weights without a gradient tell nothing: half of a new LoRA adapter, as the other is 0.
     """
     features = example_features(base_model(model))
     padded = DataCollatorForInstructionTuning(0)(features)
@@ -217,7 +211,8 @@ def differences(model: nn.Module, layout: Layout) -> tuple[Difference, Differenc
         if not trained:
             return off, Difference(0.0, 0.0)
         learned = padded["labels"][padded["labels"] != IGNORE_INDEX]
-        weights = min(trained, key=torch.numel)
+        smallest = sorted(trained, key=torch.numel)
+        weights = next((each for each in smallest if _gradient(wanted, learned, each).any()), smallest[0])
         expected, *gradients = (_gradient(each or wanted, learned, weights) for each in (wanted, *found))
         distances = ((each - expected).norm() / expected.norm().clamp_min(1e-30) for each in gradients)
     return off, Difference(*(float(each.nan_to_num(nan=float("inf"))) for each in distances))

@@ -136,8 +136,9 @@ def check_disk(args: InstructionTrainingArguments, model: nn.Module, checkpoint:
 
 
 def _parts_of_a_save(model: nn.Module) -> dict[str, int]:
-    """Bytes of the weights, each once, and of Adam's two means."""
-    weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
+    """Bytes of the weights that are saved, each once, and of Adam's two means."""
+    adapter = hasattr(model, "peft_config")  # PEFT saves what is trained
+    weights = {each.data_ptr(): each.nbytes for each in model.parameters() if each.requires_grad or not adapter}
     trained = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
     return {"weights": sum(weights.values()), "optimizer": 2 * trained}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def keep_record(
         UserError: the run is resumed with other settings or data, see `recipe.training.changes.refuse_changes`.
     """
     decides = what_decides(settings, trainer)
+    decides["settings"]["base_weights"] = (about.get("adapter") or {}).get("base_weights")
     changed = refuse_changes(decides, checkpoint, settings.training.allow_changed or ()) if checkpoint else []
     trainer.about_run |= decides
     trainer.add_callback(record := RunRecord(trainer, settings, about, checkpoint, changed, pushes))
@@ -87,6 +89,7 @@ class RunRecord(TrainerCallback):
         self.run = describe_run(self.settings.model, self.settings.data, trainer, attention_of(trainer.model))
         if trainer.layout_note:
             self.run["ran"]["batch_layout"] = trainer.layout_note
+        self.run["config"]["lora"] = asdict(self.settings.lora)
         self.run["config"]["training"]["push_to_hub"] = self.pushes  # the Trainer's own push is off
         for leg in self.legs:
             if leg["state"] == "running":  # it could not say how it ended

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import GenerationConfig, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from recipe.files import draft_of
@@ -84,6 +84,14 @@ class WholeSaves(Trainer):
                 self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The stock one (private in transformers); beside an adapter what ends an answer, and not the card by PEFT."""
+        super()._save(output_dir, state_dict)
+        adapted: Any = self.model
+        if hasattr(adapted, "peft_config") and self.args.should_save and output_dir is not None:
+            (adapted.generation_config or GenerationConfig()).save_pretrained(output_dir)
+            (Path(output_dir) / "README.md").unlink(missing_ok=True)
 
     def save_state(self) -> None:
         """`Trainer.save_state`, whole or not at all."""

@@ -25,6 +25,7 @@ from recipe.data.origin import rows_in_words
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.manifest import about
+from recipe.model import base_model
 from recipe.reasoning import opened_by, split_scored
 from recipe.templates import Template
 from recipe.tokens import prompt_ids, without_end
@@ -208,9 +209,7 @@ class InstructionTrainer(WholeSaves):
         None if `head(hidden)` is not the model's logits: see `_head_is_plain`, or the model changes the logits after
         its head.
         """
-        causal_model: Any = self.model
-        if hasattr(causal_model, "get_base_model"):  # PEFT's
-            causal_model = causal_model.get_base_model()
+        causal_model: Any = base_model(self.model)  # type: ignore[arg-type]
         head = causal_model.get_output_embeddings()
         examined = head is self._head
         if not examined:
@@ -238,7 +237,7 @@ class InstructionTrainer(WholeSaves):
         return hidden, head, targets
 
     def _head_is_plain(self, head: nn.Module, causal_model: nn.Module) -> bool:
-        """Whether we can apply the head: not with PEFT, sharding, a model compiled whole, float16 (scales the loss)."""
+        """Whether we can apply the head: not if adapted, sharded, compiled whole or float16 (which scales the loss)."""
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         plain = not self._compiled_whole() and self.accelerator.mixed_precision != "fp16"  # wherever it was set
         parameters = inspect.signature(type(causal_model).forward).parameters

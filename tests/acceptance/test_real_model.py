@@ -195,6 +195,23 @@ def test_it_answers_better_than_before(folder, base, tuned):
     assert metrics["metrics"]["reference_loss"]["ci95"][1] < 0
 
 
+def test_an_adapter_learns_as_the_whole_model_does(folder, base, real_data):
+    """Rank 16 on all linear layers, after 30 steps of both; the adapter is a few per cent of the model."""
+    out = folder / "adapters"
+    run(
+        folder, "benchmarks/adapters.py", "--model_name_or_path", base, "--data", real_data, "--output_dir", out,
+        "--max_steps", "30",
+    )  # fmt: skip
+    print((out / "adapters.md").read_text(encoding="utf-8"))
+    found = json.loads((out / "adapters.json").read_text(encoding="utf-8"))
+    full, lora = found["measured"]["full"], found["measured"]["lora"]
+    assert lora["trained"] == 4_884_480 and lora["saved_mb"] < 0.05 * full["saved_mb"]
+    assert lora["peak_memory_mb"] < full["peak_memory_mb"]
+    for pair in ("full − base", "lora − base"):
+        assert found["scores"][pair]["n"] == 110
+        assert found["scores"][pair]["metrics"]["reference_loss"]["ci95"][1] < 0, pair
+
+
 # --- conversations --------------------------------------------------------------------------------------------------
 
 NAMES = ["Aino", "Bram", "Chidi", "Dunja", "Emeka", "Farah", "Goran", "Hana", "Ivo", "Jana", "Kemal", "Lindiwe"]

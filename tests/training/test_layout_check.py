@@ -106,9 +106,10 @@ def test_a_model_that_drops_segments_trains_with_a_mask_and_the_run_says_so(arch
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("wrong", ["raises", "forward", "backward"])
-def test_a_kernel_that_is_wrong_on_this_device_gives_way(wrong, tmp_path, monkeypatch, capsys):
-    """As a GPU's might be; here the one of the CPU is spoiled."""
+def test_a_kernel_that_is_wrong_on_this_device_gives_way(wrong, adapter, tmp_path, monkeypatch, capsys):
+    """As a GPU's might be; here the one of the CPU is spoiled. Of a new adapter, one half has no gradient at all."""
 
     class Spoiled(attention.ProductAttention):
         @staticmethod
@@ -123,7 +124,9 @@ def test_a_kernel_that_is_wrong_on_this_device_gives_way(wrong, tmp_path, monkey
             return of_query * (1.1 if wrong == "backward" else 1), *others
 
     monkeypatch.setattr(attention, "ProductAttention", Spoiled)
-    trainer = trainer_for(small_model("llama", attention.NAME), "segments", tmp_path)
+    model = small_model("llama", attention.NAME)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapter else model
+    trainer = trainer_for(model, "segments", tmp_path)
     assert trainer.data_collator.attention == "mask"
     expected = {"raises": "no kernel image", "forward": "logits are off", "backward": "gradients are off"}[wrong]
     assert expected in capsys.readouterr().out and expected in trainer.layout_note

@@ -159,10 +159,13 @@ def test_loss_gradients_and_evaluation_are_those_of_the_models_own_logits(archit
     assert metrics["eval_next_token_accuracy"] == pytest.approx(hits)
 
 
-@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "lm_head"]])
-def test_lora_with_and_without_the_head(targets, tmp_path):
-    """An adapted head is more than its weight."""
-    model = get_peft_model(tiny_model("gpt2"), LoraConfig(target_modules=targets, init_lora_weights=False))
+@pytest.mark.parametrize(
+    ("targets", "saved"), [(["c_attn"], None), (["c_attn", "lm_head"], None), (["c_attn"], ["lm_head"])]
+)
+def test_lora_with_and_without_the_head(targets, saved, tmp_path):
+    """An adapted head is more than its weight, and one that is trained beside the adapter is a copy of it."""
+    lora = LoraConfig(target_modules=targets, modules_to_save=saved, init_lora_weights=False)
+    model = get_peft_model(tiny_model("gpt2"), lora)
     trainer = trainer_for(model, tmp_path)
     batch = trainer.data_collator(list(ROWS))
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
