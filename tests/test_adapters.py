@@ -375,10 +375,10 @@ def test_transformers_alone_gives_the_same_answers(work, expected):
 
 
 def test_its_files_are_what_vllm_takes(work):
-    """By the rules of vLLM 0.11, `lora/peft_helper.py` and `lora/utils.py`, which needs a GPU to be run."""
+    """By what vLLM's `lora/peft_helper.py` and `parse_fine_tuned_lora_name` read and refuse; it was not run."""
     settings = json.loads((work / "adapter" / "adapter_config.json").read_text())
     assert settings["bias"] == "none" and not settings["modules_to_save"] and not settings["use_dora"]
-    assert settings["r"] in (8, 16, 32, 64, 128, 256) and isinstance(settings["lora_alpha"], int)
+    assert settings["r"] <= 512 and isinstance(settings["lora_alpha"], int)  # the largest --max-lora-rank
     names = load_file(work / "adapter" / "adapter_model.safetensors").keys()
     modules = [re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name) for name in names]
     assert all(modules) and {found[1].rpartition(".")[2] for found in modules} == set(settings["target_modules"])
