@@ -69,13 +69,13 @@ def _over_segments(
         output = functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-        return output.transpose(1, 2)
+        return output.transpose(1, 2).contiguous()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0 and _flash_runs(query, key, value):
         output = MergedAttention.apply(query[0], key[0], value[0], segments, scale, FLASH)
     else:
         output = ProductAttention.apply(query[0], key[0].contiguous(), value[0].contiguous(), segments, scale, dropout)
-    return output.transpose(0, 1)[None]
+    return output.transpose(0, 1).contiguous()[None]  # as transformers returns it: some models view it in place
 
 
 def _flash_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

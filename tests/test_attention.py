@@ -157,7 +157,7 @@ def test_the_registered_attention_is_attention_by_definition(segments, dtype):
     for heads in HEADS.values():
         states, gradient = random_states(segments, heads, dtype=dtype)
         output, weights = attention.shared_prefix_attention(torch.nn.Module(), *states, None, segments=segments)
-        assert output.dtype == dtype and weights is None
+        assert output.dtype == dtype and output.is_contiguous() and weights is None
         results = [output, *torch.autograd.grad(output, states, gradient.to(dtype))]
         exact = [each.detach().double().requires_grad_() for each in states]
         expected = by_definition(*(each[0] for each in exact), segments, heads[2] ** -0.5).transpose(0, 1)[None]

@@ -229,7 +229,8 @@ def _gradient(logits: list[torch.Tensor], targets: torch.Tensor, weights: nn.Par
 def example_features(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Examples of different lengths, some with a prefix in common; their tokens are no special ones."""
     embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.num_embeddings
+    head: Any = model.get_output_embeddings()  # some embed tokens that they never predict
+    vocabulary = min(embeddings.num_embeddings, getattr(head, "out_features", None) or embeddings.num_embeddings)
     config = model.config.to_dict() | model.config.get_text_config(decoder=True).to_dict()
     special = {value for name, value in config.items() if name.endswith("token_id") and isinstance(value, int)}
     tokens = [token for token in range(vocabulary) if token not in special]
