@@ -93,7 +93,8 @@ class DataArguments:
     data: dict | str | list | None = setting(
         None,
         "Records: a file (json, jsonl, csv, parquet), a glob, a folder or a Hub dataset id; or a mapping "
-        'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}.',
+        'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}; or a mixture, '
+        '[{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 1}].',
     )
     instruction_column: str = setting("instruction", "Column of the instruction.")
     input_column: str = setting("input", "Column of the optional input.")

@@ -81,9 +81,10 @@ def run(settings: Settings) -> None:
 
 def prepare_data(model_args, data_args, training_args):
     """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
-    from recipe.console import print_token_statistics
+    from recipe.console import print_sources, print_token_statistics
     from recipe.data import load_records, template_overhead, token_statistics
     from recipe.data.encode import encode_good_records
+    from recipe.data.mixture import mix
     from recipe.data.special_text import count_special_text, find_special_text, special_text_note
     from recipe.data.split import data_hash
     from recipe.model import load_tokenizer
@@ -95,11 +96,13 @@ def prepare_data(model_args, data_args, training_args):
     with training_args.main_process_first(desc="data"):  # the others read its cache
         loaded, left_out = load_records(data_args)
         records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
-    check_splits(splits, data_args, training_args)
+    mixed, sources = mix(splits, data_args)
+    check_splits(mixed, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
     statistics, special_text = token_statistics(records, splits, preamble), find_special_text(records, tokenizer)
     if training_args.should_log:
         print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
+        print_sources(sources)
         if note := special_text_note(special_text, tokenizer):
             print(note)
     rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
@@ -112,8 +115,9 @@ def prepare_data(model_args, data_args, training_args):
         | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)}
         | count_special_text(special_text),
         "bad_records": left_out.reasons,
+        "sources": sources,
     }
-    return tokenizer, template, records, splits, left_out.bad, about
+    return tokenizer, template, records, mixed, left_out.bad, about
 
 
 def prepare_model(settings, tokenizer, template):

@@ -31,10 +31,10 @@ FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", 
 # data too, but not read: they are named when a folder has them
 OTHER_DATA = {".tsv", ".txt", ".xlsx", ".xls", ".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".feather", ".pkl"}
 Read = Callable[[Columns], Dataset]  # the records with the columns that are needed
-Source = dict[str, list[tuple[str, Read]]]  # by split: the name of each file, and how it is read
+Files = dict[str, list[tuple[str, Read]]]  # by split: the name of each file, and how it is read
 
 
-def find_source(source: str | list[str], notes: list[str]) -> Source:
+def find_source(source: str | list[str], notes: list[str]) -> Files:
     """The files of a source by split, not yet read; appends to `notes` what is left out.
 
     Raises:
@@ -57,7 +57,7 @@ def find_source(source: str | list[str], notes: list[str]) -> Source:
         ) from error
 
 
-def _as_source(files_by_split: Mapping[str, list[str]]) -> Source:
+def _as_source(files_by_split: Mapping[str, list[str]]) -> Files:
     return {split: [_local_file(file) for file in files] for split, files in files_by_split.items()}
 
 
@@ -136,7 +136,7 @@ def _files_by_split(folders: list[str], notes: list[str]) -> dict[str, list[str]
 # --- Hub and save_to_disk -------------------------------------------------------------------------------------------
 
 
-def _on_the_hub(name: str, notes: list[str]) -> Source:
+def _on_the_hub(name: str, notes: list[str]) -> Files:
     """The files of a Hub dataset, downloaded; what no reader of ours knows is loaded by `datasets`."""
     builder = _builder(name)
     data_files = builder.config.data_files or {}
@@ -204,7 +204,7 @@ def _is_saved_to_disk(folder: Path) -> bool:
     )
 
 
-def _saved_to_disk(folder: str, notes: list[str]) -> Source:
+def _saved_to_disk(folder: str, notes: list[str]) -> Files:
     try:
         loaded = load_from_disk(folder)
     except Exception as error:  # whatever comes of features of another type, as an AttributeError
@@ -217,5 +217,5 @@ def _saved_to_disk(folder: str, notes: list[str]) -> Source:
     return {split: [_loaded(f"{folder} {split}", dataset)] for split, dataset in splits.items()}
 
 
-def _one_saved_only(folder: str) -> Source:
+def _one_saved_only(folder: str) -> Files:
     raise UserError(f"data {folder!r}: a folder of save_to_disk; give it alone, or save the data as Parquet")

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from recipe.config import DataArguments, UserError
 from recipe.data.conversations import beginning_of, select_texts, texts_of
+from recipe.data.origin import source_names, source_of_rows
 from recipe.data.records import LeftOut, read_records
 
 MOST_WAYS = 3  # in which conversations go on that begin alike
@@ -39,8 +40,30 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
     """Take a missing `validation` and `test` out of `train`.
 
     Records are ranked by a keyed hash of their content: the order of the file does not matter, those that may not be in
-    two splits have neighbouring ranks, and the cut between two splits moves past them.
+    two splits have neighbouring ranks, and the cut between two splits moves past them. Of a mixture, each source is
+    split on its own.
     """
+    names = source_names(next(iter(splits.values()), None))
+    if not names:
+        return _split(splits, config)
+    parts: dict[str, list[Dataset]] = {}
+    for index, name in enumerate(names):
+        own = DatasetDict()
+        for split, records in splits.items():
+            rows = np.flatnonzero(source_of_rows(records.info, records.with_format("numpy")["row"][:]) == index)
+            if len(rows):
+                own[split] = records.select(rows)
+        try:
+            found = _split(own, config)
+        except UserError as error:
+            raise UserError(f"data, source {name!r}: {error}") from error
+        for split, records in found.items():
+            parts.setdefault(split, []).append(records)
+    order = dict.fromkeys(["train", "validation", "test", *parts])
+    return DatasetDict({split: concatenate_datasets(parts[split]) for split in order if split in parts})
+
+
+def _split(splits: DatasetDict, config: DataArguments) -> DatasetDict:
     ratios = {"test": config.test_ratio, "validation": config.validation_ratio}
     wanted = {name: ratio for name, ratio in ratios.items() if name not in splits and ratio > 0}
     if "train" not in splits or not wanted:

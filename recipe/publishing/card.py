@@ -214,7 +214,10 @@ def sources(data: Any) -> Iterator[tuple[str | None, str]]:
     """
     for split, named in data.items() if isinstance(data, Mapping) else [(None, data)]:
         for source in named if isinstance(named, list) else [named]:
-            yield split, source
+            if isinstance(source, Mapping):  # of a mixture
+                yield from sources(source["path"])
+            else:
+                yield split, source
 
 
 def example_prompt(output_dir: Path, trusted: bool) -> dict[str, str]:
