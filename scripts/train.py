@@ -93,6 +93,8 @@ def prepare_data(model_args, data_args, training_args):
     tokenizer = load_tokenizer(model_args)
     template = load_template(data_args.template, tokenizer)
     fit_max_length(data_args, model_args, tokenizer)
+    if data_args.streaming:
+        return tokenizer, template, *prepare_stream(data_args, training_args, tokenizer, template)
     with training_args.main_process_first(desc="data"):  # the others read its cache
         loaded, left_out = load_records(data_args)
         records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
@@ -118,6 +120,32 @@ def prepare_data(model_args, data_args, training_args):
         "sources": sources,
     }
     return tokenizer, template, records, mixed, left_out.bad, about
+
+
+def prepare_stream(data_args, training_args, tokenizer, template):
+    """As `prepare_data`, for training records that are read while training; the other splits are read now."""
+    from recipe.console import print_token_statistics
+    from recipe.data import template_overhead, token_statistics
+    from recipe.data.encode import encode_good_records
+    from recipe.data.streaming import UNKNOWN, files_hash, load_stream
+
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    ranks = training_args.process_index, training_args.world_size
+    stream, loaded, left_out = load_stream(data_args, tokenizer, seed, *ranks)
+    records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
+    check_splits({"train": stream, **splits}, data_args, training_args)
+    preamble, _ = template_overhead(template, tokenizer)
+    statistics = token_statistics(records, splits, preamble)
+    if training_args.should_log:
+        print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
+        print(f"Streaming {len(stream.files)} file(s); bad records are counted while training")
+    about = {
+        "data_hash": files_hash(stream),
+        "splits": {"train": UNKNOWN, **{row["split"]: row for row in statistics}},
+        "rows": {"dropped": 0, "truncated": 0, "left_out_of_train_as_duplicates": left_out.duplicates, "bad": 0},
+        "bad_records": {},
+    }
+    return records, {"train": stream, **splits}, left_out.bad, about
 
 
 def prepare_model(settings, tokenizer, template):
@@ -171,6 +199,8 @@ def make_trainer(model, tokenizer, template, records, splits, settings, first_st
         trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:
         trainer.add_callback(push)
+    if trainer.quarantine is not None:
+        trainer.add_callback(trainer.quarantine)
     return trainer
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,10 @@ class LeftOut:
         return dict(Counter(record["reason"] for record in self.bad).most_common())
 
 
-def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[DatasetDict, LeftOut]:
-    """The records of `config.data` in the splits it names (a plain file is `train`).
+def read_records(
+    config: DataArguments, extra: tuple[str, ...] = (), only: Collection[str] | None = None
+) -> tuple[DatasetDict, LeftOut]:
+    """The records of `config.data` in the splits it names (a plain file is `train`), or in `only` some of these.
 
     Only the columns of one shape are read (see `recipe.data.columns.Columns`), and `family`, by which evaluation groups
     its scores.
@@ -63,9 +65,9 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     parts: dict[str, list[Dataset]] = {}
     infos: dict[str, RecordsInfo] = {}
     for index, source in enumerate(sources):
-        columns = _columns(source.config, extra)
-        for split, files in _files_by_split(source.config.data, left_out.notes).items():  # type: ignore[arg-type]
-            for name, read in files:
+        columns = columns_of(source.config, extra)
+        for split, files in files_by_split(source.config.data, left_out.notes).items():  # type: ignore[arg-type]
+            for name, read, *_ in files if only is None or split in only else ():
                 try:
                     records = read(columns)
                 except UnreadableFileError as error:
@@ -120,7 +122,8 @@ def _with_family(records: Dataset, source: str) -> Dataset:
     return records.remove_columns("family").add_column("family", families.combine_chunks())
 
 
-def _columns(config: DataArguments, extra: tuple[str, ...]) -> Columns:
+def columns_of(config: DataArguments, extra: tuple[str, ...] = ()) -> Columns:
+    """The columns that the settings name."""
     named = {name: getattr(config, f"{name}_column") for name in FIELDS}
     if len(set(named.values())) < len(named):
         raise UserError(f"two fields are mapped to one column ({named}); give each its own")
@@ -154,16 +157,16 @@ def report_lines(bad: Mapping[str, Any]) -> list[str]:
     return [f"{bad['file']} row {bad['row']}{part if part.startswith(': ') else f' {part}'}" for part in parts]
 
 
-def _files_by_split(data: dict | str | list, notes: list[str]) -> Files:
-    """The files of each split, under the name it means."""
+def files_by_split(data: dict | str | list, notes: list[str], download: bool = True) -> Files:
+    """The files of each split, under the name it means; see `recipe.data.sources.find_source`."""
     if not isinstance(data, dict):
-        return find_source(_names(data, "data"), notes)
+        return find_source(_names(data, "data"), notes, download)
     if odd := [name for name in data if not isinstance(name, str) or not name.strip()]:
         hint = "; YAML reads on, off, yes, no and null as other values, so put such a name in quotes"
         raise UserError(f"data: {odd[0]!r} is no name of a split{hint if not isinstance(odd[0], str) else ''}")
     by_split: Files = {}
     for split, source in by_meaning(data, "data", notes).items():
-        found = find_source(_names(source, f"data, split {split!r}"), notes)
+        found = find_source(_names(source, f"data, split {split!r}"), notes, download)
         if len(found) > 1 and split not in found:  # a folder or Hub id that names splits itself
             names = ", ".join(found)
             raise UserError(f"data, split {split!r}: {source} has {names}; name one of its files instead")

@@ -69,6 +69,11 @@ def _split(splits: DatasetDict, config: DataArguments) -> DatasetDict:
     if "train" not in splits or not wanted:
         return splits
     train = splits["train"]
+    if config.streaming:
+        hashes = np.array([beginning_hash(record, str(config.split_seed)) for record in _records(train)], np.uint64)
+        return _with_parts(
+            splits, {name: np.flatnonzero(split_of(hashes, wanted) == name) for name in (*wanted, "train")}
+        )
     hashes = group_hashes({"train": train}, key=str(config.split_seed))["train"]
     ranked = np.argsort(hashes, kind="stable")
     parts, start = {}, 0
@@ -76,16 +81,36 @@ def _split(splits: DatasetDict, config: DataArguments) -> DatasetDict:
         end = min(start + max(1, round(ratio * len(train))), len(train))
         while end < len(train) and hashes[ranked[end]] == hashes[ranked[end - 1]]:
             end += 1
-        parts[name] = train.select(np.sort(ranked[start:end]))
+        parts[name] = np.sort(ranked[start:end])
         start = end
     if start == len(train):
         raise UserError(
             f"{len(train)} records ({len(np.unique(hashes))} different) are too few to split into train, "
             f"{' and '.join(wanted)}; give more records, or set " + " and ".join(f"--{name}_ratio 0" for name in wanted)
         )
-    parts = {**splits, **parts, "train": train.select(np.sort(ranked[start:]))}
+    return _with_parts(splits, {**parts, "train": np.sort(ranked[start:])})
+
+
+def _with_parts(splits: DatasetDict, rows: Mapping[str, np.ndarray]) -> DatasetDict:
+    """The splits, with these rows of `train` for some."""
+    parts = {**splits, **{name: splits["train"].select(each) for name, each in rows.items() if len(each)}}
     order = dict.fromkeys(["train", "validation", "test", *splits])
     return DatasetDict({name: parts[name] for name in order if name in parts})
+
+
+def split_of(hashes: np.ndarray, ratios: Mapping[str, float]) -> np.ndarray:
+    """The split of each record of a stream, by its hash alone: it needs no other record, and any order gives the same.
+
+    >>> split_of(np.array([0, 2**61, 2**63], dtype=np.uint64), {"test": 0.1, "validation": 0.05}).tolist()
+    ['test', 'validation', 'train']
+    """
+    names = np.array([*ratios, "train"])
+    return names[np.searchsorted(np.cumsum([*ratios.values()]), hashes / 2.0**64, side="right")]
+
+
+def beginning_hash(record: Mapping[str, Any], key: str = "") -> int:
+    """A 64-bit hash of what decides the split of a streamed record: all, or a conversation up to its first answer."""
+    return _hash(beginning_of(record, 1)[0], key)
 
 
 def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
 from recipe.data.origin import rows_in_words
+from recipe.data.streaming import RecordStream
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.manifest import about
@@ -45,6 +46,7 @@ from recipe.training.loss import (
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
 from recipe.training.saving import WholeSaves
 from recipe.training.stopping import shield_workers
+from recipe.training.streaming import Quarantine, stream_loader
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
@@ -116,6 +118,9 @@ class InstructionTrainer(WholeSaves):
         self.model_accepts_loss_kwargs = True  # whatever the model's forward takes: compute_loss takes the step's count
         self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
+        stream = self.train_dataset if isinstance(self.train_dataset, RecordStream) else None
+        self.quarantine = Quarantine(stream, args.output_dir) if stream else None
+        self._records_per_step = 0.0  # not known of a stream
         self.counts = Counts(self.accelerator)
         self.add_callback(self.counts)
 
@@ -123,6 +128,9 @@ class InstructionTrainer(WholeSaves):
 
     def get_train_dataloader(self) -> DataLoader:
         """`Trainer.get_train_dataloader`, with the batches of `train_batches`."""
+        if isinstance(self.train_dataset, RecordStream):
+            loader = stream_loader(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
+            return shield_workers(loader, self.args.ddp_timeout)
         args, batches = self.args, self.train_batches()
         loader = super().get_train_dataloader()
         if batches is None:
@@ -172,6 +180,8 @@ class InstructionTrainer(WholeSaves):
             return [], None
         self.counts.window_start = self.counts.window_start or time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self.quarantine is not None:
+            batches = list(map(self.quarantine.take, batches))
         if not batches:
             return batches, None
         count = torch.stack([(targets_of(batch) != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)

@@ -31,7 +31,7 @@ def config(sources, **options) -> DataArguments:
 
 
 def text_of(tokenizer, record) -> str:
-    return tokenizer.decode([token for token in record["labels"] if token != -100])
+    return tokenizer.decode([token for token in record["labels"] if token != -100], skip_special_tokens=True)
 
 
 def tags(splits, tokenizer, split="train") -> Counter:
@@ -52,9 +52,9 @@ def test_shares_are_those_asked_for(three, demo_tokenizer):
     """840 records: 2/3.5, 1/3.5 and 0.5/3.5 of them."""
     found = tags(load_splits(config(three), demo_tokenizer), demo_tokenizer)
     assert found == {"apple": 480, "berry": 240, "cherry": 120}
-    weights = [Fraction(2), Fraction(1), Fraction(1, 2)]
-    for count, weight in zip(found.values(), weights, strict=True):
-        assert abs(count / 840 - weight / sum(weights)) < 0.01
+    weights = {"apple": Fraction(2), "berry": Fraction(1), "cherry": Fraction(1, 2)}
+    for tag, weight in weights.items():
+        assert abs(found[tag] / 840 - weight / sum(weights.values())) < 0.01
 
 
 def test_what_repeats_repeats_evenly_and_the_rest_is_drawn_once(three, demo_tokenizer):
@@ -189,7 +189,7 @@ def test_an_entry_that_is_a_file_alone_is_refused(three):
 def test_loss_by_source_is_the_loss_of_that_source_apart(tmp_path, three, demo_model, demo_tokenizer, batch_size):
     """Beside an evaluation of each source's validation records alone, and Hugging Face's own loss of each record."""
     splits = load_splits(config(three, validation_ratio=0.1), demo_tokenizer)
-    collator = DataCollatorForInstructionTuning(demo_tokenizer.pad_token_id)
+    collator = DataCollatorForInstructionTuning(demo_tokenizer.eos_token_id)
     args = InstructionTrainingArguments(str(tmp_path / "run"), per_device_eval_batch_size=batch_size, use_cpu=True,
                                         report_to=[], disable_tqdm=True)  # fmt: skip
     trainer = InstructionTrainer(demo_model, args, data_collator=collator, eval_dataset=splits["validation"])
