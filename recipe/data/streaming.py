@@ -34,7 +34,7 @@ from recipe.data.records import LeftOut, columns_of, files_by_split, in_one_line
 from recipe.data.sources import File
 from recipe.data.split import beginning_hash, drop_cross_split_duplicates, split_of
 
-READ_AT_ONCE = 200  # records; readers of one file take turns by so many
+READ_AT_ONCE = 32  # records; readers of one file take turns by so many
 ENCODED_AT_ONCE = 1_000
 MOST_VALIDATION = 1_000  # records that a stream gives for validation
 ROWS = 2**40  # between the numbers of the first records of two files, whose lengths nobody knows
@@ -76,6 +76,8 @@ class RecordStream(torch.utils.data.IterableDataset):
                 bad = [record for record in chunk if record["reason"] is not None]
                 for one in bad:
                     yield self._about(one["row"], one["reason"], one["problem"], one["record"])
+                    if one["reason"] == STOP:
+                        return
                 for record in self._encoded([record for record in chunk if record["reason"] is None]):
                     found = found or "input_ids" in record
                     yield record

@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset as Stream
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.data.examples import example_bounds
 from recipe.data.origin import place
+from recipe.data.streaming import RecordStream
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -263,6 +264,8 @@ def plan_batches(
         ValueError: no column of lengths where one is needed, a record longer than `max_tokens_per_batch`, no batch, or
             a `train_sampling_strategy` that repeats records.
     """
+    if isinstance(dataset, RecordStream):  # see recipe.training.streaming
+        return None
     processes, seed = args.world_size, args.seed if args.data_seed is None else args.data_seed
     if getattr(args, "max_tokens_per_batch", None) is not None:  # stock arguments do not have it
         return budget_batches(dataset, args, collate, processes)

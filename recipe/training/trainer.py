@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -44,7 +43,7 @@ from recipe.training.loss import (
     token_weighted_metrics,
 )
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
-from recipe.training.saving import WholeSaves
+from recipe.training.saving import WholeSaves, weights_are_finite
 from recipe.training.stopping import shield_workers
 from recipe.training.streaming import Quarantine, stream_loader
 
@@ -377,12 +376,7 @@ class InstructionTrainer(WholeSaves):
 
         Only a sharded model needs all processes: its weights are gathered.
         """
-        assert self.model is not None
-        weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
-        bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any().int()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # else they are the same everywhere
-            bad = self.accelerator.reduce(bad, reduction="sum")
-        if bad.item():
+        if not weights_are_finite(self):
             raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}. {ADVICE}")
         super().save_model(*args, **kwargs)
 
