@@ -19,22 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from recipe.config import parse_arguments, setting
 from recipe.console import run_script
 from recipe.files import write_json
 from recipe.provenance import versions
 
+ROOT = Path(__file__).parent.parent
 WAYS: dict[str, list[str]] = {
     "whole": [],
     "streaming": ["--streaming", "true"],
     "streaming, 1 worker": ["--streaming", "true", "--dataloader_num_workers", "1"],
 }
-WORDS = (
-    "the a of red small house river king bird green old song paper winter light garden stone letter sea road".split()
-)
+WORDS = ("the", "a", "of", "red", "small", "house", "river", "king", "green", "old", "song", "paper", "winter", "stone")
 EVERY = 0.5  # seconds between two looks at the memory
 
 
