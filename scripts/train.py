@@ -59,6 +59,8 @@ def run(settings: Settings) -> None:
     with first_step.errors_explained():
         trainer = make_trainer(model, tokenizer, template, records, splits, settings, first_step, push)
         record = keep_record(trainer, settings, checkpoint, about_data | about_model, pushes=push is not None)
+        if trainer.quarantine is not None:
+            trainer.add_callback(trainer.quarantine)
         trainer.add_callback(stop := StopOnSignal(trainer))
         disk = explain_full_disk(Path(training_args.output_dir), model)
         with stop.listening():
@@ -199,8 +201,6 @@ def make_trainer(model, tokenizer, template, records, splits, settings, first_st
         trainer.add_callback(SampleGenerations(samples, template, trackers=trainer.callback_handler.callbacks))
     if push is not None:
         trainer.add_callback(push)
-    if trainer.quarantine is not None:
-        trainer.add_callback(trainer.quarantine)
     return trainer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ def load_records(config: DataArguments) -> tuple[DatasetDict, LeftOut]:
     Raises:
         UserError: bad data (see `read_records`), too few records to split, a split whose records are all in later ones.
     """
+    if config.streaming:  # training left bad records out
+        config = replace(config, bad_records="drop")
     read, left_out = read_records(config)
     splits, left_out.duplicates = drop_cross_split_duplicates(split_by_content(read, config))
     return splits, left_out

@@ -148,10 +148,7 @@ def read_shards(
         try:
             for batch in stream_file(path, kind, columns, READ_AT_ONCE, part, parts):
                 records = batch.to_pylist()
-                key = str(config.split_seed)
-                hashes = [0 if record["reason"] else beginning_hash(record, key) for record in records]
-                splits = split_of(np.array(hashes, dtype=np.uint64), ratios).tolist()
-                for record, own in zip(records, splits, strict=True):
+                for record, own in zip(records, _splits_of(records, config, ratios), strict=True):
                     record["row"] += first
                     if record["reason"] or (own == split and not (held_out and beginning_hash(record) in held_out)):
                         yield record
@@ -159,6 +156,14 @@ def read_shards(
             lines = [f"{path}{line}" for line in str(error).split("\n")]
             nothing: dict[str, Any] = dict.fromkeys((*TEXTS, "family", "extra", "unanswered", "record"))
             yield {**nothing, "row": -1, "reason": STOP, "problem": "\n".join(lines)}
+
+
+def _splits_of(records: list[dict[str, Any]], config: DataArguments, ratios: dict[str, float]) -> list[str]:
+    if not ratios:
+        return ["train"] * len(records)
+    key = str(config.split_seed)
+    hashes = [0 if record["reason"] else beginning_hash(record, key) for record in records]
+    return split_of(np.array(hashes, dtype=np.uint64), ratios).tolist()
 
 
 def load_stream(
