@@ -184,6 +184,7 @@ def _exit(message: str, in_short: str = "", is_first: bool = True) -> NoReturn:
         message = f"process {rank}: {message}"
     for worker in multiprocessing.active_children():  # the interpreter would wait for one that hangs
         worker.kill()
+        sys.unraisablehook = lambda error: None  # the loader it belonged to would complain of that, behind the message
     sys.exit(message)
 
 
