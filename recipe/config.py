@@ -93,7 +93,8 @@ class DataArguments:
     data: dict | str | list | None = setting(
         None,
         "Records: a file (json, jsonl, csv, parquet), a glob, a folder or a Hub dataset id; or a mapping "
-        'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}.',
+        'from split to files, {"train": "a.jsonl", "test": "b.jsonl"}; or a mixture, '
+        '[{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 1}].',
     )
     instruction_column: str = setting("instruction", "Column of the instruction.")
     input_column: str = setting("input", "Column of the optional input.")
@@ -122,6 +123,13 @@ class DataArguments:
         "error", "Refuse data with bad records, or leave these out, count them, and write them to bad_records.jsonl."
     )
     num_proc: int | None = setting(None, "Processes that tokenize; default: this one.")
+    streaming: bool = setting(False, "Read records while training, for data beyond memory and disk; needs max_steps.")
+    shuffle_buffer: int = setting(
+        10_000, "With streaming: records among which the next one is drawn; 1 keeps the order."
+    )
+    max_bad_records: int | None = setting(
+        None, "With streaming and bad_records drop: stop when more records than this are bad; default: never."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str) and self.data.lstrip()[:1] in ("{", "["):

@@ -184,6 +184,7 @@ def _exit(message: str, in_short: str = "", is_first: bool = True) -> NoReturn:
         message = f"process {rank}: {message}"
     for worker in multiprocessing.active_children():  # the interpreter would wait for one that hangs
         worker.kill()
+        sys.unraisablehook = lambda error: None  # the loader it belonged to would complain of that, behind the message
     sys.exit(message)
 
 
@@ -287,3 +288,23 @@ def print_token_statistics(
     lines += [f"{left_out:,} turns left out because their history is too long"] if left_out else []
     caption = "\n".join([*lines, *notes])
     print_table("Records in tokens", headings, rows, caption=caption)
+
+
+def print_sources(sources: Sequence[Mapping]) -> None:
+    """Print what `recipe.data.mixture.mix` tells of a mixture: how much of an epoch each source has."""
+    total = sum(source["used"] for source in sources)
+    rows = [
+        [
+            source["source"],
+            f"{source['records']:,}",
+            f"{source['used']:,}",
+            f"{source['used'] / total:.1%}",
+            f"{source['repeated']:.2f}",
+            f"{source['left_out']:,}",
+            f"{source['tokens']:,}",
+        ]
+        for source in sources
+    ]
+    if rows:
+        headings = ["source", "records", "in an epoch", "share", "times each", "left out", "tokens"]
+        print_table("Mixture that is trained on", headings, rows)

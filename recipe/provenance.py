@@ -149,5 +149,5 @@ def _shape_of(hint: Any) -> Any:
     """The shape, see `recipe.shapes`, of what a setting of this type may be."""
     if get_origin(hint) is Literal:
         return set(get_args(hint))
-    shapes = {dict: {str: (str, [str])}, list: [str], type(None): None}
+    shapes = {dict: {str: (str, [str])}, list: [(str, {"path": (str, [str], {str: (str, [str])})})], type(None): None}
     return tuple(_shape_of(one) for one in get_args(hint)) or shapes.get(hint, hint)

@@ -15,10 +15,10 @@ LOWEST: dict[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "generation_max_new_tokens", "max_tokens_per_batch", "eval_accumulation_steps",
                      "torch_empty_cache_steps", "save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb",
-                     "ddp_timeout", "num_proc", "lora_r", "lora_alpha"), 1),
+                     "ddp_timeout", "num_proc", "lora_r", "lora_alpha", "shuffle_buffer"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
                      "warmup_steps", "eval_delay", "num_sample_generations", "dataloader_num_workers",
-                     "neftune_noise_alpha", "seed", "data_seed", "lora_dropout"), 0),
+                     "neftune_noise_alpha", "seed", "data_seed", "lora_dropout", "max_bad_records"), 0),
 }  # fmt: skip
 # below 1 the last three are shares; without an epsilon, Adam divides 0 by 0 where a gradient is 0
 ABOVE_ZERO = ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps")

@@ -59,6 +59,8 @@ def run(settings: Settings) -> None:
     with first_step.errors_explained():
         trainer = make_trainer(model, tokenizer, template, records, splits, settings, first_step, push)
         record = keep_record(trainer, settings, checkpoint, about_data | about_model, pushes=push is not None)
+        if trainer.quarantine is not None:
+            trainer.add_callback(trainer.quarantine)
         trainer.add_callback(stop := StopOnSignal(trainer))
         disk = explain_full_disk(Path(training_args.output_dir), model)
         with stop.listening():
@@ -81,9 +83,10 @@ def run(settings: Settings) -> None:
 
 def prepare_data(model_args, data_args, training_args):
     """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
-    from recipe.console import print_token_statistics
+    from recipe.console import print_sources, print_token_statistics
     from recipe.data import load_records, template_overhead, token_statistics
     from recipe.data.encode import encode_good_records
+    from recipe.data.mixture import mix
     from recipe.data.special_text import count_special_text, find_special_text, special_text_note
     from recipe.data.split import data_hash
     from recipe.model import load_tokenizer
@@ -92,14 +95,18 @@ def prepare_data(model_args, data_args, training_args):
     tokenizer = load_tokenizer(model_args)
     template = load_template(data_args.template, tokenizer)
     fit_max_length(data_args, model_args, tokenizer)
+    if data_args.streaming:
+        return tokenizer, template, *prepare_stream(data_args, training_args, tokenizer, template)
     with training_args.main_process_first(desc="data"):  # the others read its cache
         loaded, left_out = load_records(data_args)
         records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
-    check_splits(splits, data_args, training_args)
+    mixed, sources = mix(splits, data_args)
+    check_splits(mixed, data_args, training_args)
     preamble, _ = template_overhead(template, tokenizer)
     statistics, special_text = token_statistics(records, splits, preamble), find_special_text(records, tokenizer)
     if training_args.should_log:
         print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
+        print_sources(sources)
         if note := special_text_note(special_text, tokenizer):
             print(note)
     rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
@@ -112,8 +119,35 @@ def prepare_data(model_args, data_args, training_args):
         | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)}
         | count_special_text(special_text),
         "bad_records": left_out.reasons,
+        "sources": sources,
     }
-    return tokenizer, template, records, splits, left_out.bad, about
+    return tokenizer, template, records, mixed, left_out.bad, about
+
+
+def prepare_stream(data_args, training_args, tokenizer, template):
+    """As `prepare_data`, for training records that are read while training; the other splits are read now."""
+    from recipe.console import print_token_statistics
+    from recipe.data import template_overhead, token_statistics
+    from recipe.data.encode import encode_good_records
+    from recipe.data.streaming import UNKNOWN, files_hash, load_stream
+
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    ranks = training_args.process_index, training_args.world_size
+    stream, loaded, left_out = load_stream(data_args, tokenizer, seed, *ranks)
+    records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
+    check_splits({"train": stream, **splits}, data_args, training_args)
+    preamble, _ = template_overhead(template, tokenizer)
+    statistics = token_statistics(records, splits, preamble)
+    if training_args.should_log:
+        print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
+        print(f"Streaming {len(stream.files)} file(s); bad records are counted while training")
+    about = {
+        "data_hash": files_hash(stream),
+        "splits": {"train": UNKNOWN, **{row["split"]: row for row in statistics}},
+        "rows": {"dropped": 0, "truncated": 0, "left_out_of_train_as_duplicates": left_out.duplicates, "bad": 0},
+        "bad_records": {},
+    }
+    return records, {"train": stream, **splits}, left_out.bad, about
 
 
 def prepare_model(settings, tokenizer, template):

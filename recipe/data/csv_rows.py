@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from recipe.console import one_line
 from recipe.data.columns import Columns, UnreadableFileError, has_shape, missing_columns, refuse_repeated
-from recipe.data.file_kinds import not_text
+from recipe.data.file_kinds import not_text, open_bytes
 from recipe.data.values import Problem, Row
 
 CSV_FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|[^,\r\n]*)(?:,|\r?\n|\r|$)')  # with its quotes
@@ -75,12 +76,12 @@ def _csv_reader(path: str) -> Iterator[tuple[Any, list[str]]]:
             lines.append(line)
             yield line
 
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         if said := not_text(file.read(16)):
             raise UnreadableFileError(f" {said}")
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        with io.TextIOWrapper(open_bytes(path), "utf-8-sig", errors="surrogateescape", newline="") as text:
             yield csv.reader(remember(text), strict=True), lines
     finally:
         csv.field_size_limit(limit)

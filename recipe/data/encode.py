@@ -19,6 +19,7 @@ from recipe.collator import IGNORE_INDEX
 from recipe.config import DataArguments, UserError
 from recipe.data.conversations import select_texts
 from recipe.data.examples import Examples, as_rows, example_bounds, examples_of
+from recipe.data.mixture import mix
 from recipe.data.origin import origin, place
 from recipe.data.records import LeftOut, in_one_line, no_good_record, problem_report, report_lines
 from recipe.data.split import load_records
@@ -43,10 +44,10 @@ def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Da
     """Records as tokens, ready for the collator: load, validate, split, encode.
 
     Returns:
-        a `DatasetDict` of `train`, `validation`, `test` and whatever other splits the data names, with the columns
-        `input_ids` and `labels` (T,), aligned, not yet shifted, -100 over the prompt with `mask_prompt`; `length` in
-        tokens; `row`, the record's number in the split it was read from, counted from 0; `truncated`. Of conversations
-        also what `encode_records` says.
+        a `DatasetDict` of `train` (of a mixture, an epoch of it), `validation`, `test` and whatever other splits the
+        data names, with the columns `input_ids` and `labels` (T,), aligned, not yet shifted, -100 over the prompt with
+        `mask_prompt`; `length` in tokens; `row`, the record's number in the split it was read from, counted from 0;
+        `truncated`. Of conversations also what `encode_records` says.
 
     Raises:
         UserError: see `load_records` and `encode_records`.
@@ -58,7 +59,7 @@ def load_splits(config: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Da
         splits["train"][0]["labels"][-1] == tokenizer.eos_token_id
     """
     records, _ = load_records(config)
-    return encode_records(records, tokenizer, config)
+    return mix(encode_records(records, tokenizer, config), config)[0]
 
 
 def encode_records(

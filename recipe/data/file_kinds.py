@@ -1,6 +1,10 @@
-"""What a file is that should be text and is not, by its first bytes."""
+"""Opens files, here or on the Hub; what a file is that should be text and is not, by its first bytes."""
 
 from __future__ import annotations
+
+from typing import BinaryIO
+
+import fsspec
 
 SAVE = "save it as UTF-8 (in Excel: CSV UTF-8)"
 BEGINNINGS = {  # the longer before the shorter that it begins with
@@ -28,3 +32,8 @@ def not_text(start: bytes) -> str | None:
             return said
     zeros = [byte == 0 for byte in start[:4]]  # of Latin letters, UTF-16 has each other byte zero
     return BEGINNINGS[b"\xff\xfe"] if zeros in ([True, False] * 2, [False, True] * 2) else None
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """A file to read from: a path, or an address such as `hf://datasets/owner/name/train.jsonl`, read as it comes."""
+    return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")

@@ -14,7 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from recipe.data.columns import (
 )
 from recipe.data.conversations import another_shape, fields_of, read_conversation
 from recipe.data.csv_rows import csv_rows
+from recipe.data.file_kinds import open_bytes
 from recipe.data.json_values import BrokenJSONError, json_values
 from recipe.data.origin import RecordsInfo
 from recipe.data.values import Problem, Row, Unheld, arrow_texts, as_json, python_values, value_problem
@@ -65,12 +66,23 @@ def read_file(path: str, kind: str, columns: Columns) -> Dataset:
         UnreadableFileError: it is broken, has no such columns, or no records.
         OSError: it cannot be opened.
     """
-    with open(path, "rb") as file:
-        key = cache_key(hashlib.file_digest(file, "blake2b").hexdigest(), kind, columns)
+    with open_bytes(path) as file:
+        digest = hashlib.file_digest(file, "blake2b")  # type: ignore[arg-type]
+    key = cache_key(digest.hexdigest(), kind, columns)
+    return cached(key, file_parts(path, kind, columns, BATCH), columns)
+
+
+def file_parts(path: str, kind: str, columns: Columns, size: int) -> Iterator[list[Row] | pa.RecordBatch]:
+    """The records of a file as it holds them, `size` at a time; of Parquet at most."""
     if kind == "parquet":
-        return cached(key, parquet_rows(path, columns), columns)
+        return parquet_rows(path, columns, size)
     rows = json_rows(path, columns) if kind == "json" else csv_rows(path, columns)
-    return cached(key, iter(lambda: list(itertools.islice(rows, BATCH)), []), columns)
+    return iter(lambda: list(itertools.islice(rows, size)), [])
+
+
+def stream_file(path: str, kind: str, columns: Columns, size: int, part: int, parts: int) -> Iterator[pa.RecordBatch]:
+    """`read_file` without a cache, `size` records at a time; only every batch whose number is `part` modulo `parts`."""
+    yield from _batches(file_parts(path, kind, columns, size), columns, lambda number: number % parts == part)
 
 
 def read_dataset(dataset: Dataset, columns: Columns) -> Dataset:
@@ -131,15 +143,17 @@ def cached(key: str, parts: Iterable[list[Row] | pa.RecordBatch], columns: Colum
     return Dataset(MemoryMappedTable.from_file(str(path)), info=RecordsInfo(), fingerprint=key)
 
 
-def _batches(parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> Iterator[pa.RecordBatch]:
-    """The lines of the Arrow file.
+def _batches(
+    parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns, wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[pa.RecordBatch]:
+    """The lines of the Arrow file, of those parts whose number is wanted.
 
     Raises:
         UnreadableFileError: there are no records, their shape is not known, or a column is in none of them.
     """
     start, seen = 0, set[str]()  # fields that a record has
     names: dict[str, None] = {}  # of columns, in order
-    for part in parts:
+    for number, part in enumerate(parts):
         records = [row for row in part if isinstance(row, dict)] if isinstance(part, list) else []
         if start == 0:
             columns = with_shape(columns, records[:100] if isinstance(part, list) else _rows(part[:100]))
@@ -148,7 +162,8 @@ def _batches(parts: Iterable[list[Row] | pa.RecordBatch], columns: Columns) -> I
                 names |= dict.fromkeys(record)
             absent = [field for field in columns.fields if field not in seen]
             seen |= {f for f in absent if any(columns.fields[f] in record for record in records)}
-        yield _checked(start, part, columns)
+        if wanted(number):
+            yield _checked(start, part, columns)
         start += len(part)
     if start == 0:
         raise UnreadableFileError(f" {NO_RECORDS}")
@@ -321,7 +336,7 @@ def _typed(value: Any) -> dict[str, str]:
 
 def json_rows(path: str, columns: Columns) -> Iterator[Row]:
     """The objects of a JSON array, or of JSON lines."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         try:
             for place, value in json_values(file, columns.candidates):
                 if isinstance(value, BrokenJSONError):
@@ -337,14 +352,14 @@ def json_rows(path: str, columns: Columns) -> Iterator[Row]:
             raise UnreadableFileError(f" {error}") from error
 
 
-def parquet_rows(path: str, columns: Columns) -> Iterator[pa.RecordBatch]:
-    with _arrow_errors("parquet"), pq.ParquetFile(path) as file:
+def parquet_rows(path: str, columns: Columns, size: int = BATCH) -> Iterator[pa.RecordBatch]:
+    with _arrow_errors("parquet"), pq.ParquetFile(open_bytes(path) if "://" in path else path) as file:
         names = file.schema_arrow.names
         known = [name for name in names if name in columns.candidates]
         is_enough = any(set(shape) <= set(known) for shape in columns.shapes)  # another column may be damaged
         first = file.iter_batches(1, columns=known if is_enough else None)
         wanted = wanted_columns(names, columns, lambda: _first_values(next(first, None)))
-        yield from file.iter_batches(BATCH, columns=wanted)
+        yield from file.iter_batches(size, columns=wanted)
 
 
 def _first_values(batch: pa.RecordBatch | pa.Table | None) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from recipe.config import DataArguments, UserError
 from recipe.data.columns import FIELDS, Columns, UnreadableFileError
-from recipe.data.sources import Source, find_source
+from recipe.data.mixture import Source, sources_of
+from recipe.data.origin import RecordsInfo
+from recipe.data.sources import Files, find_source
 from recipe.data.split_names import by_meaning
 
 LONGEST_REPORT = 100  # problems listed in one report; the rest are counted
@@ -38,8 +40,10 @@ class LeftOut:
         return dict(Counter(record["reason"] for record in self.bad).most_common())
 
 
-def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[DatasetDict, LeftOut]:
-    """The records of `config.data` in the splits it names (a plain file is `train`).
+def read_records(
+    config: DataArguments, extra: tuple[str, ...] = (), only: Collection[str] | None = None
+) -> tuple[DatasetDict, LeftOut]:
+    """The records of `config.data` in the splits it names (a plain file is `train`), or in `only` some of these.
 
     Only the columns of one shape are read (see `recipe.data.columns.Columns`), and `family`, by which evaluation groups
     its scores.
@@ -56,34 +60,27 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     """
     if not config.data:
         raise UserError("no data: name a file, a glob, a folder or a Hub dataset id with --data")
-    columns, left_out = _columns(config, extra), LeftOut()
-    splits, problems = DatasetDict(), []
-    for split, files in _files_by_split(config.data, left_out.notes).items():
-        parts, start = [], 0
-        read_files, first_rows = [], []
-        for name, read in files:
-            try:
-                records = read(columns)
-            except UnreadableFileError as error:
-                problems += [f"{name}{line}" for line in str(error).split("\n")]
-                continue
-            if cut := pc.sum(pc.greater(records.with_format("arrow")[:]["unanswered"], 0)).as_py():
-                left_out.notes.append(f"{name}: what follows the last answer is left out ({cut:,} conversations)")
-            good, bad = _good_and_bad(records, start)
-            left_out.bad += [{"file": name, "split": split, **record} for record in bad]
-            parts.append(good)
-            read_files.append(name)
-            first_rows.append(start)
-            start += len(records)
-        if parts:
-            splits[split] = concatenate_datasets(parts)
-            unused = [] if extra else ["extra"]
-            if splits[split].with_format("arrow")[:]["messages"].null_count == len(splits[split]):
-                unused.append("messages")
-            splits[split] = splits[split].remove_columns(unused)
-            # not as an argument of `concatenate_datasets`: the cache of the tokens would depend on names of files
-            info = splits[split].info
-            info.read_as, info.files, info.first_rows = split, read_files, first_rows
+    left_out, problems = LeftOut(), list[str]()
+    sources = sources_of(config)
+    parts: dict[str, list[Dataset]] = {}
+    infos: dict[str, RecordsInfo] = {}
+    for index, source in enumerate(sources):
+        columns = columns_of(source.config, extra)
+        for split, files in files_by_split(source.config.data, left_out.notes).items():  # type: ignore[arg-type]
+            for name, read, *_ in files if only is None or split in only else ():
+                try:
+                    records = read(columns)
+                except UnreadableFileError as error:
+                    problems += [f"{name}{line}" for line in str(error).split("\n")]
+                    continue
+                if cut := pc.sum(pc.greater(records.with_format("arrow")[:]["unanswered"], 0)).as_py():
+                    note = f"{name}: what follows the last answer is left out ({cut:,} conversations)"
+                    left_out.notes.append(note)
+                info = _info_of(split, infos, sources)
+                good, bad = _good_and_bad(records, info.add_file(name, split, index, len(records)))
+                left_out.bad += [{"file": name, "split": split, **record} for record in bad]
+                parts.setdefault(split, []).append(_with_family(good, source.name))
+    splits = _joined(parts, infos, extra)
     if config.bad_records == "error":
         problems += [line for record in left_out.bad for line in report_lines(record)]
     else:
@@ -96,7 +93,37 @@ def read_records(config: DataArguments, extra: tuple[str, ...] = ()) -> tuple[Da
     return splits, left_out
 
 
-def _columns(config: DataArguments, extra: tuple[str, ...]) -> Columns:
+def _info_of(split: str, infos: dict[str, RecordsInfo], sources: list[Source]) -> RecordsInfo:
+    """What numbers the records of a split; the splits of a mixture share one, as its sources may have other splits."""
+    names = [source.name for source in sources if source.name]
+    if split not in infos:
+        infos[split] = next(iter(infos.values())) if names and infos else RecordsInfo(sources=names)
+    return infos[split]
+
+
+def _joined(parts: dict[str, list[Dataset]], infos: dict[str, RecordsInfo], extra: tuple[str, ...]) -> DatasetDict:
+    """The records of all files of each split."""
+    splits = DatasetDict({name: concatenate_datasets(each) for name, each in parts.items()})
+    chats = {name: split.with_format("arrow")[:]["messages"].null_count < len(split) for name, split in splits.items()}
+    for name, split in splits.items():
+        has_chats = any(chats.values()) if infos[name].sources else chats[name]  # the splits of a mixture are alike
+        unused = [*([] if extra else ["extra"]), *([] if has_chats else ["messages"])]
+        splits[name] = split.remove_columns(unused)
+        # not as an argument of `concatenate_datasets`: the cache of the tokens would depend on names of files
+        splits[name].info.take_files(infos[name])
+    return splits
+
+
+def _with_family(records: Dataset, source: str) -> Dataset:
+    """Evaluation groups its scores by family; in a mixture by source, where the records do not say it."""
+    if not source:
+        return records
+    families = pc.fill_null(records.with_format("arrow")[:]["family"], source)
+    return records.remove_columns("family").add_column("family", families.combine_chunks())
+
+
+def columns_of(config: DataArguments, extra: tuple[str, ...] = ()) -> Columns:
+    """The columns that the settings name."""
     named = {name: getattr(config, f"{name}_column") for name in FIELDS}
     if len(set(named.values())) < len(named):
         raise UserError(f"two fields are mapped to one column ({named}); give each its own")
@@ -130,16 +157,16 @@ def report_lines(bad: Mapping[str, Any]) -> list[str]:
     return [f"{bad['file']} row {bad['row']}{part if part.startswith(': ') else f' {part}'}" for part in parts]
 
 
-def _files_by_split(data: dict | str | list, notes: list[str]) -> Source:
-    """The files of each split, under the name it means."""
+def files_by_split(data: dict | str | list, notes: list[str], download: bool = True) -> Files:
+    """The files of each split, under the name it means; see `recipe.data.sources.find_source`."""
     if not isinstance(data, dict):
-        return find_source(_names(data, "data"), notes)
+        return find_source(_names(data, "data"), notes, download)
     if odd := [name for name in data if not isinstance(name, str) or not name.strip()]:
         hint = "; YAML reads on, off, yes, no and null as other values, so put such a name in quotes"
         raise UserError(f"data: {odd[0]!r} is no name of a split{hint if not isinstance(odd[0], str) else ''}")
-    by_split: Source = {}
+    by_split: Files = {}
     for split, source in by_meaning(data, "data", notes).items():
-        found = find_source(_names(source, f"data, split {split!r}"), notes)
+        found = find_source(_names(source, f"data, split {split!r}"), notes, download)
         if len(found) > 1 and split not in found:  # a folder or Hub id that names splits itself
             names = ", ".join(found)
             raise UserError(f"data, split {split!r}: {source} has {names}; name one of its files instead")

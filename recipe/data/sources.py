@@ -7,6 +7,7 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from datasets import (
     Dataset,
@@ -30,12 +31,24 @@ from recipe.data.split_names import by_meaning, file_split, only_test, split_nam
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 # data too, but not read: they are named when a folder has them
 OTHER_DATA = {".tsv", ".txt", ".xlsx", ".xls", ".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".feather", ".pkl"}
-Read = Callable[[Columns], Dataset]  # the records with the columns that are needed
-Source = dict[str, list[tuple[str, Read]]]  # by split: the name of each file, and how it is read
 
 
-def find_source(source: str | list[str], notes: list[str]) -> Source:
+class File(NamedTuple):
+    """A file of records: what it is called, and how it is read. `path` and `kind` are None for what is no file."""
+
+    name: str
+    read: Callable[[Columns], Dataset]  # the records with the columns that are needed
+    path: str | None = None
+    kind: str | None = None
+
+
+Files = dict[str, list[File]]  # by split
+
+
+def find_source(source: str | list[str], notes: list[str], download: bool = True) -> Files:
     """The files of a source by split, not yet read; appends to `notes` what is left out.
+
+    Without `download`, files on the Hub have their address for a path, and are read as they come.
 
     Raises:
         UserError: no such file, folder or dataset, or a format that is not known.
@@ -49,7 +62,7 @@ def find_source(source: str | list[str], notes: list[str]) -> Source:
     if len(patterns) > 1 or Path(name).is_file() or Path(name).is_symlink() or _kind(name) or glob.escape(name) != name:
         return _as_source({"train": [file for pattern in patterns for file in _expand(pattern)]})
     try:
-        return _on_the_hub(name, notes)
+        return _on_the_hub(name, notes, download)
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UserError(
             f"data {name!r}: not a file here, and no dataset that datasets can load ({error}); check the name, "
@@ -57,13 +70,12 @@ def find_source(source: str | list[str], notes: list[str]) -> Source:
         ) from error
 
 
-def _as_source(files_by_split: Mapping[str, list[str]]) -> Source:
+def _as_source(files_by_split: Mapping[str, list[str]]) -> Files:
     return {split: [_local_file(file) for file in files] for split, files in files_by_split.items()}
 
 
-def _local_file(file: str) -> tuple[str, Read]:
-    kind = _kind(file)
-    return file, lambda columns: read_file(file, kind, columns)
+def _local_file(file: str) -> File:
+    return _file(file, file, _kind(file))
 
 
 def _kind(name: str) -> str:
@@ -136,7 +148,7 @@ def _files_by_split(folders: list[str], notes: list[str]) -> dict[str, list[str]
 # --- Hub and save_to_disk -------------------------------------------------------------------------------------------
 
 
-def _on_the_hub(name: str, notes: list[str]) -> Source:
+def _on_the_hub(name: str, notes: list[str], download: bool) -> Files:
     """The files of a Hub dataset, downloaded; what no reader of ours knows is loaded by `datasets`."""
     builder = _builder(name)
     data_files = builder.config.data_files or {}
@@ -150,8 +162,8 @@ def _on_the_hub(name: str, notes: list[str]) -> Source:
     manager = DownloadManager(dataset_name=name)
     return {
         split: [
-            _downloaded(f"{name} {PurePosixPath(url).name}", path, _kind(url))
-            for url, path in zip(files, manager.download(files), strict=True)
+            _file(f"{name} {PurePosixPath(url).name}", path, _kind(url))
+            for url, path in zip(files, manager.download(files) if download else files, strict=True)
         ]
         for split, files in urls.items()
     }
@@ -190,12 +202,12 @@ def _newest_copy(name: str) -> str | None:
     return str(max(copies, key=lambda copy: copy.last_modified).snapshot_path) if copies else None
 
 
-def _downloaded(name: str, path: str, kind: str) -> tuple[str, Read]:
-    return name, lambda columns: read_file(path, kind, columns)
+def _file(name: str, path: str, kind: str) -> File:
+    return File(name, lambda columns: read_file(path, kind, columns), path, kind)
 
 
-def _loaded(name: str, dataset: Dataset) -> tuple[str, Read]:
-    return name, lambda columns: read_dataset(dataset, columns)
+def _loaded(name: str, dataset: Dataset) -> File:
+    return File(name, lambda columns: read_dataset(dataset, columns))
 
 
 def _is_saved_to_disk(folder: Path) -> bool:
@@ -204,7 +216,7 @@ def _is_saved_to_disk(folder: Path) -> bool:
     )
 
 
-def _saved_to_disk(folder: str, notes: list[str]) -> Source:
+def _saved_to_disk(folder: str, notes: list[str]) -> Files:
     try:
         loaded = load_from_disk(folder)
     except Exception as error:  # whatever comes of features of another type, as an AttributeError
@@ -217,5 +229,5 @@ def _saved_to_disk(folder: str, notes: list[str]) -> Source:
     return {split: [_loaded(f"{folder} {split}", dataset)] for split, dataset in splits.items()}
 
 
-def _one_saved_only(folder: str) -> Source:
+def _one_saved_only(folder: str) -> Files:
     raise UserError(f"data {folder!r}: a folder of save_to_disk; give it alone, or save the data as Parquet")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from recipe.config import DataArguments, UserError
 from recipe.data.conversations import beginning_of, select_texts, texts_of
+from recipe.data.origin import source_names, source_of_rows
 from recipe.data.records import LeftOut, read_records
 
 MOST_WAYS = 3  # in which conversations go on that begin alike
@@ -30,6 +32,8 @@ def load_records(config: DataArguments) -> tuple[DatasetDict, LeftOut]:
     Raises:
         UserError: bad data (see `read_records`), too few records to split, a split whose records are all in later ones.
     """
+    if config.streaming:  # training left bad records out
+        config = replace(config, bad_records="drop")
     read, left_out = read_records(config)
     splits, left_out.duplicates = drop_cross_split_duplicates(split_by_content(read, config))
     return splits, left_out
@@ -39,13 +43,40 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
     """Take a missing `validation` and `test` out of `train`.
 
     Records are ranked by a keyed hash of their content: the order of the file does not matter, those that may not be in
-    two splits have neighbouring ranks, and the cut between two splits moves past them.
+    two splits have neighbouring ranks, and the cut between two splits moves past them. Of a mixture, each source is
+    split on its own.
     """
+    names = source_names(next(iter(splits.values()), None))
+    if not names:
+        return _split(splits, config)
+    parts: dict[str, list[Dataset]] = {}
+    for index, name in enumerate(names):
+        own = DatasetDict()
+        for split, records in splits.items():
+            rows = np.flatnonzero(source_of_rows(records.info, records.with_format("numpy")["row"][:]) == index)
+            if len(rows):
+                own[split] = records.select(rows)
+        try:
+            found = _split(own, config)
+        except UserError as error:
+            raise UserError(f"data, source {name!r}: {error}") from error
+        for split, records in found.items():
+            parts.setdefault(split, []).append(records)
+    order = dict.fromkeys(["train", "validation", "test", *parts])
+    return DatasetDict({split: concatenate_datasets(parts[split]) for split in order if split in parts})
+
+
+def _split(splits: DatasetDict, config: DataArguments) -> DatasetDict:
     ratios = {"test": config.test_ratio, "validation": config.validation_ratio}
     wanted = {name: ratio for name, ratio in ratios.items() if name not in splits and ratio > 0}
     if "train" not in splits or not wanted:
         return splits
     train = splits["train"]
+    if config.streaming:
+        hashes = np.array([beginning_hash(record, str(config.split_seed)) for record in _records(train)], np.uint64)
+        return _with_parts(
+            splits, {name: np.flatnonzero(split_of(hashes, wanted) == name) for name in (*wanted, "train")}
+        )
     hashes = group_hashes({"train": train}, key=str(config.split_seed))["train"]
     ranked = np.argsort(hashes, kind="stable")
     parts, start = {}, 0
@@ -53,16 +84,36 @@ def split_by_content(splits: DatasetDict, config: DataArguments) -> DatasetDict:
         end = min(start + max(1, round(ratio * len(train))), len(train))
         while end < len(train) and hashes[ranked[end]] == hashes[ranked[end - 1]]:
             end += 1
-        parts[name] = train.select(np.sort(ranked[start:end]))
+        parts[name] = np.sort(ranked[start:end])
         start = end
     if start == len(train):
         raise UserError(
             f"{len(train)} records ({len(np.unique(hashes))} different) are too few to split into train, "
             f"{' and '.join(wanted)}; give more records, or set " + " and ".join(f"--{name}_ratio 0" for name in wanted)
         )
-    parts = {**splits, **parts, "train": train.select(np.sort(ranked[start:]))}
+    return _with_parts(splits, {**parts, "train": np.sort(ranked[start:])})
+
+
+def _with_parts(splits: DatasetDict, rows: Mapping[str, np.ndarray]) -> DatasetDict:
+    """The splits, with these rows of `train` for some."""
+    parts = {**splits, **{name: splits["train"].select(each) for name, each in rows.items() if len(each)}}
     order = dict.fromkeys(["train", "validation", "test", *splits])
     return DatasetDict({name: parts[name] for name in order if name in parts})
+
+
+def split_of(hashes: np.ndarray, ratios: Mapping[str, float]) -> np.ndarray:
+    """The split of each record of a stream, by its hash alone: it needs no other record, and any order gives the same.
+
+    >>> split_of(np.array([0, 2**61, 2**63], dtype=np.uint64), {"test": 0.1, "validation": 0.05}).tolist()
+    ['test', 'validation', 'train']
+    """
+    names = np.array([*ratios, "train"])
+    return names[np.searchsorted(np.cumsum([*ratios.values()]), hashes / 2.0**64, side="right")]
+
+
+def beginning_hash(record: Mapping[str, Any], key: str = "") -> int:
+    """A 64-bit hash of what decides the split of a streamed record: all, or a conversation up to its first answer."""
+    return _hash(beginning_of(record, 1)[0], key)
 
 
 def drop_cross_split_duplicates(splits: DatasetDict) -> tuple[DatasetDict, int]:

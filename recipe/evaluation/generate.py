@@ -207,7 +207,8 @@ def select_records(
     if data_args.data is None:
         raise UserError(f"--model {args.model[0]}: no run.json there says on which records; name them: --data FILE")
     records, _ = load_records(data_args)
-    if run and run["config"]["data"]["data"] == data_args.data and run["data_hash"] != data_hash(records):
+    known = run and not data_args.streaming and run["config"]["data"]["data"] == data_args.data
+    if run and known and run["data_hash"] != data_hash(records):
         warning = "the data or its split has changed since this model was trained; it may have seen these records"
         print(f"warning: {warning}", file=sys.stderr)
     records = DatasetDict({name: records[name] for name in chosen_splits(args.split or ["test"], list(records))})

@@ -26,7 +26,10 @@ from recipe.publishing.public_paths import shorten_paths
 from recipe.shapes import COUNT
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
-TEXT, SPLIT = (None, str), {"split": str, "rows": COUNT, "tokens": COUNT, "supervised": float, "longest": COUNT}
+TEXT, SPLIT = (
+    (None, str),
+    {"split": str, "supervised": (None, float), **dict.fromkeys(("rows", "tokens", "longest"), (None, COUNT))},
+)
 RUN = {  # what the card takes of a run.json; see `recipe.shapes`
     "command": str, "versions": {str: str}, "hardware": str, "seed": int, "processes": COUNT, "weights_from": str,
     "ran?": (None, {"mixed_precision": TEXT}), "data_hash": str, "splits": {str: SPLIT, "train": SPLIT},
@@ -214,7 +217,10 @@ def sources(data: Any) -> Iterator[tuple[str | None, str]]:
     """
     for split, named in data.items() if isinstance(data, Mapping) else [(None, data)]:
         for source in named if isinstance(named, list) else [named]:
-            yield split, source
+            if isinstance(source, Mapping):  # of a mixture
+                yield from sources(source["path"])
+            else:
+                yield split, source
 
 
 def example_prompt(output_dir: Path, trusted: bool) -> dict[str, str]:

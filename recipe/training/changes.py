@@ -17,13 +17,14 @@ from transformers import Trainer
 
 from recipe.config import UserError
 from recipe.console import process_rank
+from recipe.data.streaming import RecordStream, files_hash
 from recipe.manifest import about
 from recipe.setting_checks import did_you_mean
 from recipe.training.errors import Settings
 
 # settings that no weight depends on: where things are written and shown, how often is evaluated and saved, processes
 FREE = re.compile(
-    "output_dir|overwrite_output_dir|resume_from_checkpoint|allow_changed|data|num_proc|bad_records|hub_.*|push_to_hub"
+    "output_dir|overwrite_output_dir|resume_from_checkpoint|allow_changed|data|num_proc|bad_records|max_bad_records|hub_.*|push_to_hub"
     "|logging_.*|log_.*|include_.*|disable_tqdm|report_to|run_name|project|trackio_.*|skip_memory_metrics|debug|do_.*"
     "|save_.*|eval_.*|per_device_eval_batch_size|prediction_loss_only|batch_eval_metrics|.*_full_eval|use_cache"
     "|load_best_model_at_end|num_sample_generations|generation_max_new_tokens|torch_empty_cache_steps"
@@ -65,8 +66,12 @@ def what_decides(settings: Settings, trainer: Trainer) -> dict[str, Any]:
         found |= {"gradient_accumulation_steps": steps, "processes": processes}
         found["collator"] = type(trainer.data_collator).__name__  # what the budget counts
     found["mixed_precision"] = trainer.accelerator.mixed_precision
+    if settings.data.streaming:  # who reads what
+        found |= {"processes": processes, "dataloader_num_workers": args.dataloader_num_workers}
     splits = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     data = {name: _about_records(split) for name, split in splits.items() if isinstance(split, Dataset)}
+    if isinstance(trainer.train_dataset, RecordStream):
+        data["train"] = {"rows": len(trainer.train_dataset.files), "hash": files_hash(trainer.train_dataset)}
     return {"settings": found, "data": data}
 
 
@@ -112,7 +117,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     for split in dict.fromkeys([*before["data"], *now["data"]]):
         one, other = (side["data"].get(split, {"rows": 0, "hash": None}) for side in (before, now))
         if one != other:
-            counts = f"{one['rows']:,} → {other['rows']:,} records" if one["rows"] != other["rows"] else "records"
+            kind = "files" if "streaming" in new and new["streaming"] and split == "train" else "records"
+            counts = f"{one['rows']:,} → {other['rows']:,} {kind}" if one["rows"] != other["rows"] else kind
             words = f"data: the {split} {counts}, with other tokens or in another order"
             found.setdefault("data", []).append(words)
     return found

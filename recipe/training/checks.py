@@ -47,6 +47,8 @@ def check_settings(settings: Settings) -> None:
             f"--neftune_noise_alpha {args.neftune_noise_alpha} makes noise by the length of a row, which --batching "
             "shared_prefix changes; use --batching padded"
         )
+    if data_args.streaming:
+        check_streaming(args)
     if args.optim_args and args.optim in ("adamw_torch", "adamw_torch_fused", "adafactor"):
         raise UserError(
             f"--optim_args {args.optim_args} has no effect on --optim {OptimizerNames(args.optim).value}; use "
@@ -94,6 +96,19 @@ def check_best_metric(args: InstructionTrainingArguments) -> None:
         )
 
 
+def check_streaming(args: InstructionTrainingArguments) -> None:
+    """Refuse what needs to know how many records there are, or how long."""
+    if args.max_steps < 1:
+        raise UserError(
+            "--streaming: nobody knows how many records a stream has; say how many steps to train: --max_steps 1000"
+        )
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"--streaming with --train_sampling_strategy {args.train_sampling_strategy}: the lengths are not known in "
+            "advance; --max_tokens_per_batch makes batches of similar lengths, --shuffle_buffer 1 keeps the order"
+        )
+
+
 def check_trackers(args: InstructionTrainingArguments) -> None:
     """Refuse trackers that are unknown or not installed, and let W&B look for its key now and not at the first step."""
     if not args.report_to:
@@ -129,6 +144,8 @@ def check_splits(splits: DatasetDict, data_args: DataArguments, args: Instructio
         )
     if args.eval_generate and args.eval_strategy == "no":
         raise UserError("--eval_generate answers at each evaluation: add --eval_strategy epoch or steps")
+    if data_args.streaming:
+        return
     for name, split in splits.items():
         if name in ("train", "validation") and len(split) == 0:
             raise UserError(f"the {name} split has no record; give more data, a longer --max_length or other shares")

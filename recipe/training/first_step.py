@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from recipe.data.streaming import RecordStream
 from recipe.files import write_json_lines
 from recipe.generation import generate_responses
 from recipe.memory import is_out_of_memory
@@ -101,7 +102,8 @@ class FirstStep(TrainerCallback):
 def try_evaluation(trainer: Trainer) -> None:
     """Evaluate one record on each process, as each evaluation will."""
     dataset: Any = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-    few = dataset.select(range(min(len(dataset), trainer.args.world_size)))
+    count = trainer.args.world_size
+    few = dataset.first(count) if isinstance(dataset, RecordStream) else dataset.select(range(min(len(dataset), count)))
     handler = trainer.callback_handler
     callbacks, handler.callbacks = handler.callbacks, []  # it shows no bar and is no evaluation to anyone
     try:

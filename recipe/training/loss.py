@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import EvalPrediction
 
 from recipe.collator import IGNORE_INDEX
+from recipe.data.origin import source_names, source_of_rows
 
 CHUNK = 2048  # positions whose logits are in memory at a time: 206 MB for GPT-2 in bfloat16
 # how many logits to convert to float32 at once: few enough for a CPU's cache, enough to keep a GPU busy
@@ -165,9 +166,38 @@ def sums_of_records(each: torch.Tensor, inputs: Mapping[str, Any], shape: Sequen
     return each.new_zeros(rows, each.shape[1]).index_add(0, example, each)
 
 
-def token_weighted_metrics(predictions: EvalPrediction) -> dict[str, float]:
-    """Loss (nats per target), perplexity and accuracy from the per-row sums of `InstructionTrainer.prediction_step`."""
-    losses, correct = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
-    targets = np.sum(predictions.label_ids)
-    loss = float(losses / targets)
-    return {"loss": loss, "perplexity": float(np.exp(loss)), "next_token_accuracy": float(correct / targets)}
+def targets_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """What each position should predict, (batch, time): the collator's, or shifted here if it did not shift."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def rows_of_records(inputs: Mapping[str, Any], records: int) -> torch.Tensor:
+    """The number of each record of a batch, (records,), as its dataset has it in `row`; -1 where it has none."""
+    if "row" not in inputs:
+        return torch.full((records,), -1, device=inputs["input_ids"].device)
+    if "examples" not in inputs:
+        return inputs["row"]
+    return inputs["row"][inputs["examples"].cumsum(0) - 1]  # it stands there for each example
+
+
+def token_weighted_metrics(predictions: EvalPrediction, dataset: Any = None) -> dict[str, float]:
+    """Loss (nats per target), perplexity and accuracy from the per-row sums of `InstructionTrainer.prediction_step`.
+
+    Of a mixture, `loss_SOURCE` is the loss of the records of each source in `dataset`.
+    """
+    sums, (targets, rows) = np.asarray(predictions.predictions, dtype=np.float64), np.transpose(predictions.label_ids)
+    losses, correct = sums.sum(axis=0)
+    loss = float(losses / targets.sum())
+    metrics = {
+        "loss": loss,
+        "perplexity": float(np.exp(loss)),
+        "next_token_accuracy": float(correct / targets.sum()),
+    }
+    if names := source_names(dataset):
+        of_source = source_of_rows(dataset.info, rows)
+        for index, name in enumerate(names):
+            if count := targets[of_source == index].sum():  # a source may have no records to validate on
+                metrics[f"loss_{name}"] = float(sums[of_source == index, 0].sum() / count)
+    return metrics

@@ -127,6 +127,9 @@ class RunRecord(TrainerCallback):
     def _write(self, how: str) -> None:
         seconds = (datetime.now().astimezone() - self.begun).total_seconds()
         self.legs[-1] |= {"state": how, "last_step": self.trainer.state.global_step, "seconds": round(seconds, 3)}
+        if self.trainer.quarantine is not None:
+            self.about["bad_records"] = dict(reasons := self.trainer.quarantine.reasons)
+            self.about["rows"]["bad"] = reasons.total()
         self.run |= {"state": how, **self.about, "legs": self.legs, "result": self._result()}
         if self.trainer.is_world_process_zero():
             write_sealed(self.path, self.run)

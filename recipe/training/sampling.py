@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset as Stream
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.data.examples import example_bounds
 from recipe.data.origin import place
+from recipe.data.streaming import RecordStream
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -263,15 +264,11 @@ def plan_batches(
         ValueError: no column of lengths where one is needed, a record longer than `max_tokens_per_batch`, no batch, or
             a `train_sampling_strategy` that repeats records.
     """
+    if isinstance(dataset, RecordStream):  # see recipe.training.streaming
+        return None
     processes, seed = args.world_size, args.seed if args.data_seed is None else args.data_seed
-    max_tokens = getattr(args, "max_tokens_per_batch", None)  # stock arguments do not have it
-    if max_tokens is not None:
-        options = {"num_processes": processes, "seed": seed, "name": functools.partial(_record_name, dataset)}
-        options["multiple"] = getattr(collate, "pad_to_multiple_of", None) or 1
-        padded, in_a_row, examples = example_lengths(dataset, args.length_column_name)
-        if isinstance(collate, DataCollatorWithSharedPrefix):
-            return TokenBudgetBatches(in_a_row, max_tokens, shared=common_start(dataset), **options)
-        return TokenBudgetBatches(padded, max_tokens, examples=examples, **options)
+    if getattr(args, "max_tokens_per_batch", None) is not None:  # stock arguments do not have it
+        return budget_batches(dataset, args, collate, processes)
     records: Sampler[int] | None = None
     if args.train_sampling_strategy == "group_by_length":
         records_per_step = batch_size * processes * args.gradient_accumulation_steps
@@ -283,6 +280,22 @@ def plan_batches(
     if records is None:
         return None
     return DealtBatches(records, batch_size, num_processes=processes, seed=seed, drop_last=args.dataloader_drop_last)
+
+
+def budget_batches(dataset: Any, args: TrainingArguments, collate: Any, processes: int) -> TokenBudgetBatches:
+    """Batches of so many input tokens as `max_tokens_per_batch` allows, in the layout that `collate` makes of them."""
+    max_tokens: int = args.max_tokens_per_batch  # type: ignore[attr-defined]
+    seed = args.seed if args.data_seed is None else args.data_seed
+    options: dict[str, Any] = {
+        "num_processes": processes,
+        "seed": seed,
+        "name": functools.partial(_record_name, dataset),
+    }
+    options["multiple"] = getattr(collate, "pad_to_multiple_of", None) or 1
+    padded, in_a_row, examples = example_lengths(dataset, args.length_column_name)
+    if isinstance(collate, DataCollatorWithSharedPrefix):
+        return TokenBudgetBatches(in_a_row, max_tokens, shared=common_start(dataset), **options)
+    return TokenBudgetBatches(padded, max_tokens, examples=examples, **options)
 
 
 def loader_of(batches: Batches, stock: DataLoader) -> DataLoader:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -98,3 +100,12 @@ class WholeSaves(Trainer):
         if self.is_world_process_zero():
             with draft_of(Path(self.args.output_dir or "") / "trainer_state.json") as draft:
                 self.state.save_to_json(str(draft))
+
+
+def weights_are_finite(trainer: Any) -> bool:
+    """Whether no weight is NaN or infinite, of all processes where each has some of them."""
+    weights = [p.to_local() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+    bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any().int()
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # else they are the same everywhere
+        bad = trainer.accelerator.reduce(bad, reduction="sum")
+    return not bad.item()

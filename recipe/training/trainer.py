@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -13,8 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -22,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from recipe.collator import IGNORE_INDEX, DataCollatorWithSharedPrefix
 from recipe.config import InstructionTrainingArguments
 from recipe.data.origin import rows_in_words
+from recipe.data.streaming import RecordStream
 from recipe.evaluation.measures import score_responses
 from recipe.generation import generate_responses
 from recipe.manifest import about
@@ -36,13 +36,16 @@ from recipe.training.layout_check import compiles_blocks, fitting_collator, mode
 from recipe.training.loss import (
     cross_entropy,
     linear_cross_entropy,
+    rows_of_records,
     sums_of_records,
+    targets_of,
     token_losses,
     token_weighted_metrics,
 )
 from recipe.training.sampling import Batches, check_accelerator_config, deal, loader_of, plan_batches
-from recipe.training.saving import WholeSaves
+from recipe.training.saving import WholeSaves, weights_are_finite
 from recipe.training.stopping import shield_workers
+from recipe.training.streaming import Quarantine, stream_loader
 
 Batch = dict[str, Any]  # what a collator returns: tensors, and the `segments` of a shared row
 
@@ -65,7 +68,7 @@ class InstructionTrainer(WholeSaves):
     - Batches: each record once an epoch. One process and several take the same steps if their steps hold equally many
       records, also the last of an epoch (`recipe.training.sampling`); streamed data keeps the stock loader.
     - Evaluation: `eval_loss` (nats per supervised token), `eval_perplexity` and `eval_next_token_accuracy`, weighted by
-      tokens: none depends on the batch size, and no logits are kept.
+      tokens: none depends on the batch size, and no logits are kept. Of a mixture also `eval_loss_SOURCE`.
     - Log: `tokens_per_second`, `padding`, `shared`, `supervised` and `num_input_tokens_seen` (docs/trackers.md), summed
       on the device and fetched when something is logged, never in between.
     - Generation: each evaluation answers `generation_records` and adds `eval_exact_match`, `eval_chrf` and others,
@@ -114,6 +117,9 @@ class InstructionTrainer(WholeSaves):
         self.model_accepts_loss_kwargs = True  # whatever the model's forward takes: compute_loss takes the step's count
         self._head: nn.Module | None = None  # the examined head, and whether the logits are its output as it is
         self._head_makes_logits = False
+        stream = self.train_dataset if isinstance(self.train_dataset, RecordStream) else None
+        self.quarantine = Quarantine(stream, args.output_dir) if stream else None
+        self._records_per_step = 0.0  # not known of a stream
         self.counts = Counts(self.accelerator)
         self.add_callback(self.counts)
 
@@ -121,6 +127,9 @@ class InstructionTrainer(WholeSaves):
 
     def get_train_dataloader(self) -> DataLoader:
         """`Trainer.get_train_dataloader`, with the batches of `train_batches`."""
+        if isinstance(self.train_dataset, RecordStream):
+            loader = stream_loader(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
+            return shield_workers(loader, self.args.ddp_timeout)
         args, batches = self.args, self.train_batches()
         loader = super().get_train_dataloader()
         if batches is None:
@@ -170,9 +179,11 @@ class InstructionTrainer(WholeSaves):
             return [], None
         self.counts.window_start = self.counts.window_start or time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self.quarantine is not None:
+            batches = list(map(self.quarantine.take, batches))
         if not batches:
             return batches, None
-        count = torch.stack([(_targets(batch) != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        count = torch.stack([(targets_of(batch) != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
         self.counts.supervised = self.counts.supervised + count
         return batches, self.accelerator.reduce(count, reduction="sum")
 
@@ -184,7 +195,7 @@ class InstructionTrainer(WholeSaves):
         The result is multiplied by the number of processes, because data parallelism averages gradients over them.
         Without `num_items_in_batch` it is the mean over this micro-batch alone.
         """
-        targets, outputs = _targets(inputs), None  # (batch, time)
+        targets, outputs = targets_of(inputs), None  # (batch, time)
         with self.accelerator.autocast():  # one block, so that the head is cast only once
             states = None if return_outputs else self._supervised_states(model, inputs, targets)
             if states is not None:
@@ -248,12 +259,12 @@ class InstructionTrainer(WholeSaves):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """For each record its summed loss and correct predictions (batch, 2), and its targets (batch, 1); no logits.
+        """Of each record its summed loss and correct predictions (batch, 2), its targets and row (batch, 2); no logits.
 
         The stock loop gathers them over processes and leaves out the rows it repeated to fill the last batch.
         """
         inputs = send_to_device(inputs, self.args.device)
-        targets = _targets(inputs)  # (batch, time)
+        targets = targets_of(inputs)  # (batch, time)
         with torch.no_grad(), self.compute_loss_context_manager():
             states = self._supervised_states(model, inputs, targets)
             if states is not None:
@@ -267,7 +278,7 @@ class InstructionTrainer(WholeSaves):
                 correct = logits.argmax(-1).flatten() == supervised  # never at -100, which is no token
         sums = torch.stack([losses, correct, supervised != IGNORE_INDEX], dim=1)  # (targets, 3)
         sums = sums_of_records(sums, inputs, targets.shape)
-        return None, sums[:, :2], sums[:, 2:].long()
+        return None, sums[:, :2], torch.stack([sums[:, 2].long(), rows_of_records(inputs, len(sums))], dim=1)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`Trainer.evaluate`; its time does not count in the training log's tokens per second.
@@ -284,12 +295,13 @@ class InstructionTrainer(WholeSaves):
             self.counts.window_start += time.perf_counter() - start
         return metrics
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer.evaluation_loop`, with the scores of generated responses beside the loss.
 
         Each process answers a share of the generation records, and scores the answers of all.
         """
-        output, prompts = super().evaluation_loop(*args, **kwargs), self._generation_prompts
+        self.compute_metrics = functools.partial(token_weighted_metrics, dataset=dataloader.dataset)
+        output, prompts = super().evaluation_loop(dataloader, *args, **kwargs), self._generation_prompts
         if not prompts or output.metrics is None or kwargs.get("metric_key_prefix") != "eval":
             return output
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # then all processes must answer every prompt
@@ -364,12 +376,7 @@ class InstructionTrainer(WholeSaves):
 
         Only a sharded model needs all processes: its weights are gathered.
         """
-        assert self.model is not None
-        weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
-        bad = torch.stack([~weight.detach().isfinite().all() for weight in weights]).any().int()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # else they are the same everywhere
-            bad = self.accelerator.reduce(bad, reduction="sum")
-        if bad.item():
+        if not weights_are_finite(self):
             raise FloatingPointError(f"the weights are not finite after step {self.state.global_step}. {ADVICE}")
         super().save_model(*args, **kwargs)
 
@@ -389,10 +396,3 @@ class InstructionTrainer(WholeSaves):
         step, loss, rows = min(gather_object(self.counts.first_bad(finite)), key=lambda bad: bad[0])
         where = "" if rows is None else f" in the batch of {rows_in_words(self.train_dataset, rows)}"
         raise FloatingPointError(f"the loss is {loss} at step {step}{where}. {ADVICE}")
-
-
-def _targets(inputs: Batch) -> torch.Tensor:
-    """What each position should predict, (batch, time): the collator's, or shifted here if it did not shift."""
-    if "shift_labels" in inputs:
-        return inputs["shift_labels"]
-    return functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -58,6 +58,11 @@ CONFIGURATIONS = {  # beside COMMON
     "recomputed activations": {"gradient_checkpointing": True, "config_overrides": DROPOUT},
     "adafactor": {"optim": "adafactor"},
     "cosine, warm-up": {"lr_scheduler_type": "cosine", "warmup_steps": 4},
+    "streaming": {"streaming": True, "shuffle_buffer": 16},
+    "streaming, token budget, workers, dropout": {
+        "streaming": True, "max_tokens_per_batch": 300, "dataloader_num_workers": 2, "config_overrides": DROPOUT,
+    },
+    "streaming, two processes": {"streaming": True, "processes": 2, "per_device_train_batch_size": 2},
     "two processes": {"processes": 2, "per_device_train_batch_size": 2},
     "two processes, shared prefixes, dropout": {
         "processes": 2, "per_device_train_batch_size": 2, "batching": "shared_prefix", "config_overrides": DROPOUT,
