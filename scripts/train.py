@@ -84,11 +84,8 @@ def run(settings: Settings) -> None:
 def prepare_data(model_args, data_args, training_args):
     """Tokenizer and template; the records of all splits, as text and as tokens; and their part of run.json."""
     from recipe.console import print_sources, print_token_statistics
-    from recipe.data import load_records, template_overhead, token_statistics
-    from recipe.data.encode import encode_good_records
     from recipe.data.mixture import mix
-    from recipe.data.special_text import count_special_text, find_special_text, special_text_note
-    from recipe.data.split import data_hash
+    from recipe.data.prepared import is_prepared, load_prepared, prepare_records
     from recipe.model import load_tokenizer
     from recipe.templates import load_template
 
@@ -98,30 +95,15 @@ def prepare_data(model_args, data_args, training_args):
     if data_args.streaming:
         return tokenizer, template, *prepare_stream(data_args, training_args, tokenizer, template)
     with training_args.main_process_first(desc="data"):  # the others read its cache
-        loaded, left_out = load_records(data_args)
-        records, splits = encode_good_records(loaded, tokenizer, data_args, left_out)
-    mixed, sources = mix(splits, data_args)
-    check_splits(mixed, data_args, training_args)
-    preamble, _ = template_overhead(template, tokenizer)
-    statistics, special_text = token_statistics(records, splits, preamble), find_special_text(records, tokenizer)
+        ready = (load_prepared if is_prepared(data_args.data) else prepare_records)(data_args, tokenizer)
+    splits, sources = mix(ready.splits, data_args)
+    check_splits(splits, data_args, training_args)
+    about = ready.about | {"sources": sources}
     if training_args.should_log:
-        print_token_statistics(statistics, left_out.duplicates, left_out.reasons, left_out.notes)
+        duplicates = about["rows"]["left_out_of_train_as_duplicates"]
+        print_token_statistics([*about["splits"].values()], duplicates, about["bad_records"], ready.notes)
         print_sources(sources)
-        if note := special_text_note(special_text, tokenizer):
-            print(note)
-    rows = {key: sum(row[key] for row in statistics) for key in ("dropped", "truncated")}
-    about = {
-        "data_hash": data_hash(
-            loaded
-        ),  # by which evaluation, whose tokenizer may be another, finds the test split again
-        "splits": {row["split"]: row for row in statistics},
-        "rows": rows
-        | {"left_out_of_train_as_duplicates": left_out.duplicates, "bad": len(left_out.bad)}
-        | count_special_text(special_text),
-        "bad_records": left_out.reasons,
-        "sources": sources,
-    }
-    return tokenizer, template, records, mixed, left_out.bad, about
+    return tokenizer, template, ready.records, splits, ready.bad, about
 
 
 def prepare_stream(data_args, training_args, tokenizer, template):

@@ -271,11 +271,11 @@ def fingerprint(records: Dataset, tokenizer: PreTrainedTokenizerBase, arguments:
     libraries = [f"{name} {metadata.version(name)}" for name in LIBRARIES]
     settings = [f"{name}={value!r}" for name, value in sorted(arguments.items())]
     # datasets shows `_fingerprint` in its guide to caching, and has no public name for it
-    parts = [records._fingerprint, *code, *libraries, *_tokenizer_state(tokenizer), *settings]
+    parts = [records._fingerprint, *code, *libraries, *tokenizer_state(tokenizer), *settings]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """All of a tokenizer that decides which tokens a text gets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
