@@ -118,7 +118,7 @@ def test_files_and_functions_are_short(path):
 
 
 def test_the_training_path_is_short():
-    """What runs when a model is trained: at most 8,850 lines, docstrings included; 1,000 for mixtures, streams, prepared data."""
+    """What runs when a model is trained: at most 8,850 lines, docstrings included; 1,000 for more kinds of data."""
     attention = ("segments", "attention", "attention_products", "attention_flash")
     parts = ["scripts/train.py", *(f"recipe/{n}.py" for n in ("collator", *attention, "templates", "model", "config"))]
     paths = [ROOT / part for part in parts] + list((ROOT / "recipe" / "training").glob("*.py"))
